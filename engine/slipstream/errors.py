@@ -1,0 +1,79 @@
+"""Floor 0. Every error a user can meet, drawn as one tree.
+
+    SlipstreamError                 exit code 1 unless said otherwise
+    ├── UserError                   the user can mend it: one sentence, exit code 2, no traceback
+    │   ├── ConfigurationError      unknown key, wrong type, a combination that cannot work
+    │   ├── RunFolderError          a run folder that is missing, foreign or already in use
+    │   ├── CheckpointError         a checkpoint or model folder that is missing or damaged
+    │   ├── AddressError            a port in use, an address nobody answers
+    │   └── WarmStartError          the warm-started policy is outside the learnable band
+    ├── ProtocolError               a peer broke the wire protocol
+    │   ├── FrameError              bytes that are not a valid message; names what was expected and got
+    │   └── RefusedError            the hub refused this peer (version, schema, run, epoch)
+    ├── StorageError                a log, spool or disk that failed
+    ├── DeadlineError               a wait ran out; names who waited for whom and since when
+    ├── NumericsError               non-finite values several steps in a row
+    └── RoleError                   a supervised process ended unexpectedly
+"""
+
+
+class SlipstreamError(Exception):
+    """Root of all errors raised by Slipstream."""
+
+    exit_code = 1
+
+
+class UserError(SlipstreamError):
+    """A mistake the user can mend: the message names what, where, expected, got and what to do."""
+
+    exit_code = 2
+
+
+class ConfigurationError(UserError):
+    """A configuration key or value that is not valid."""
+
+
+class RunFolderError(UserError):
+    """A run folder that is missing, belongs to another configuration, or is in use."""
+
+
+class CheckpointError(UserError):
+    """A checkpoint or model folder that is missing or damaged."""
+
+
+class AddressError(UserError):
+    """An address that cannot be bound or reached."""
+
+
+class WarmStartError(UserError):
+    """The warm-started policy is too weak for reinforcement learning to start."""
+
+
+class ProtocolError(SlipstreamError):
+    """A peer broke the wire protocol."""
+
+
+class FrameError(ProtocolError):
+    """Bytes that are not a valid message."""
+
+
+class RefusedError(ProtocolError):
+    """The hub refused this peer; the message carries the hub's reason."""
+
+    exit_code = 2
+
+
+class StorageError(SlipstreamError):
+    """A spool, log or disk that failed."""
+
+
+class DeadlineError(SlipstreamError):
+    """A wait ran out."""
+
+
+class NumericsError(SlipstreamError):
+    """Non-finite values several steps in a row."""
+
+
+class RoleError(SlipstreamError):
+    """A supervised process ended unexpectedly."""

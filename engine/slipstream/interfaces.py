@@ -1,0 +1,125 @@
+"""Floor 1. Every Protocol on one page: what a part must do to stand in the house."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+from slipstream.types import (
+    Completion,
+    Int32Array,
+    Sampling,
+    Score,
+    Split,
+    Task,
+    TaskAttempt,
+    ToolCall,
+    Trajectory,
+    WeightProof,
+    WeightUpdate,
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ToolSpec:
+    """A tool as the policy sees it; `parameters` is a JSON schema in OpenAI's form."""
+
+    name: str
+    description: str
+    parameters: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AssistantMessage:
+    """One message of the policy, already parsed."""
+
+    text: str
+    """What was sampled, decoded."""
+    name: str = ""
+    """Tool called; empty when `error` is set."""
+    arguments: dict[str, Any] | None = None
+    error: str = ""
+    """Why the text is not a valid tool call; empty when it is one."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Observation:
+    """What an episode starts with."""
+
+    system: str
+    user: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Transition:
+    """What a message led to."""
+
+    observation: str
+    """Tool result shown to the policy; unused when done."""
+    done: bool
+    call: ToolCall | None = None
+    """The call as it was carried out; None when the message held none."""
+    reward: float = 0.0
+    """Reward earned in this turn apart from the outcome."""
+
+
+@runtime_checkable
+class Environment(Protocol):
+    """One episode's world. A new object serves each episode."""
+
+    tools: Sequence[ToolSpec]
+
+    async def reset(self, task: Task, attempt: TaskAttempt) -> Observation:
+        """Start an episode; all randomness is keyed by `attempt`."""
+
+    async def step(self, message: AssistantMessage) -> Transition:
+        """Carry one message out."""
+
+    async def score(self) -> Sequence[Score]:
+        """Judge the episode so far; called once, after its end."""
+
+
+class TaskSource(Protocol):
+    """Gives tasks by split and index, for ever and always the same."""
+
+    def task(self, split: Split, index: int) -> Task:
+        """Return the task at `index` of `split`."""
+
+
+class InferenceBackend(Protocol):
+    """Samples from a policy."""
+
+    async def generate(self, token_ids: Int32Array, sampling: Sampling, *, rollout_id: int) -> Completion:
+        """Sample one message after the [T] tokens of a rollout.
+
+        `rollout_id` keys the KV cache (each call extends the tokens of the last) and, with the
+        token's position, the random numbers.
+        """
+
+    def release(self, rollout_id: int) -> None:
+        """Forget a rollout's KV cache."""
+
+    async def load(self, update: WeightUpdate) -> WeightProof:
+        """Take new weights between two decode steps and prove it."""
+
+
+class TrajectorySink(Protocol):
+    """The actor's end of the way to the hub."""
+
+    async def send(self, trajectory: Trajectory) -> None:
+        """Make a trajectory durable and send it; waits while the hub grants no credit."""
+
+
+class WeightPublisher(Protocol):
+    """The learner's end of a weight transport."""
+
+    def publish(self, tensors: dict[str, Any], *, serial: int) -> str:
+        """Write the tensors under a new serial and return the folder that holds them."""
+
+
+class WeightSubscriber(Protocol):
+    """The backend's end of a weight transport."""
+
+    def fetch(self, update: WeightUpdate) -> dict[str, Any]:
+        """Return the published tensors, memory-mapped, checked against their manifest."""
