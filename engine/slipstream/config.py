@@ -1,195 +1,69 @@
 """Floor 1. The configuration of a run: frozen models, one TOML file, dotted overrides.
 
-Every default is the vetted setting of the `research` recipe. Unknown keys are errors that name the file, the key and the
-nearest valid key. Loading opens the recipe's file and nothing else.
+Every default is the vetted setting of the `research` recipe. Unknown keys are errors that name the
+file, the key and the nearest valid key. Loading opens the recipe's file and nothing else.
 """
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+import json
+import os
+import re
 import tomllib
-from collections.abc import Mapping, Sequence
-from importlib import resources
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Any, Self
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails
 
+from slipstream.config_parts import (
+    ActorConfig,
+    BatchConfig,
+    CheckpointConfig,
+    EnvironmentConfig,
+    EvaluationConfig,
+    HubConfig,
+    LearnerConfig,
+    ModelConfig,
+    ObjectiveConfig,
+    OptimConfig,
+    Part,
+    RewardConfig,
+    SamplingConfig,
+    WarmupConfig,
+    check_outcome_dominates,
+)
 from slipstream.errors import ConfigurationError
 
-Share = Annotated[float, Field(ge=0.0, le=1.0)]
+__all__ = [
+    "ActorConfig",
+    "BatchConfig",
+    "CheckpointConfig",
+    "EnvironmentConfig",
+    "EvaluationConfig",
+    "HubConfig",
+    "LearnerConfig",
+    "ModelConfig",
+    "ObjectiveConfig",
+    "OptimConfig",
+    "Part",
+    "RewardConfig",
+    "RunConfig",
+    "SamplingConfig",
+    "WarmupConfig",
+    "dump",
+    "load_config",
+    "read",
+    "save",
+    "shipped_recipes",
+]
 
-
-class Part(BaseModel):
-    """Base of every part: frozen, no unknown keys, no silent conversions from strings."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=False, allow_inf_nan=False)
-
-
-class EnvironmentConfig(Part):
-    """The world the policy acts in."""
-
-    name: Literal["research"] = "research"
-    hops: int = Field(default=1, ge=1, le=4)
-    """Facts to chain before the answer is known."""
-    documents_per_fact: int = Field(default=3, ge=1, le=8)
-    """One true document and this many less one near misses."""
-    tool_failure_rate: Share = 0.1
-    """Share of search and open calls that return a seeded, standard error."""
-    tool_latency_s: float = Field(default=0.0, ge=0.0)
-    """Added to each tool call."""
-    max_turns: int = Field(default=10, ge=1)
-    max_tokens: int = Field(default=256, ge=16)
-    """Most tokens of one episode, prompt and observations included."""
-    timeout_s: float = Field(default=60.0, gt=0.0)
-
-
-class ModelConfig(Part):
-    """The policy: a local Hugging Face folder, or a small Llama built from these sizes."""
-
-    path: str = ""
-    """Folder of a causal language model with tokenizer and chat template; empty: build one."""
-    hidden_size: int = Field(default=96, ge=8)
-    intermediate_size: int = Field(default=256, ge=8)
-    layers: int = Field(default=2, ge=1)
-    heads: int = Field(default=4, ge=1)
-    dtype: Literal["float32", "bfloat16"] = "float32"
-
-
-class WarmupConfig(Part):
-    """Supervised warm start on demonstrations of a scripted expert."""
-
-    demonstrations: int = Field(default=4096, ge=1)
-    careful_share: Share = 0.3
-    """Share of demonstrations that retry errors and read on past near misses; the others do not."""
-    batch: int = Field(default=64, ge=1)
-    learning_rate: float = Field(default=3e-3, gt=0.0)
-    max_steps: int = Field(default=600, ge=1)
-    check_every: int = Field(default=100, ge=1)
-    """Steps between held-out evaluations."""
-    target_success: Share = 0.40
-    """Stop as soon as held-out success reaches this."""
-    min_success: Share = 0.20
-    """Below this after max_steps the run stops: reinforcement learning would have too little to select from."""
-    max_success: Share = 0.55
-    """Above this the warm start is reported as stronger than the learnable band."""
-
-
-class SamplingConfig(Part):
-    """How training episodes are sampled; top-p and top-k do not exist here, they bias importance ratios."""
-
-    temperature: float = Field(default=1.0, gt=0.0)
-    max_tokens: int = Field(default=24, ge=1)
-    """Most tokens of one assistant message."""
-
-
-class ActorConfig(Part):
-    """One actor process."""
-
-    count: int = Field(default=1, ge=1)
-    concurrency: int = Field(default=128, ge=1)
-    """Live episodes, and the constant batch of a decode step."""
-    threads: int = Field(default=1, ge=1)
-
-
-class BatchConfig(Part):
-    """What one optimizer step consumes."""
-
-    groups: int = Field(default=16, ge=1)
-    group_size: int = Field(default=8, ge=1)
-    token_budget: int = Field(default=16384, ge=64)
-    """Most tokens of one micro-batch."""
-
-    @property
-    def trajectories(self) -> int:
-        """Trajectories of one step: groups x group_size."""
-        return self.groups * self.group_size
-
-
-class ObjectiveConfig(Part):
-    """Decoupled PPO with a trust region against the behavior policy."""
-
-    clip_low: float = Field(default=0.2, gt=0.0, lt=1.0)
-    clip_high: float = Field(default=0.28, gt=0.0)
-    importance_cap: float = Field(default=2.0, ge=1.0)
-    """Truncates proximal / behavior ratios from above."""
-    trust_low: float = Field(default=0.5, gt=0.0, le=1.0)
-    trust_high: float = Field(default=2.0, ge=1.0)
-    """Tokens whose current / behavior ratio leaves [trust_low, trust_high] lose their gradient."""
-    kl_coefficient: float = Field(default=0.01, ge=0.0)
-    """Weight of the k2 penalty towards the frozen warm-start policy."""
-    entropy_coefficient: float = Field(default=0.0, ge=0.0)
-    advantage: Literal["mean", "std", "rloo"] = "mean"
-    """Group baseline: mean only (Dr. GRPO), mean and standard deviation (GRPO), leave one out (RLOO)."""
-    std_floor: float = Field(default=0.3, ge=0.0)
-    """Least divisor when advantage is "std"."""
-
-
-class RewardConfig(Part):
-    """Outcome +1 or -1 dominates; penalties and shaping are capped per trajectory."""
-
-    step_penalty: float = Field(default=0.05, ge=0.0)
-    invalid_penalty: float = Field(default=0.2, ge=0.0)
-    shaping: float = Field(default=0.0, ge=0.0)
-    """Weight of the optional progress score in [0, 1]."""
-    penalty_cap: float = Field(default=0.8, ge=0.0)
-    """Most that all penalties of one trajectory may take away."""
-
-
-class OptimConfig(Part):
-    """AdamW and its guards."""
-
-    learning_rate: float = Field(default=1e-3, gt=0.0)
-    betas: tuple[float, float] = (0.9, 0.95)
-    weight_decay: float = Field(default=0.0, ge=0.0)
-    max_grad_norm: float = Field(default=1.0, gt=0.0)
-    warmup_steps: int = Field(default=5, ge=0)
-    final_share: Share = 0.2
-    """The learning rate falls linearly to this share of itself at the last step."""
-    minibatches: int = Field(default=1, ge=1)
-    """Optimizer updates one step makes from its batch."""
-    max_skips: int = Field(default=5, ge=1)
-    """Non-finite steps in a row after which the run stops."""
-
-
-class LearnerConfig(Part):
-    """The learner process."""
-
-    threads: int = Field(default=1, ge=1)
-
-
-class EvaluationConfig(Part):
-    """Held-out evaluation, each pinned to one version."""
-
-    every: int = Field(default=25, ge=1)
-    tasks: int = Field(default=256, ge=1)
-    final_tasks: int = Field(default=1024, ge=1)
-    temperature: float = Field(default=1.0, ge=0.0)
-    top_p: float = Field(default=1.0, gt=0.0, le=1.0)
-
-
-class CheckpointConfig(Part):
-    """When the learner saves itself."""
-
-    every: int = Field(default=25, ge=1)
-    keep: int = Field(default=2, ge=1)
-
-
-class HubConfig(Part):
-    """Where roles meet."""
-
-    address: str = "tcp://127.0.0.1:*"
-    """Bind address; a star takes a free port."""
-    credit_bytes: int = Field(default=64 << 20, ge=1 << 16)
-    """Bytes an actor may have on the way before the hub's acknowledgement."""
-    lease_timeout_s: float = Field(default=120.0, gt=0.0)
-    """A lease not returned by then is given to another actor."""
-    memory_limit_bytes: int = Field(default=2 << 30, ge=1 << 28)
-    durability: Literal["process", "power"] = "process"
-    """"process" survives kill -9; "power" also fsyncs before each acknowledgement."""
-    segment_bytes: int = Field(default=64 << 20, ge=1 << 16)
-    """Size at which the ingest log starts a new file."""
+RECIPES = Path(__file__).parent / "recipes"
+"""Folder of the shipped recipes."""
 
 
 class RunConfig(Part):
@@ -214,3 +88,184 @@ class RunConfig(Part):
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     hub: HubConfig = HubConfig()
+
+    @model_validator(mode="after")
+    def _check_combinations(self) -> Self:
+        """Refuse combinations that cannot work, so that no half-made configuration exists."""
+        for holds, key, expected, got in _demands(self):
+            if not holds:
+                raise ConfigurationError(f"{key} must be {expected}, got {got}")
+        check_outcome_dominates(self.rewards, self.objective, self.batch.group_size)
+        return self
+
+
+def _demands(config: RunConfig) -> Iterator[tuple[bool, str, str, object]]:
+    """Yield (holds, key, what is expected, what was given) for every rule between keys."""
+    batch, warmup, betas = config.batch, config.warmup, config.optim.betas
+    size, parts, hidden = batch.group_size, config.optim.minibatches, config.model.hidden_size
+    most, heads = config.environment.max_tokens, config.model.heads
+    expected = "at least 2 (a lone attempt has no baseline)"
+    yield size >= 2, "batch.group_size", expected, size
+    expected = f"a divisor of batch.groups = {batch.groups}"
+    yield batch.groups % parts == 0, "optim.minibatches", expected, parts
+    expected = f"enough for all actors together to hold a group of batch.group_size = {size}"
+    live = config.actor.count * config.actor.concurrency
+    yield live >= size, "actor.concurrency", expected, config.actor.concurrency
+    expected = f"below environment.max_tokens = {most}"
+    turn = config.sampling.max_tokens
+    yield turn < most, "sampling.max_tokens", expected, turn
+    expected = f"at least environment.max_tokens = {most}, the longest trajectory"
+    yield batch.token_budget >= most, "batch.token_budget", expected, batch.token_budget
+    low, high, aim = warmup.min_success, warmup.max_success, warmup.target_success
+    expected = f"between warmup.min_success = {low} and warmup.max_success = {high}"
+    yield low <= aim <= high, "warmup.target_success", expected, aim
+    expected = f"a multiple of 2 x model.heads = {2 * heads}"
+    yield hidden % (2 * heads) == 0, "model.hidden_size", expected, hidden
+    expected = "two numbers in [0, 1)"
+    yield all(0.0 <= beta < 1.0 for beta in betas), "optim.betas", expected, list(betas)
+    device = re.fullmatch(r"auto|cpu|cuda(:\d+)?", config.device)
+    yield device is not None, "device", '"auto", "cpu", "cuda" or "cuda:N"', f'"{config.device}"'
+
+
+def load_config(recipe: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Return the configuration of a recipe with "a.b=value" overrides applied in order.
+
+    `recipe` is a shipped name or the path of a TOML file. Values are TOML; what is not TOML is
+    taken as a string.
+
+    Raises: ConfigurationError naming the source, the key, what was expected and what was given.
+    Example: ``load_config("research", ["optim.learning_rate=3e-4", "seed=2"])``.
+    """
+    label, text = _recipe_text(recipe)
+    try:
+        data = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigurationError(f"{label}: not valid TOML: {error}") from None
+    _check_keys(data, label)
+    given: set[str] = set()
+    for override in overrides:
+        tree = _parse_override(override)
+        _check_keys(tree, "command line")
+        _merge(data, tree)
+        given.update(_leaves(tree))
+    return _validated(data, label, given)
+
+
+def shipped_recipes() -> list[str]:
+    """Return the names of the recipes that come with the package."""
+    return sorted(path.stem for path in RECIPES.glob("*.toml"))
+
+
+def dump(config: RunConfig) -> str:
+    """Return the whole configuration as TOML that `load_config` reads back unchanged."""
+    return tomli_w.dumps(config.model_dump(mode="json"))
+
+
+def save(config: RunConfig, path: Path) -> None:
+    """Write the configuration to `path` atomically: temporary file, fsync, rename."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(dump(config))
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def read(path: Path) -> RunConfig:
+    """Return the configuration that `save` wrote."""
+    return load_config(path)
+
+
+def _recipe_text(recipe: str | Path) -> tuple[str, str]:
+    """Return how messages name a recipe, and its text."""
+    if isinstance(recipe, str) and recipe in shipped_recipes():
+        recipe = RECIPES / f"{recipe}.toml"
+    path = Path(recipe)
+    if isinstance(recipe, str) and path.suffix != ".toml" and "/" not in recipe:
+        shipped = shipped_recipes()
+        raise ConfigurationError(
+            f'unknown recipe "{recipe}"{_hint(recipe, shipped)}; shipped are {", ".join(shipped)}; '
+            "a recipe of your own is given as the path of a .toml file"
+        )
+    try:
+        return path.name, path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise ConfigurationError(f"recipe {path} cannot be read: {reason}") from None
+
+
+def _parse_override(override: str) -> dict[str, Any]:
+    """Return {"a": {"b": value}} for "a.b=value"."""
+    key, equals, text = override.partition("=")
+    if not equals or not key.strip():
+        raise ConfigurationError(f'command line: expected key=value, got "{override}"')
+    value: Any = text
+    with contextlib.suppress(tomllib.TOMLDecodeError):
+        value = tomllib.loads(f"value = {text}")["value"]
+    for part in reversed(key.strip().split(".")):
+        value = {part: value}
+    tree: dict[str, Any] = value
+    return tree
+
+
+def _merge(data: dict[str, Any], tree: Mapping[str, Any]) -> None:
+    """Lay `tree` over `data` in place; a value that is not a table is replaced."""
+    for key, value in tree.items():
+        old = data.get(key)
+        if isinstance(value, dict) and isinstance(old, dict):
+            _merge(old, value)
+        else:
+            data[key] = value
+
+
+def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """Yield the dotted keys of all values of nested tables."""
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key
+
+
+def _check_keys(tree: Mapping[str, Any], source: str) -> None:
+    """Refuse keys that do not exist, naming the nearest one that does."""
+    valid = list(_leaves(RunConfig().model_dump()))
+    sections = {key.split(".")[0] for key in valid if "." in key}
+    for key in _leaves(tree):
+        if key not in valid and key not in sections:
+            raise ConfigurationError(f"{source}: unknown key {key}{_hint(key, valid)}")
+
+
+def _hint(key: str, valid: Sequence[str]) -> str:
+    """Return "; did you mean X?" for the nearest valid name, or nothing."""
+    leaf = key.rpartition(".")[2]
+    near = [name for name in valid if name.endswith(f".{leaf}")] if "." not in key else []
+    near = near or difflib.get_close_matches(key, valid, n=1)
+    return f"; did you mean {' or '.join(near)}?" if near else ""
+
+
+def _validated(data: Mapping[str, Any], label: str, given: set[str]) -> RunConfig:
+    """Build the models; a message names where the faulty value came from."""
+    try:
+        # JSON mode: strict about types, yet an array is a tuple.
+        return RunConfig.model_validate_json(json.dumps(data, default=str))
+    except ValidationError as error:
+        raise ConfigurationError(_sentence(error.errors()[0], label, given)) from None
+    except ConfigurationError as error:
+        source = "command line" if any(key in str(error) for key in given) else label
+        raise ConfigurationError(f"{source}: {error}") from None
+
+
+def _sentence(error: ErrorDetails, label: str, given: set[str]) -> str:
+    """Turn one of pydantic's errors into a sentence with source, key, expected and got."""
+    key = ".".join(str(part) for part in error["loc"] if isinstance(part, str))
+    source = "command line" if key in given else label
+    expected = re.sub(r"^.*? (should|must) (be )?", "", error["msg"], count=1)
+    match error["type"]:
+        case "model_type" | "model_attributes_type":
+            expected = "a table"
+        case "int_type":
+            expected = "an integer"
+        case "missing" | "too_long":
+            expected = "as long as its default"
+    return f"{source}: {key} must be {expected}, got {json.dumps(error['input'], default=str)}"

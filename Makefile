@@ -1,0 +1,60 @@
+# make train      set everything up and train the research agent (ARGS="seed=2 steps=50" passes on)
+# make test       set everything up and run the tests, slow and GPU tests left out
+# make test-all   all tests that run without a GPU
+# make test-slow  the slow part of test-all
+# make check      ruff, mypy --strict, floors of the architecture
+# make bench      benchmarks
+.PHONY: train test test-all test-slow check bench clean
+.DELETE_ON_ERROR:
+
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+INPUTS := pyproject.toml setup.py constraints.txt $(shell find csrc -type f 2>/dev/null)
+OUTPUT ?= runs/research
+ARGS ?=
+
+train: .venv/installed
+	@echo "Training the research agent into $(OUTPUT) (Ctrl-C stops; ARGS=--resume goes on)."
+	@$(BIN)/slipstream train research --output $(OUTPUT) $(ARGS)
+
+test: .venv/installed-test
+	@$(BIN)/python -m pytest -m "not slow and not gpu" $(ARGS)
+
+test-all: .venv/installed-test
+	@$(BIN)/python -m pytest -m "not gpu" $(ARGS)
+
+test-slow: .venv/installed-test
+	@$(BIN)/python -m pytest -m "slow and not gpu" $(ARGS)
+
+check: .venv/installed-check .venv/installed-test
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+	@$(BIN)/python -m pytest -q tests/test_architecture.py
+
+bench: .venv/installed
+	@$(BIN)/slipstream bench $(ARGS)
+
+clean:
+	rm -rf .venv build *.egg-info engine/*.egg-info kernels/slipstream_kernels/*.so
+
+.venv/created:
+	@echo "Creating .venv with $$($(PYTHON) --version)."
+	@$(PYTHON) -m venv .venv
+	@touch $@
+
+.venv/installed: .venv/created $(INPUTS)
+	@echo "Installing Slipstream and its dependencies into .venv (once; minutes, most of it PyTorch)."
+	@$(PIP) -c constraints.txt -e .
+	@$(BIN)/python -c "from slipstream_kernels import native; print('Native kernels:', native.description())"
+	@touch $@
+
+.venv/installed-test: .venv/installed
+	@echo "Installing the tools of the tests."
+	@$(PIP) -c constraints.txt -e '.[test]'
+	@touch $@
+
+.venv/installed-check: .venv/installed
+	@echo "Installing the checkers."
+	@$(PIP) -c constraints.txt -e '.[check]'
+	@touch $@

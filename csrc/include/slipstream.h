@@ -1,0 +1,65 @@
+// The plain C ABI of Slipstream's native library: every exported function with its contract.
+//
+// Conventions. Arrays are contiguous, little-endian and owned by the caller; nothing is kept after a call returns.
+// Sizes are counts of elements unless the name says bytes. No function throws, allocates for the caller or prints.
+// Functions may be called from several threads at once as long as their outputs do not overlap. `threads` is the most
+// OpenMP threads a call may use; a value below 1 means 1. Results never depend on `threads`.
+// Each function returns a slipstream_status; on anything but SLIPSTREAM_OK the outputs are untouched.
+
+#ifndef SLIPSTREAM_H
+#define SLIPSTREAM_H
+
+#include <stdint.h>
+
+#if defined(__GNUC__) || defined(__clang__)
+#define SLIPSTREAM_EXPORT __attribute__((visibility("default")))
+#else
+#define SLIPSTREAM_EXPORT
+#endif
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+// Grows by one whenever a function below changes its arguments or its meaning.
+enum { SLIPSTREAM_ABI_VERSION = 1 };
+
+enum slipstream_status {
+    SLIPSTREAM_OK = 0,
+    SLIPSTREAM_NULL_POINTER = 1,
+    SLIPSTREAM_NEGATIVE_SIZE = 2,
+    SLIPSTREAM_BAD_SEGMENTS = 3,
+};
+
+// Returns SLIPSTREAM_ABI_VERSION of the library, so that a loader can refuse another one.
+SLIPSTREAM_EXPORT int32_t slipstream_abi_version(void);
+
+// Affine reverse scan within each segment of a packed axis:
+//
+//     output[t] = input[t] + decay[t] * output[t + 1],   output[t + 1] = 0 at the end of a segment.
+//
+// decay, input, output: [tokens]; output may be the same array as input, and no other two may overlap.
+// cu_seqlens: [segments + 1], begins with 0, never falls, ends with `tokens`; otherwise SLIPSTREAM_BAD_SEGMENTS.
+// Arithmetic is in double without fused multiply-add, rounded once per output, so that the bits equal the reference's.
+// Null arrays are allowed where they hold no element.
+SLIPSTREAM_EXPORT int32_t slipstream_segment_scan_f32(const float* decay, const float* input, const int64_t* cu_seqlens,
+                                                      int64_t segments, int64_t tokens, int32_t threads, float* output);
+
+// 64-bit checksum of `size_bytes` bytes at `data` (any alignment; null allowed when size_bytes is 0).
+//
+// The bytes are read as little-endian 64-bit words w_0 .. w_{n-1}, the last one padded with zero bytes. All arithmetic
+// is modulo 2^64:
+//
+//     mix(x):  x ^= x >> 32;  x *= 0xd6e8feb86659fd93;  x ^= x >> 32;  x *= 0xd6e8feb86659fd93;  x ^= x >> 32
+//     checksum = mix(size_bytes + sum over i of mix(w_i + (i + 1) * 0x9e3779b97f4a7c15))
+//
+// The sum makes the result independent of the order of work; the index inside the mix makes it depend on the order of
+// words. It detects corruption and mistaken identity; it does not resist a forger.
+SLIPSTREAM_EXPORT int32_t slipstream_checksum64(const void* data, int64_t size_bytes, int32_t threads,
+                                                uint64_t* checksum);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif

@@ -1,0 +1,126 @@
+"""Floor 3. Text and tokens: the tokenizer of the small policy, chat templates, and bridging between turns.
+
+History is never tokenised again. A rollout's tokens grow by two kinds of appends only: what the policy sampled (it ends with
+the stop token) and a *bridge*: the tokens the chat template puts between the policy's stop token and its next message.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from slipstream.errors import CheckpointError
+from slipstream.interfaces import Observation, ToolSpec
+from slipstream.types import Int32Array
+
+CONTROL_TOKENS = ("<|system|>", "<|user|>", "<|assistant|>", "<|tool|>", "<|end|>", "<|pad|>")
+CALL_TOKENS = ("<tool_call>", "</tool_call>")
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|{{ message.role }}|>{{ message.content }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+# A call's JSON punctuation is one piece, so that it merges into one token; words keep their *trailing* space, so that a name
+# is the same token in a question and in a query; a lone symbol or a run of spaces is a piece of its own.
+PIECES = r'\{"name": "\w+", "arguments": \{"\w+": "|"\}\}|\w+ ?|[^\w\s] ?|\s+'
+
+
+def train_tokenizer(texts: Iterable[str], *, vocabulary: int) -> PreTrainedTokenizerFast:
+    """Train a byte-level BPE on `texts`; any text can be encoded, what resembles `texts` is short."""
+    tokenizer = Tokenizer(models.BPE())
+    split = pre_tokenizers.Split(Regex(PIECES), behavior="isolated")
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        special_tokens=list(CONTROL_TOKENS),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.add_tokens([AddedToken(token, normalized=False) for token in CALL_TOKENS])
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>", pad_token="<|pad|>")
+    wrapped.chat_template = CHAT_TEMPLATE
+    return wrapped
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """Load a tokenizer with its chat template from a model folder."""
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    if not tokenizer.chat_template:
+        raise CheckpointError(f"{folder}: its tokenizer has no chat template; choose an instruction-tuned model")
+    return tokenizer
+
+
+class Chat:
+    """Turns messages into tokens and sampled tokens into text, for one tokenizer.
+
+    Example: ``Chat(tokenizer).bridge("no results")`` is ``<|tool|>no results<|end|><|assistant|>`` for the small policy.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, explain_calls: bool = False) -> None:
+        """With `explain_calls` the system message also describes the call syntax, for models not trained on it here."""
+        self._tokenizer = tokenizer
+        self._explain_calls = explain_calls
+        self._encoder = tokenizer.backend_tokenizer
+        self.stop_token = int(tokenizer.eos_token_id)
+        self._stop_text = str(tokenizer.eos_token)
+        self._tool_role = "tool" if self._renders_tools() else "user"
+        self.bridge = lru_cache(maxsize=65536)(self._bridge)
+
+    def prompt(self, observation: Observation, tools: Sequence[ToolSpec]) -> Int32Array:
+        """Return the [T] tokens up to the policy's first message."""
+        return self._prompt(observation.system or self.system_message(tools), observation.user)
+
+    def system_message(self, tools: Sequence[ToolSpec]) -> str:
+        """Return the one-line tool list, e.g. ``Tools: search(query), open(document), answer(text)``."""
+        listed = ", ".join(f"{tool.name}({', '.join(tool.parameters['properties'])})" for tool in tools)
+        if not self._explain_calls:
+            return f"Tools: {listed}"
+        syntax = '<tool_call>{"name": "TOOL", "arguments": {"ARGUMENT": "VALUE"}}</tool_call>'
+        return f"Tools: {listed}\nEach message calls exactly one tool, and is only this: {syntax}"
+
+    def text(self, token_ids: Int32Array) -> str:
+        """Decode sampled tokens, without the stop token."""
+        kept = token_ids[:-1] if len(token_ids) and token_ids[-1] == self.stop_token else token_ids
+        return str(self._encoder.decode(kept.tolist(), skip_special_tokens=False))
+
+    def encode(self, text: str) -> Int32Array:
+        """Encode text as it stands, without adding special tokens."""
+        return np.array(self._encoder.encode(text, add_special_tokens=False).ids, dtype=np.int32)
+
+    def message(self, text: str) -> Int32Array:
+        """Return the tokens of one assistant message as the policy would sample them, stop token included."""
+        return np.append(self.encode(text), np.int32(self.stop_token))
+
+    def _prompt(self, system: str, user: str) -> Int32Array:
+        messages = [{"role": "system", "content": system}, {"role": "user", "content": user}]
+        return self.encode(self._render(messages, generate=True))
+
+    def _bridge(self, result: str) -> Int32Array:
+        """Return the tokens that follow the policy's stop token when a tool answers `result`."""
+        history = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
+        before = self._render(history, generate=False)
+        after = self._render([*history, {"role": self._tool_role, "content": result}], generate=True)
+        stop_end = before.rindex(self._stop_text) + len(self._stop_text)
+        tokens = self.encode(after[stop_end:])
+        tokens.setflags(write=False)
+        return tokens
+
+    def _render(self, messages: list[dict[str, str]], *, generate: bool) -> str:
+        rendered: Any = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generate)
+        return str(rendered)
+
+    def _renders_tools(self) -> bool:
+        """Tell whether the template shows messages of role "tool"; some drop or refuse them."""
+        probe = "probe-of-the-template"
+        try:
+            return probe in self._render([{"role": "user", "content": "?"}, {"role": "tool", "content": probe}], generate=True)
+        except ValueError:
+            return False

@@ -1,0 +1,293 @@
+"""Floor 7. The command line: every error of Slipstream is one message on stderr and an exit code.
+
+Roles are imported when they are chosen: a wrong key is answered before torch would have been loaded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import NoReturn
+
+from slipstream import config as configuration
+from slipstream import run_folder
+from slipstream.config import RunConfig
+from slipstream.errors import ConfigurationError, RunFolderError, SlipstreamError
+from slipstream.process import guard_parent
+from slipstream.types import Split
+
+INTERRUPTED = 130
+Declare = Callable[[argparse.ArgumentParser], None]
+Run = Callable[[argparse.Namespace], int]
+
+
+class _Parser(argparse.ArgumentParser):
+    """Raises one sentence instead of printing its usage and exiting."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise ConfigurationError."""
+        raise ConfigurationError(f"{message}; see {self.prog} --help")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Command:
+    """One subcommand."""
+
+    about: str
+    declare: Declare
+    run: Run
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code: 0, 2 for a mistake the user can mend, 1, or 130."""
+    try:
+        return _dispatch(list(sys.argv[1:] if arguments is None else arguments))
+    except SlipstreamError as error:
+        sys.stderr.write(f"slipstream: {error}\n")
+        return error.exit_code
+    except KeyboardInterrupt:
+        return INTERRUPTED
+
+
+def _dispatch(arguments: list[str]) -> int:
+    commands = _commands()
+    if not arguments or arguments[0] in {"-h", "--help"}:
+        sys.stdout.write(_overview(commands))
+        return 0
+    name = "version" if arguments[0] == "--version" else arguments[0]
+    if name not in commands:
+        near = difflib.get_close_matches(name, commands, n=1)
+        hint = f"; did you mean {near[0]}?" if near else f"; commands are {', '.join(commands)}"
+        raise ConfigurationError(f'unknown command "{name}"{hint}')
+    command = commands[name]
+    parser = _Parser(prog=f"slipstream {name}", description=command.about, allow_abbrev=False)
+    parser.add_argument("--parent", type=int, help=argparse.SUPPRESS)
+    command.declare(parser)
+    # Intermixed: overrides may stand before and after options.
+    chosen = parser.parse_intermixed_args(arguments[1:])
+    if chosen.parent is not None:
+        guard_parent(chosen.parent)
+    return command.run(chosen)
+
+
+def _overview(commands: dict[str, Command]) -> str:
+    lines = [f"  {name:<10}{command.about}" for name, command in commands.items()]
+    head = "usage: slipstream COMMAND ...   (slipstream COMMAND --help says more)"
+    return "\n".join([head, "", *lines, ""])
+
+
+def _commands() -> dict[str, Command]:
+    """Return all commands in the order of the overview."""
+    table: list[tuple[str, Declare, Run, str]] = [
+        ("train", _train_args, _train, "Train an agent from its warm start to the summary."),
+        ("rollout", _rollout_args, _rollout, "Print a few episodes to read."),
+        ("eval", _eval_args, _eval, "Measure the success of a checkpoint."),
+        ("plot", _folder_args, _plot, "Draw the learning curve of a run."),
+        ("bench", _bench_args, _bench, "Run a benchmark of the source tree."),
+        ("warmup", _role_args, _warmup, "Run the warm start alone."),
+        ("hub", _role_args, _hub, "Run the hub alone."),
+        ("actor", _actor_args, _actor, "Run one actor; it may join a hub at any time."),
+        ("learner", _joining_args, _learner, "Run the learner alone."),
+        ("version", lambda parser: None, _version, "Print the version."),
+    ]
+    return {name: Command(about=about, declare=declare, run=run) for name, declare, run, about in table}
+
+
+def _recipe_args(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", nargs="?", metavar="RECIPE", help="a shipped recipe, or a .toml file")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that differ")
+
+
+def _train_args(parser: argparse.ArgumentParser) -> None:
+    _recipe_args(parser)
+    parser.add_argument("--output", type=Path, help="run folder (default: runs/RECIPE-SEED)")
+    parser.add_argument("--resume", action="store_true", help="go on from the folder's last checkpoint")
+    parser.add_argument("--serial", action="store_true", help="one thread, deterministic")
+    parser.add_argument("--dry-run", action="store_true", help="print the configuration and stop")
+
+
+def _role_args(parser: argparse.ArgumentParser) -> None:
+    _recipe_args(parser)
+    parser.add_argument("--output", type=Path, help="run folder; its config.toml serves without RECIPE")
+
+
+def _joining_args(parser: argparse.ArgumentParser) -> None:
+    _role_args(parser)
+    parser.add_argument("--hub", metavar="ADDRESS", help="hub on another machine, such as tcp://host:5555")
+    parser.add_argument("--run", metavar="ID", help="its run, as in the hub's hub.json; goes with --hub")
+
+
+def _actor_args(parser: argparse.ArgumentParser) -> None:
+    _joining_args(parser)
+    parser.add_argument("--name", default="actor-0", help="unique among the actors of a run")
+
+
+def _rollout_args(parser: argparse.ArgumentParser) -> None:
+    _recipe_args(parser)
+    parser.add_argument("-n", type=int, default=8, help="episodes (default: 8)")
+    parser.add_argument("--checkpoint", type=Path, help="policy to use (default: an untrained one)")
+
+
+def _eval_args(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument("--recipe", required=True, help="a shipped recipe, or a .toml file")
+    parser.add_argument("--split", choices=[split.value for split in Split], default=Split.FRESH.value)
+    parser.add_argument("--tasks", type=int, help="default: evaluation.final_tasks")
+    parser.add_argument("--temperature", type=float, help="default: evaluation.temperature")
+    parser.add_argument("--output", type=Path, help="JSON file for the result")
+
+
+def _folder_args(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", type=Path, metavar="RUN")
+
+
+def _bench_args(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("name", metavar="NAME", help="such as dataflow")
+    parser.add_argument("arguments", nargs="*", help="passed on; put options after --")
+
+
+def _train(chosen: argparse.Namespace) -> int:
+    config, folder = _resolve(chosen, existing=chosen.resume)
+    if chosen.dry_run:
+        sys.stdout.write(configuration.dump(config))
+        return 0
+    from slipstream import display, launch
+
+    screen = display.make_screen(config, folder, sys.stdout)
+    return launch.train(config, folder, resume=chosen.resume, serial=chosen.serial, screen=screen)
+
+
+def _rollout(chosen: argparse.Namespace) -> int:
+    config = configuration.load_config(*_recipe(chosen))
+    if chosen.n < 1:
+        raise ConfigurationError(f"-n must be at least 1, got {chosen.n}")
+    from slipstream import evaluate
+
+    return evaluate.rollout(config, chosen.n, chosen.checkpoint)
+
+
+def _eval(chosen: argparse.Namespace) -> int:
+    config = configuration.load_config(chosen.recipe, chosen.overrides)
+    tasks = config.evaluation.final_tasks if chosen.tasks is None else chosen.tasks
+    if tasks < 1:
+        raise ConfigurationError(f"--tasks must be at least 1, got {tasks}")
+    temperature = config.evaluation.temperature if chosen.temperature is None else chosen.temperature
+    if not temperature >= 0.0:
+        raise ConfigurationError(f"--temperature must be at least 0, got {temperature}")
+    from slipstream import evaluate
+
+    return evaluate.main(
+        config,
+        chosen.checkpoint,
+        split=Split(chosen.split),
+        tasks=tasks,
+        temperature=temperature,
+        output=chosen.output,
+    )
+
+
+def _plot(chosen: argparse.Namespace) -> int:
+    from slipstream.plots import learning_curve
+
+    sys.stdout.write(f"{learning_curve(chosen.folder)}\n")
+    return 0
+
+
+def _bench(chosen: argparse.Namespace) -> int:
+    folder = Path(__file__).resolve().parents[2] / "bench"
+    names = sorted(path.stem for path in folder.glob("*.py") if not path.stem.startswith("_"))
+    if not names:
+        raise ConfigurationError(
+            "the benchmarks are part of the source tree, not of the installed package; "
+            "run it from an installation of the source tree (pip install -e .)"
+        )
+    if chosen.name not in names:
+        raise ConfigurationError(
+            f'unknown benchmark "{chosen.name}"; there are {", ".join(names)}'
+        )
+    command = [sys.executable, folder / f"{chosen.name}.py", *chosen.arguments]
+    return subprocess.run(command, check=False).returncode
+
+
+def _warmup(chosen: argparse.Namespace) -> int:
+    config, folder = _role_folder(chosen)
+    from slipstream import warmup
+
+    return warmup.main(config, folder)
+
+
+def _hub(chosen: argparse.Namespace) -> int:
+    config, folder = _role_folder(chosen)
+    from slipstream import hub
+
+    return hub.main(config, folder)
+
+
+def _actor(chosen: argparse.Namespace) -> int:
+    config, folder = _role_folder(chosen)
+    _note_hub(folder, chosen.hub, chosen.run)
+    from slipstream import actor
+
+    return actor.main(config, folder, chosen.name)
+
+
+def _learner(chosen: argparse.Namespace) -> int:
+    config, folder = _role_folder(chosen)
+    _note_hub(folder, chosen.hub, chosen.run)
+    from slipstream import learner
+
+    return learner.main(config, folder)
+
+
+def _version(chosen: argparse.Namespace) -> int:
+    try:
+        number = metadata.version("slipstream")
+    except metadata.PackageNotFoundError:
+        number = "from a source tree"
+    sys.stdout.write(f"slipstream {number}\n")
+    return 0
+
+
+def _recipe(chosen: argparse.Namespace) -> tuple[str, list[str]]:
+    """Return recipe and overrides; `train seed=2` has taken an override for the recipe."""
+    if chosen.recipe is None or "=" in chosen.recipe:
+        shipped = ", ".join(configuration.shipped_recipes())
+        raise ConfigurationError(f"a RECIPE is missing; shipped are {shipped}, or give a .toml file")
+    return chosen.recipe, chosen.overrides
+
+
+def _resolve(chosen: argparse.Namespace, *, existing: bool) -> tuple[RunConfig, Path]:
+    """Return configuration and absolute run folder; `existing` allows a folder without a recipe."""
+    if existing and chosen.recipe is None and chosen.output is not None:
+        return run_folder.read_config(chosen.output), chosen.output.resolve()
+    recipe, overrides = _recipe(chosen)
+    config = configuration.load_config(recipe, overrides)
+    folder = chosen.output or Path("runs") / f"{Path(recipe).stem}-{config.seed}"
+    return config, folder.resolve()
+
+
+def _role_folder(chosen: argparse.Namespace) -> tuple[RunConfig, Path]:
+    """Return what a role started alone works on, with config.toml written."""
+    config, folder = _resolve(chosen, existing=True)
+    run_folder.write_config(folder, config)
+    return config, folder
+
+
+def _note_hub(folder: Path, address: str | None, run: str | None) -> None:
+    """Write where and what the hub is for a role that runs on another machine than the hub."""
+    if (address is None) != (run is None):
+        raise ConfigurationError("--hub ADDRESS and --run ID go together; both stand in the hub's hub.json")
+    if address is None:
+        return
+    for file, key, value in (("hub.json", "address", address), ("run.json", "run", run)):
+        known = run_folder.read_json(folder / file).get(key)
+        if known not in {None, value}:
+            raise RunFolderError(f"{folder / file} has {key} {known}, not {value}; choose another --output")
+        run_folder.write_json(folder / file, {key: value})

@@ -1,0 +1,235 @@
+"""Floor 1. The parts of a run's configuration: frozen models with the defaults of `research`."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from slipstream.errors import ConfigurationError
+
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+
+OUTCOME_GAP = 2.0
+"""Distance between the rewards of a success (+1) and a failure (-1) before penalties and shaping."""
+
+DOMINANCE_MARGIN = 0.1
+"""Least reward by which the worst success must beat the best failure."""
+
+
+class Part(BaseModel):
+    """Base of every part: frozen, no unknown keys, no silent conversions from strings."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class EnvironmentConfig(Part):
+    """The world the policy acts in."""
+
+    name: Literal["research"] = "research"
+    hops: int = Field(default=1, ge=1, le=4)
+    """Facts to chain before the answer is known."""
+    documents_per_fact: int = Field(default=3, ge=1, le=8)
+    """One true document and this many less one near misses."""
+    tool_failure_rate: Share = 0.1
+    """Share of search and open calls that return a seeded, standard error."""
+    tool_latency_s: float = Field(default=0.0, ge=0.0)
+    """Added to each tool call."""
+    max_turns: int = Field(default=10, ge=1)
+    max_invalid: int = Field(default=3, ge=0)
+    """Invalid messages an episode survives; one more ends it."""
+    max_tokens: int = Field(default=256, ge=16)
+    """Most tokens of one episode, prompt and observations included."""
+    timeout_s: float = Field(default=60.0, gt=0.0)
+
+
+class ModelConfig(Part):
+    """The policy: a local Hugging Face folder, or a small Llama built from these sizes."""
+
+    path: str = ""
+    """Folder of a causal language model with tokenizer and chat template; empty: build one."""
+    hidden_size: int = Field(default=96, ge=8)
+    intermediate_size: int = Field(default=256, ge=8)
+    layers: int = Field(default=2, ge=1)
+    heads: int = Field(default=4, ge=1)
+    dtype: Literal["float32", "bfloat16"] = "float32"
+
+
+class WarmupConfig(Part):
+    """Supervised warm start on demonstrations of a scripted expert."""
+
+    demonstrations: int = Field(default=4096, ge=1)
+    careful_share: Share = 0.3
+    """Share of demonstrations that retry errors and read on past near misses; the others do not."""
+    batch: int = Field(default=64, ge=1)
+    learning_rate: float = Field(default=3e-3, gt=0.0)
+    max_steps: int = Field(default=600, ge=1)
+    check_every: int = Field(default=100, ge=1)
+    """Steps between held-out evaluations."""
+    target_success: Share = 0.40
+    """Stop as soon as held-out success reaches this."""
+    min_success: Share = 0.20
+    """Below this after max_steps the run stops: too little for reinforcement learning to select from."""
+    max_success: Share = 0.55
+    """Above this the warm start is reported as stronger than the learnable band."""
+
+
+class SamplingConfig(Part):
+    """How training episodes are sampled; top-p and top-k do not exist here, they bias importance ratios."""
+
+    temperature: float = Field(default=1.0, gt=0.0)
+    max_tokens: int = Field(default=24, ge=1)
+    """Most tokens of one assistant message."""
+
+
+class ActorConfig(Part):
+    """One actor process."""
+
+    count: int = Field(default=1, ge=1)
+    concurrency: int = Field(default=128, ge=1)
+    """Live episodes, and the constant batch of a decode step."""
+    threads: int = Field(default=1, ge=1)
+
+
+class BatchConfig(Part):
+    """What one optimizer step consumes."""
+
+    groups: int = Field(default=16, ge=1)
+    group_size: int = Field(default=8, ge=1)
+    token_budget: int = Field(default=16384, ge=64)
+    """Most tokens of one micro-batch."""
+
+    @property
+    def trajectories(self) -> int:
+        """Trajectories of one step: groups x group_size."""
+        return self.groups * self.group_size
+
+
+class ObjectiveConfig(Part):
+    """Decoupled PPO with a trust region against the behavior policy."""
+
+    clip_low: float = Field(default=0.2, gt=0.0, lt=1.0)
+    clip_high: float = Field(default=0.28, gt=0.0)
+    importance_cap: float = Field(default=2.0, ge=1.0)
+    """Truncates proximal / behavior ratios from above."""
+    trust_low: float = Field(default=0.5, gt=0.0, le=1.0)
+    trust_high: float = Field(default=2.0, ge=1.0)
+    """Tokens whose current / behavior ratio leaves [trust_low, trust_high] lose their gradient."""
+    kl_coefficient: float = Field(default=0.01, ge=0.0)
+    """Weight of the k2 penalty towards the frozen warm-start policy."""
+    entropy_coefficient: float = Field(default=0.0, ge=0.0)
+    advantage: Literal["mean", "std", "rloo"] = "mean"
+    """Group baseline: mean only (Dr. GRPO), mean and standard deviation (GRPO), leave one out (RLOO)."""
+    std_floor: float = Field(default=0.3, ge=0.0)
+    """Least divisor when advantage is "std"."""
+
+
+class RewardConfig(Part):
+    """Outcome +1 or -1 dominates; penalties and shaping are capped per trajectory."""
+
+    step_penalty: float = Field(default=0.05, ge=0.0)
+    invalid_penalty: float = Field(default=0.2, ge=0.0)
+    shaping: float = Field(default=0.0, ge=0.0)
+    """Weight of the optional progress score in [0, 1]."""
+    penalty_cap: float = Field(default=0.8, ge=0.0)
+    """Most that all penalties of one trajectory may take away."""
+
+
+class OptimConfig(Part):
+    """AdamW and its guards."""
+
+    learning_rate: float = Field(default=1e-3, gt=0.0)
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = Field(default=0.0, ge=0.0)
+    max_grad_norm: float = Field(default=1.0, gt=0.0)
+    warmup_steps: int = Field(default=5, ge=0)
+    final_share: Share = 0.2
+    """The learning rate falls linearly to this share of itself at the last step."""
+    minibatches: int = Field(default=1, ge=1)
+    """Optimizer updates one step makes from its batch."""
+    max_skips: int = Field(default=5, ge=1)
+    """Non-finite steps in a row after which the run stops."""
+
+
+class LearnerConfig(Part):
+    """The learner process."""
+
+    threads: int = Field(default=1, ge=1)
+
+
+class EvaluationConfig(Part):
+    """Held-out evaluation, each pinned to one version."""
+
+    every: int = Field(default=25, ge=1)
+    tasks: int = Field(default=256, ge=1)
+    final_tasks: int = Field(default=1024, ge=1)
+    temperature: float = Field(default=1.0, ge=0.0)
+    top_p: float = Field(default=1.0, gt=0.0, le=1.0)
+
+
+class CheckpointConfig(Part):
+    """When the learner saves itself."""
+
+    every: int = Field(default=25, ge=1)
+    keep: int = Field(default=2, ge=1)
+
+
+class HubConfig(Part):
+    """Where roles meet."""
+
+    address: str = "tcp://127.0.0.1:*"
+    """Bind address; a star takes a free port."""
+    credit_bytes: int = Field(default=64 << 20, ge=1 << 16)
+    """Bytes an actor may have on the way before the hub's acknowledgement."""
+    lease_timeout_s: float = Field(default=120.0, gt=0.0)
+    """A lease not returned by then is given to another actor."""
+    memory_limit_bytes: int = Field(default=2 << 30, ge=1 << 28)
+    durability: Literal["process", "power"] = "process"
+    """"process" survives kill -9; "power" also fsyncs before each acknowledgement."""
+    segment_bytes: int = Field(default=64 << 20, ge=1 << 16)
+    """Size at which the ingest log starts a new file."""
+
+
+def check_outcome_dominates(rewards: RewardConfig, objective: ObjectiveConfig, group_size: int) -> None:
+    """Refuse rewards in which penalties and shaping could outweigh the outcome.
+
+    With gap = 2 between the outcomes and spread s = penalty_cap + shaping, the worst success earns
+    1 - penalty_cap and the best failure -1 + shaping; rewards keep the order of outcomes when
+
+        gap - s >= margin.
+
+    advantage = "mean" and "rloo" scale all rewards of a group alike and keep that order. "std"
+    divides by max(std, std_floor), which differs between groups. In a group of equal outcomes
+    advantages lie at most s / std_floor apart. In a mixed group of G a success and a failure lie
+    at least (gap - s) / max(D, std_floor) apart, where D = sqrt(G / (G - 1)) (gap + s) / 2 is the
+    largest standard deviation of G numbers within gap + s (Popoviciu's inequality with Bessel's
+    correction). Demanded is
+
+        s / std_floor < (gap - s) / max(D, std_floor);
+
+    for large G and a small floor the right side is 2 (gap - s) / (gap + s).
+
+    Sources: GRPO, Shao et al. 2024, section 4.1.2, arXiv:2402.03300; the bias of dividing by the
+    standard deviation: Dr. GRPO, Liu et al. 2025, section 3.1, arXiv:2503.20783.
+    """
+    spread = rewards.penalty_cap + rewards.shaping
+    if OUTCOME_GAP - spread < DOMINANCE_MARGIN:
+        raise ConfigurationError(
+            f"rewards.penalty_cap + rewards.shaping must be at most {OUTCOME_GAP - DOMINANCE_MARGIN:g}, "
+            f"so that the worst success beats the best failure, got {spread:g}"
+        )
+    if objective.advantage != "std" or spread == 0.0:
+        return
+    floor = objective.std_floor
+    largest_std = (group_size / (group_size - 1)) ** 0.5 * (OUTCOME_GAP + spread) / 2
+    separation = (OUTCOME_GAP - spread) / max(largest_std, floor)
+    if spread < floor * separation:
+        return
+    needed = spread * largest_std / (OUTCOME_GAP - spread)
+    advice = f"objective.std_floor must be above {needed:.3g}, got {floor:g}"
+    if needed > largest_std:
+        advice = f"rewards.penalty_cap + rewards.shaping must be below {OUTCOME_GAP / 2:g}, got {spread:g}"
+    raise ConfigurationError(
+        'with objective.advantage = "std" penalties alone could give larger advantages than an outcome '
+        f"does: {advice}"
+    )

@@ -1,0 +1,90 @@
+"""Floor 1. Every wait of the engine ends: this is the one place that says when, and who waits for whom."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import time
+import traceback
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+from slipstream.errors import DeadlineError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Deadlines:
+    """Longest waits of a peer, in seconds."""
+
+    connect_s: float = 60.0
+    """Hello to Welcome; the hub may still be replaying its log."""
+    send_s: float = 60.0
+    """Handing one message to the transport."""
+    credit_s: float = 300.0
+    """A finished trajectory waiting for the hub's acknowledgements."""
+    batch_s: float = 900.0
+    """The learner waiting for one batch."""
+    drain_s: float = 30.0
+    """Acknowledgement of everything sent, at the end."""
+    ping_s: float = 2.0
+    """Silence after which a peer asks the hub for a sign of life."""
+    silence_s: float = 60.0
+    """Silence of the hub after which it counts as dead."""
+
+
+class Deadline:
+    """A point in time by which something must have happened.
+
+    Example: ``Deadline(30.0, who="learner", waits_for="batch 7 of the hub at tcp://127.0.0.1:5555")``.
+    """
+
+    __slots__ = ("_clock", "_end", "_seconds", "_since", "_waits_for", "_who")
+
+    def __init__(
+        self, seconds: float, who: str, waits_for: str, *, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        """Start the clock."""
+        self._clock, self._seconds, self._who, self._waits_for = clock, seconds, who, waits_for
+        self._since = time.strftime("%H:%M:%S")
+        self._end = clock() + seconds
+
+    def remaining(self) -> float:
+        """Return the seconds left, never below 0."""
+        return max(0.0, self._end - self._clock())
+
+    def expired(self) -> bool:
+        """Return whether the deadline has passed."""
+        return self._clock() >= self._end
+
+    def error(self) -> DeadlineError:
+        """Return the error that says who waits for whom and since when, with the stacks of all threads."""
+        error = DeadlineError(
+            f"{self._who} waited {self._seconds:g} s for {self._waits_for} (since {self._since}) in vain"
+        )
+        error.add_note(_stacks())
+        return error
+
+    def check(self) -> None:
+        """Raise DeadlineError once the deadline has passed."""
+        if self.expired():
+            raise self.error()
+
+
+async def within(awaitable: Awaitable[T], seconds: float, who: str, waits_for: str) -> T:
+    """Await something for at most `seconds`; raises DeadlineError on expiry."""
+    deadline = Deadline(seconds, who, waits_for)
+    try:
+        async with asyncio.timeout(seconds):
+            return await awaitable
+    except TimeoutError as error:
+        raise deadline.error() from error
+
+
+def _stacks() -> str:
+    parts = []
+    for thread, frame in sys._current_frames().items():
+        parts.append(f"thread {thread}:\n" + "".join(traceback.format_stack(frame, limit=12)))
+    return "\n".join(parts)

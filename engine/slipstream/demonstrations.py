@@ -1,0 +1,31 @@
+"""Floor 4. Scripted episodes: demonstrations for the warm start, baselines, previews."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+from slipstream.config import RunConfig
+from slipstream.environments.scripted import EXPERT, HASTY, Habits, research
+from slipstream.episodes import EpisodeRunner
+from slipstream.types import Lease, Split, TaskAttempt, Trajectory
+
+FIRST_DEMONSTRATION = 1 << 24
+"""Task index of the first demonstration: far from the tasks that reinforcement learning starts with."""
+
+
+async def play(runner: EpisodeRunner, config: RunConfig, split: Split, index: int, habits: Habits) -> Trajectory:
+    """Play one task with a script."""
+    attempt = TaskAttempt(task=index, seed=config.seed, group=index, attempt=0)
+    script = research(runner.factory.tasks.task(split, index), config.environment.hops, habits)
+    return await runner.scripted(Lease(attempt=attempt, split=split), script)
+
+
+async def demonstrations(runner: EpisodeRunner, config: RunConfig, numbers: Sequence[int]) -> list[Trajectory]:
+    """Play demonstrations by number, a share of them careful; a number always gives the same demonstration."""
+    shown = []
+    for number in numbers:
+        careful = random.Random(f"habits {config.seed} {number}").random() < config.warmup.careful_share
+        habits = EXPERT if careful else HASTY
+        shown.append(await play(runner, config, Split.TRAIN, FIRST_DEMONSTRATION + number, habits))
+    return shown

@@ -1,0 +1,73 @@
+"""Floor 3. What the hub does as soon as it can: hand a batch out, end an evaluation, give leases."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+
+from slipstream import events
+from slipstream.config import RunConfig
+from slipstream.leases import LeaseDesk, assign, lease_for
+from slipstream.ledger_state import LedgerState
+from slipstream.receiving import summarize
+from slipstream.types import Lease, Split
+
+
+class Dispatcher:
+    """Turns what the state allows into events.
+
+    Example: ``if dispatcher.hand_out(7): identities = state.batches[7]``.
+    """
+
+    def __init__(self, config: RunConfig, state: LedgerState, log: Callable[[events.AnyEvent], None]) -> None:
+        """Act on a state through `log`, which appends and applies an event."""
+        self._config, self._state, self._log = config, state, log
+
+    def hand_out(self, step: int) -> bool:
+        """Drop what is too old, log the next batch as trained, and return whether there is one."""
+        state = self._state
+        if len(state.complete) < self._config.batch.groups:
+            return False
+        stale = state.overage(step)
+        if stale:
+            self._log(events.Dropped(identities=tuple(state.members(stale)), reason="dropped_by_slip"))
+        identities = state.next_batch()
+        if identities is None:
+            return False
+        self._log(events.Trained(step=step, identities=tuple(identities)))
+        return True
+
+    def end_evaluation(self) -> events.EvaluationDone | None:
+        """Log and return the result of the evaluation under way once all its episodes are back."""
+        running = self._state.evaluation
+        if running is None or len(running.results) < self._config.evaluation.tasks:
+            return None
+        results = [running.results[task] for task in sorted(running.results)]
+        done = summarize(results, serial=running.serial, step=running.step)
+        self._log(done)
+        return done
+
+    def train(
+        self, wants: Mapping[bytes, int], names: Mapping[bytes, str]
+    ) -> Iterator[tuple[bytes, tuple[Lease, ...]]]:
+        """Open groups in order of their tasks, whole, as far as wanted and the gate allows, and lease them out."""
+        state = self._state
+        while (
+            len(state.training.waiting) < sum(wants.values()) and state.room >= self._config.batch.group_size
+        ):
+            group = state.next_group
+            self._log(events.GroupOpened(group=group, task=group, split=Split.TRAIN))
+        yield from self._lease(state.training, wants, names)
+
+    def evaluate(
+        self, wants: Mapping[bytes, int], names: Mapping[bytes, str]
+    ) -> Iterator[tuple[bytes, tuple[Lease, ...]]]:
+        """Lease out what the evaluation under way still needs."""
+        yield from self._lease(self._state.heldout, wants, names)
+
+    def _lease(
+        self, desk: LeaseDesk, wants: Mapping[bytes, int], names: Mapping[bytes, str]
+    ) -> Iterator[tuple[bytes, tuple[Lease, ...]]]:
+        for peer, slots in assign(desk.waiting, wants).items():
+            leases = tuple(lease_for(slot, desk, self._config.seed) for slot in slots)
+            self._log(events.Leased(actor=names[peer], leases=leases))
+            yield peer, leases

@@ -1,0 +1,219 @@
+"""Floor 4. Deep research over a document store: search, open, answer; near misses and failing tools included.
+
+A *world* is a small company: people stand in a ring, each managed by the next, each living in a city. Every fact is told by
+one true document and several near misses ("left", "was in") under the same title, so that a title never gives the answer
+away and each document must be read. Names recur in every world with other facts: nothing can be learned by heart.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from asyncio import sleep
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+from slipstream.config import EnvironmentConfig, RewardConfig
+from slipstream.interfaces import AssistantMessage, Observation, ToolSpec, Transition
+from slipstream.tools.documents import Document, DocumentStore
+from slipstream.tools.hermes import format_call
+from slipstream.types import Score, ScoreKind, Split, Task, TaskAttempt, ToolCall, ToolStatus
+
+FIRST_NAMES = (
+    "Ada Bela Carl Dora Emil Fay Gus Hana Ivan Jana Karl Lena Milo Nora Otto Pia Quin Rosa Saul Tara Ugo Vera Walt Xena Yuri Zoe "
+    "Abel Beth Cleo Drew Elsa Finn"
+).split()
+LAST_NAMES = (
+    "Adler Brandt Conti Dahl Egan Falk Gruber Holm Ivers Jansen Kline Lund Moss Novak Olsen Payne Quist Reyes Stone Tran Urban "
+    "Vance Weber Xavier Young Zorn Archer Becker Cole Drake Ellis Ford"
+).split()
+CITIES = (
+    "Athens Bern Cairo Delhi Essen Fes Genoa Hanoi Izmir Jena Kyoto Lima Milan Nice Oslo Porto Quito Rome Seoul Turin Ulm Vienna "
+    "Warsaw Xian York Zagreb Accra Basel Cork Dakar Evora Faro"
+).split()
+IDENTIFIERS = [str(number) for number in range(10, 100)]
+TASKS_PER_WORLD = 8
+FAULTS = ("error: timeout", "error: unavailable", "error: rate limit")
+
+
+def _tool(name: str, description: str, argument: str) -> ToolSpec:
+    schema = {"type": "object", "properties": {argument: {"type": "string"}}, "required": [argument]}
+    return ToolSpec(name=name, description=description, parameters=schema)
+
+
+TOOLS = (
+    _tool("search", "List documents whose title holds all words", "query"),
+    _tool("open", "Read a document", "document"),
+    _tool("answer", "Give the final answer", "text"),
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class World:
+    """One company: who lives where, and the documents that tell it."""
+
+    people: tuple[str, ...]
+    """In ring order: person i is managed by person i + 1."""
+    homes: tuple[str, ...]
+    documents: tuple[Document, ...]
+
+    def answer(self, person: int, hops: int) -> str:
+        """Return the city of the person `hops - 1` managers above `person`."""
+        return self.homes[(person + hops - 1) % len(self.people)]
+
+    def facts(self, person: int, hops: int) -> tuple[str, ...]:
+        """Return the identifiers of the true documents that lead to the answer."""
+        names = [self.people[(person + hop) % len(self.people)] for hop in range(hops)]
+        titles = {f"{name} manager" for name in names[:-1]} | {f"{names[-1]} home"}
+        true = (" lives in ", " is the manager of ")
+        return tuple(d.identifier for d in self.documents if d.title in titles and any(verb in d.body for verb in true))
+
+
+def build_world(split: Split, number: int, config: EnvironmentConfig) -> World:
+    """Draw a world; equal arguments give equal worlds."""
+    draw = random.Random(f"world {split} {number}")
+    kinds = 1 if config.hops == 1 else 2
+    size = len(IDENTIFIERS) // (kinds * config.documents_per_fact)
+    names = draw.sample([f"{first} {last}" for first in FIRST_NAMES for last in LAST_NAMES], size)
+    homes = [draw.choice(CITIES) for _ in names]
+    pages: list[tuple[str, str]] = []
+    for person, name in enumerate(names):
+        pages += [(f"{name} home", body) for body in _home_bodies(name, homes[person], config, draw)]
+        if kinds == 2:
+            boss = names[(person + 1) % size]
+            pages += [(f"{name} manager", body) for body in _manager_bodies(name, boss, names, config, draw)]
+    draw.shuffle(pages)
+    identifiers = draw.sample(IDENTIFIERS, len(pages))
+    documents = [Document(identifier=i, title=title, body=body) for i, (title, body) in zip(identifiers, pages, strict=True)]
+    return World(people=tuple(names), homes=tuple(homes), documents=tuple(documents))
+
+
+def _home_bodies(name: str, home: str, config: EnvironmentConfig, draw: random.Random) -> Iterator[str]:
+    yield f"{name} lives in {home}."
+    others = draw.sample([city for city in CITIES if city != home], config.documents_per_fact - 1)
+    for city in others:
+        yield draw.choice((f"{name} left {city}.", f"{name} was in {city}."))
+
+
+def _manager_bodies(
+    name: str, boss: str, names: Sequence[str], config: EnvironmentConfig, draw: random.Random
+) -> Iterator[str]:
+    yield f"{boss} is the manager of {name}."
+    others = draw.sample([other for other in names if other not in (name, boss)], config.documents_per_fact - 1)
+    for other in others:
+        yield draw.choice((f"{other} was the manager of {name}.", f"{other} left the team of {name}."))
+
+
+class ResearchTasks:
+    """Tasks of the research environment: "Where does the manager of Ada Kline live?"."""
+
+    def __init__(self, config: EnvironmentConfig) -> None:
+        self._config = config
+        self.world = lru_cache(maxsize=256)(self._world)
+
+    def task(self, split: Split, index: int) -> Task:
+        """Return the task at `index`; worlds never cross splits."""
+        number, person = divmod(index, TASKS_PER_WORLD)
+        world, _ = self.world(split, number)
+        chain = "the manager of " * (self._config.hops - 1)
+        question = f"Where does {chain}{world.people[person]} live?"
+        data = {
+            "answer": world.answer(person, self._config.hops),
+            "world": number,
+            "person": world.people[person],
+            "facts": world.facts(person, self._config.hops),
+        }
+        return Task(split=split, index=index, question=question, data=data)
+
+    def _world(self, split: Split, number: int) -> tuple[World, DocumentStore]:
+        world = build_world(split, number, self._config)
+        return world, DocumentStore(world.documents)
+
+
+class ResearchEnvironment:
+    """One episode of research. Errors of tools are seeded by the attempt, so that a replay fails alike."""
+
+    tools: Sequence[ToolSpec] = TOOLS
+
+    def __init__(self, tasks: ResearchTasks, config: EnvironmentConfig, rewards: RewardConfig) -> None:
+        self._tasks = tasks
+        self._config = config
+        self._rewards = rewards
+        self._turn = 0
+        self._invalid = 0
+        self._answer: str | None = None
+        self._opened: set[str] = set()
+
+    async def reset(self, task: Task, attempt: TaskAttempt) -> Observation:
+        """Open the task's world."""
+        self._task = task
+        _, self._store = self._tasks.world(task.split, task.data["world"])
+        self._faults = random.Random(f"faults {task.split} {attempt.task} {attempt.seed} {attempt.group} {attempt.attempt}")
+        return Observation(system="", user=task.question)
+
+    async def step(self, message: AssistantMessage) -> Transition:
+        """Carry one call out; a search or an open may fail with a standard error."""
+        turn, self._turn = self._turn, self._turn + 1
+        if message.error or message.arguments is None:
+            self._invalid += 1
+            lost = self._rewards.step_penalty + self._rewards.invalid_penalty
+            return Transition(observation=f"error: {message.error}", done=False, reward=-lost)
+        started = time.monotonic()
+        if self._config.tool_latency_s:
+            await sleep(self._config.tool_latency_s)
+        result, status, done = self._call(message.name, next(iter(message.arguments.values())))
+        call = ToolCall(
+            turn=turn,
+            name=message.name,
+            arguments=message.arguments,
+            status=status,
+            latency_s=time.monotonic() - started,
+        )
+        return Transition(observation=result, done=done, call=call, reward=-self._rewards.step_penalty)
+
+    async def score(self) -> Sequence[Score]:
+        """Outcome +1 for the right city, else -1; penalties per turn and per invalid call; shaping by facts read."""
+        right = self._answer is not None and self._answer.strip().casefold() == self._task.data["answer"].casefold()
+        weights = self._rewards
+        found = len(self._opened.intersection(self._task.data["facts"])) / self._config.hops
+        return (
+            Score(name="outcome", kind=ScoreKind.OUTCOME, weight=1.0, value=1.0 if right else -1.0),
+            Score(name="step", kind=ScoreKind.PENALTY, weight=-weights.step_penalty, value=float(self._turn)),
+            Score(name="invalid", kind=ScoreKind.PENALTY, weight=-weights.invalid_penalty, value=float(self._invalid)),
+            Score(name="facts", kind=ScoreKind.SHAPING, weight=weights.shaping, value=found),
+        )
+
+    def _call(self, name: str, argument: str) -> tuple[str, ToolStatus, bool]:
+        if name == "answer":
+            self._answer = argument
+            return "", ToolStatus.OK, True
+        if self._faults.random() < self._config.tool_failure_rate:
+            return self._faults.choice(FAULTS), ToolStatus.ERROR, False
+        if name == "search":
+            return "\n".join(self._store.search(argument)) or "no results", ToolStatus.OK, False
+        body = self._store.open(argument)
+        if body is None:
+            return "error: no such document", ToolStatus.ERROR, False
+        self._opened.add(argument)
+        return body, ToolStatus.OK, False
+
+
+def corpus(config: EnvironmentConfig, *, worlds: int = 64) -> Iterator[str]:
+    """Yield text as episodes hold it, to train a tokenizer on: questions, calls, listings, documents, errors."""
+    yield "Tools: search(query), open(document), answer(text)"
+    yield from FAULTS
+    yield from ("error: no such document", "error: no tool call", "error: call is not JSON", "no results")
+    for number in range(worlds):
+        world = build_world(Split.TRAIN, number, config)
+        for person, name in enumerate(world.people):
+            for hops in range(1, config.hops + 1):
+                yield f"Where does {'the manager of ' * (hops - 1)}{name} live?"
+            yield format_call("answer", {"text": world.homes[person]})
+        yield format_call("answer", {"text": "unknown"})
+        for document in world.documents:
+            yield document.body
+            yield format_call("open", {"document": document.identifier})
+            yield format_call("search", {"query": document.title})
+        identifiers = [document.identifier for document in world.documents]
+        yield from ("\n".join(identifiers[i : i + 3]) for i in range(0, len(identifiers), 3))

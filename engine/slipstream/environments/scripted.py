@@ -1,0 +1,76 @@
+"""Floor 4. Scripted researchers: demonstrators of the warm start and the baselines a trained policy is held against."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Generator
+from dataclasses import dataclass
+
+from slipstream.tools.hermes import format_call
+from slipstream.types import Task
+
+_HOME = re.compile(r"^(?P<name>\w+ \w+) (?P<verb>lives in|left|was in) (?P<city>\w+)\.$")
+_MANAGER = re.compile(r"^(?P<boss>\w+ \w+) (?P<verb>is the manager|was the manager|left the team) of ")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Habits:
+    """What a scripted researcher does and does not do.
+
+    Example: ``Habits(retries=False, reads_on=True)`` reads carefully but gives up at the first error.
+    """
+
+    retries: bool
+    """Repeats a call that returned an error; otherwise answers "unknown"."""
+    reads_on: bool
+    """Goes on to the next document after a near miss; otherwise believes it."""
+    acts: bool = True
+    """Uses tools at all; otherwise answers "unknown" at once."""
+
+
+EXPERT = Habits(retries=True, reads_on=True)
+WITHOUT_RETRY = Habits(retries=False, reads_on=True)
+HASTY = Habits(retries=False, reads_on=False)
+DO_NOTHING = Habits(retries=False, reads_on=False, acts=False)
+
+
+def research(task: Task, hops: int, habits: Habits) -> Generator[str, str, str]:
+    """Play one episode as a generator: yields messages, is sent each tool result.
+
+    Example: ``player = research(task, 1, EXPERT); next(player); player.send("17\\n42\\n63")``.
+    """
+    try:
+        if not habits.acts:
+            raise _GaveUp
+        subject = task.data["person"]
+        for _ in range(hops - 1):
+            subject = yield from _find(f"{subject} manager", _MANAGER, "boss", "is the manager", habits)
+        city = yield from _find(f"{subject} home", _HOME, "city", "lives in", habits)
+    except _GaveUp:
+        city = "unknown"
+    yield format_call("answer", {"text": city})
+
+
+class _GaveUp(Exception):
+    """Raised inside a script that does not retry."""
+
+
+def _find(query: str, pattern: re.Pattern[str], field: str, true_verb: str, habits: Habits) -> Generator[str, str, str]:
+    """Search, then open documents until one convinces; return the field it tells."""
+    listed = yield from _insist(format_call("search", {"query": query}), habits)
+    for identifier in listed.split("\n"):
+        body = yield from _insist(format_call("open", {"document": identifier}), habits)
+        told = pattern.match(body)
+        if told and (told["verb"] == true_verb or not habits.reads_on):
+            return told[field]
+    raise _GaveUp
+
+
+def _insist(call: str, habits: Habits) -> Generator[str, str, str]:
+    """Make a call, again after each error if that is the habit."""
+    while True:
+        result = yield call
+        if not result.startswith("error"):
+            return result
+        if not habits.retries:
+            raise _GaveUp

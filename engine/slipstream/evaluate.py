@@ -1,0 +1,109 @@
+"""Floor 5. Evaluation of a policy folder on tasks it was not trained on, and episodes to read."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from slipstream.chat import Chat, load_tokenizer, train_tokenizer
+from slipstream.config import RunConfig
+from slipstream.demonstrations import demonstrations
+from slipstream.environments import environment_factory
+from slipstream.episodes import EpisodeRunner
+from slipstream.inference.trial import held_trial
+from slipstream.metrics import wilson_interval
+from slipstream.model import VOCABULARY, choose_device, load_policy
+from slipstream.policy_step import describe
+from slipstream.rewards import components, reward
+from slipstream.run_folder import write_json
+from slipstream.types import Split, Trajectory
+
+
+def main(
+    config: RunConfig, checkpoint: Path, *, split: Split, tasks: int, temperature: float, output: Path | None
+) -> int:
+    """Evaluate the policy in `checkpoint` and print or write success with its 95 % interval."""
+    torch.set_num_threads(config.actor.threads)
+    shown = tried(config, checkpoint, split=split, tasks=tasks, temperature=temperature)
+    successes = sum(t.success for t in shown)
+    low, high = wilson_interval(successes, tasks)
+    result = {
+        "checkpoint": str(checkpoint),
+        "split": str(split),
+        "tasks": tasks,
+        "temperature": temperature,
+        "top_p": config.evaluation.top_p,
+        "success_ci95": [low, high],
+        **describe(shown),
+    }
+    if output is None:
+        sys.stdout.write(
+            f"{checkpoint}: success {successes / tasks:.3f} [{low:.3f}, {high:.3f}] on {tasks} {split} tasks "
+            f"(temperature {temperature}, top-p {config.evaluation.top_p})\n"
+        )
+    else:
+        write_json(output, result)
+    return 0
+
+
+def tried(config: RunConfig, checkpoint: Path, *, split: Split, tasks: int, temperature: float) -> list[Trajectory]:
+    """Return one trajectory per task of the policy in a folder."""
+    policy = load_policy(checkpoint, config=config.model, device=choose_device(config.device))
+    runner = EpisodeRunner(
+        factory=environment_factory(config.environment, config.rewards),
+        chat=policy.chat,
+        environment=config.environment,
+        rewards=config.rewards,
+    )
+    return held_trial(
+        policy,
+        runner,
+        split=split,
+        tasks=tasks,
+        temperature=temperature,
+        top_p=config.evaluation.top_p,
+        config=config,
+    )
+
+
+def rollout(config: RunConfig, n: int, checkpoint: Path | None) -> int:
+    """Print `n` episodes to read: of the policy in `checkpoint`, or without one the demonstrations it would imitate."""
+    if checkpoint is not None:
+        chat = load_policy(checkpoint, config=config.model, device=choose_device(config.device)).chat
+        shown = tried(config, checkpoint, split=Split.HELDOUT, tasks=n, temperature=config.evaluation.temperature)
+        source = f"sampled from {checkpoint}"
+    else:
+        factory = environment_factory(config.environment, config.rewards)
+        chat = _tokenizer_only(config, factory.corpus())
+        runner = EpisodeRunner(factory=factory, chat=chat, environment=config.environment, rewards=config.rewards)
+        shown = asyncio.run(demonstrations(runner, config, range(n)))
+        source = "scripted demonstrations of the warm start"
+    for number, trajectory in enumerate(shown, start=1):
+        sys.stdout.write(_readable(trajectory, chat, f"episode {number} of {n}: {source}", config) + "\n")
+    return 0
+
+
+def _tokenizer_only(config: RunConfig, corpus: Iterable[str]) -> Chat:
+    if config.model.path:
+        return Chat(load_tokenizer(Path(config.model.path)), explain_calls=True)
+    return Chat(train_tokenizer(corpus, vocabulary=VOCABULARY))
+
+
+def _readable(trajectory: Trajectory, chat: Chat, title: str, config: RunConfig) -> str:
+    """Return an episode as text: what the policy sampled is marked, what it was shown is not."""
+    lines = [f"── {title} " + "─" * max(3, 96 - len(title))]
+    edges = np.flatnonzero(np.diff(trajectory.turns.astype(np.int64), prepend=-2, append=-2))
+    for start, end in itertools.pairwise(edges):
+        text = chat.text(trajectory.token_ids[start:end]).strip()
+        mark = "policy │ " if trajectory.loss_mask[start] else "       │ "
+        lines += [mark + line for line in text.splitlines()]
+    parts = ", ".join(f"{name} {value:+.2f}" for name, value in components(trajectory.scores).items())
+    lines.append(f"         {trajectory.outcome}, reward {reward(trajectory.scores, config.rewards):+.2f} ({parts}), "
+                 f"{len(trajectory.token_ids)} tokens, {int(trajectory.loss_mask.sum())} sampled")
+    return "\n".join(lines)

@@ -1,0 +1,143 @@
+"""Floor 1. The events of a run: all that must survive the hub. Its state is what they add up to."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from slipstream.types import Lease, Outcome, Split, TaskAttempt, TrajectoryId, WeightUpdate
+
+Slot = tuple[int, int, int]
+"""(evaluation serial or -1, group, attempt): one episode that is owed."""
+
+
+class Event(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", forbid_unknown_fields=True):
+    """Base of all events; `kind` in the log is the class's name."""
+
+
+class Epoch(Event, frozen=True, kw_only=True, tag=True):
+    """An actor joined, for the first time or again."""
+
+    actor: str
+    epoch: int
+    session: str
+
+
+class Incarnation(Event, frozen=True, kw_only=True, tag=True):
+    """A learner joined."""
+
+    number: int
+    fork_step: int
+    session: str
+
+
+class GroupOpened(Event, frozen=True, kw_only=True, tag=True):
+    """The gate let one more group in."""
+
+    group: int
+    task: int
+    split: Split
+
+
+class Leased(Event, frozen=True, kw_only=True, tag=True):
+    """An actor was given episodes to run."""
+
+    actor: str
+    leases: tuple[Lease, ...]
+
+
+class Released(Event, frozen=True, kw_only=True, tag=True):
+    """Leases ended without a trajectory: time-out, lost or replaced actor."""
+
+    slots: tuple[Slot, ...]
+    reason: str
+
+
+class Received(Event, frozen=True, kw_only=True, tag=True):
+    """A trajectory arrived; its record follows the event in the log."""
+
+    identity: TrajectoryId
+    attempt: TaskAttempt
+    split: Split
+    evaluation: int
+    issue: int
+    outcome: Outcome
+    success: bool
+    reward: float
+    turns: int
+    tokens: int
+    """Sampled tokens."""
+    serials: tuple[int, ...]
+    """Distinct serials of its sampled tokens, ascending."""
+    verdict: Literal["buffered", "evaluated", "duplicate", "failed_infrastructure", "unproven"]
+    """What became of it on arrival."""
+
+    @property
+    def slot(self) -> Slot:
+        """The episode it answers."""
+        return self.evaluation, self.attempt.group, self.attempt.attempt
+
+
+class Quarantined(Event, frozen=True, kw_only=True, tag=True):
+    """Bytes arrived that are no valid trajectory; they are kept in `file`."""
+
+    actor: str
+    file: str
+    reason: str
+
+
+class Trained(Event, frozen=True, kw_only=True, tag=True):
+    """A batch was handed to the learner."""
+
+    step: int
+    identities: tuple[TrajectoryId, ...]
+
+
+class Dropped(Event, frozen=True, kw_only=True, tag=True):
+    """Complete groups left the buffer unused."""
+
+    identities: tuple[TrajectoryId, ...]
+    reason: Literal["dropped_by_slip", "filtered"]
+
+
+class Published(Event, frozen=True, kw_only=True, tag=True):
+    """The learner published weights."""
+
+    update: WeightUpdate
+
+
+class Proven(Event, frozen=True, kw_only=True, tag=True):
+    """An actor's session proved that it holds a serial."""
+
+    actor: str
+    session: str
+    serial: int
+
+
+class RolledBack(Event, frozen=True, kw_only=True, tag=True):
+    """A learner resumed from `step`: batches from there on return to the buffer."""
+
+    step: int
+
+
+class EvaluationDone(Event, frozen=True, kw_only=True, tag=True):
+    """A held-out evaluation is complete."""
+
+    serial: int
+    step: int
+    success: float
+    count: int
+    metrics: dict[str, float]
+
+
+class CheckpointPublished(Event, frozen=True, kw_only=True, tag=True):
+    """The learner published a checkpoint."""
+
+    step: int
+
+
+AnyEvent = (
+    Epoch | Incarnation | GroupOpened | Leased | Released | Received | Quarantined | Trained | Dropped | Published
+    | Proven | RolledBack | EvaluationDone | CheckpointPublished
+)  # fmt: skip

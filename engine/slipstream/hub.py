@@ -1,0 +1,120 @@
+"""Floor 5. The hub, where actors and the learner meet: the ledger (ledger.py) over ZeroMQ, in one thread.
+
+It writes, in the run's folder: `trajectories/` (its log), `quarantine/` (bytes that were no trajectory),
+`hub.json` (where it listens), `status.json` (who waits for whom, twice a second) and `metrics.jsonl` (the
+learner's rows and its own counters).
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import secrets
+import signal
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Final
+
+from slipstream.config import RunConfig
+from slipstream.errors import AddressError, StorageError
+from slipstream.ingest import IngestLog
+from slipstream.ledger import Ledger
+from slipstream.messages import Buffer
+from slipstream.metrics import FILE as METRICS
+from slipstream.metrics import append_row
+from slipstream.rendezvous import run_id
+from slipstream.run_folder import read_json, write_json
+from slipstream.transport.zeromq import RouterServer
+
+_STATUS_EVERY_S: Final = 0.5
+
+
+def main(config: RunConfig, folder: Path) -> int:
+    """Serve a run until SIGTERM or SIGINT; returns 0.
+
+    Raises AddressError (port in use), RunFolderError (another hub), StorageError (a damaged log).
+    """
+    stopping = _stop_signals()
+    _limit_memory(config.hub.memory_limit_bytes)
+    run = run_id(folder)
+    log = IngestLog(folder / "trajectories", config.hub.durability, config.hub.segment_bytes)
+    for note in log.notes:
+        sys.stderr.write(note + "\n")
+    ledger = Ledger(config, run, log, quarantine_in(folder / "quarantine"))
+    server = _serve(ledger, config.hub.address, folder / "hub.json")
+    write_json(folder / "hub.json", {"address": server.address, "pid": os.getpid(), "run": run})
+    books = Bookkeeper(ledger, folder)
+    try:
+        server.run(stopping, each_turn=books.turn)
+    finally:
+        books.finish()
+        log.close()
+        server.close()
+    return 0
+
+
+class Bookkeeper:
+    """Writes what the hub knows into the run's folder."""
+
+    def __init__(self, ledger: Ledger, folder: Path) -> None:
+        """Write into `folder`."""
+        self._ledger, self._folder = ledger, folder
+        self._next_status = 0.0
+
+    def turn(self) -> None:
+        """Write new rows, and the status when it is due."""
+        for row in self._ledger.take_reports():
+            append_row(self._folder / METRICS, row)
+        now = time.monotonic()
+        if now >= self._next_status:
+            self._next_status = now + _STATUS_EVERY_S
+            write_json(self._folder / "status.json", {"time": time.time(), **self._ledger.status(now)})
+
+    def finish(self) -> None:
+        """Write what is left."""
+        self._next_status = 0.0
+        self.turn()
+
+
+def quarantine_in(folder: Path) -> Callable[[Sequence[Buffer]], str]:
+    """Return a function that keeps bad bytes in a file of their own and returns its name."""
+
+    def keep(frames: Sequence[Buffer]) -> str:
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"{time.time_ns()}-{secrets.token_hex(2)}.bin"
+        try:
+            path.write_bytes(b"".join(frames))
+        except OSError as error:
+            raise StorageError(
+                f"{path}: writing failed ({error.strerror}); free space or repair the disk"
+            ) from error
+        return path.name
+
+    return keep
+
+
+def _serve(ledger: Ledger, address: str, known: Path) -> RouterServer:
+    """Bind; a hub that takes any free port first tries the one its clients know."""
+    before = read_json(known).get("address")
+    if address.endswith(":*") and isinstance(before, str) and before.startswith(address[:-1]):
+        try:
+            return RouterServer(ledger, before, lost=ledger.lost)
+        except AddressError:
+            pass
+    return RouterServer(ledger, address, lost=ledger.lost)
+
+
+def _stop_signals() -> Callable[[], bool]:
+    seen: list[int] = []
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda received, _frame: seen.append(received))
+    return lambda: bool(seen)
+
+
+def _limit_memory(limit_bytes: int) -> None:
+    """Let a flood of frames end this process, not the machine."""
+    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    if hard == resource.RLIM_INFINITY or hard > limit_bytes:
+        resource.setrlimit(resource.RLIMIT_DATA, (limit_bytes, hard))

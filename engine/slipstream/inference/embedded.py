@@ -1,0 +1,214 @@
+"""Floor 4. Inference inside the actor process: continuous batching with a key-value cache, on CPU or GPU.
+
+    generate()  ──▶ waiting ──▶ a free row ──▶ [ one forward pass for all rows: new spans and single tokens, packed ] ──▶ draw
+       ▲   waits for: a free row, then its stop token or length limit      released by: the loop, or DeadlineError │
+       └──────────────────────────── completion ◀──────────────────────────────────────────────────────────────────┘
+
+New rollouts join at the next pass. New weights are taken between two passes; every row's cached length then falls to zero, so
+that its keys and values are rebuilt from its tokens before its next token is drawn.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from slipstream.attention import run_decoder
+from slipstream.inference.cache import SlotCache
+from slipstream.inference.sampling import draw, uniforms
+from slipstream.interfaces import WeightSubscriber
+from slipstream.model import canary_logprobs, copy_weights, head, named_weights
+from slipstream.types import Completion, Int32Array, Sampling, WeightProof, WeightUpdate
+from slipstream_kernels import checksum64_named
+
+# Tokens of one forward pass; longer rebuilds are spread over several passes so that memory stays bounded.
+PASS_TOKENS = 8192
+
+
+@dataclass(slots=True)
+class _Request:
+    """One message being sampled in one row."""
+
+    sampling: Sampling
+    start: int
+    limit: int
+    future: asyncio.Future[Completion]
+
+
+class EmbeddedBackend:
+    """An `InferenceBackend` over a Hugging Face model in this process.
+
+    Example: ``EmbeddedBackend(model, stop_token=4, rows=128, max_tokens=256, subscriber=subscriber)``; start it by keeping
+    ``asyncio.create_task(backend.run())``.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        stop_token: int,
+        rows: int,
+        max_tokens: int,
+        subscriber: WeightSubscriber | None = None,
+        serial: int = 0,
+    ) -> None:
+        self._model = model.eval().requires_grad_(False)
+        self._device = head(model).device
+        self._subscriber = subscriber
+        self._stop_token = stop_token
+        self._max_tokens = max_tokens
+        self._cache = SlotCache(model, rows=rows, max_tokens=max_tokens)
+        self._tokens = np.zeros((rows, max_tokens), dtype=np.int32)
+        self._logprobs = np.zeros((rows, max_tokens), dtype=np.float32)
+        self._versions = np.full((rows, max_tokens), -1, dtype=np.int32)
+        self._length = np.zeros(rows, dtype=np.int32)
+        self._cached = np.zeros(rows, dtype=np.int32)
+        self._limit = np.zeros(rows, dtype=np.int32)
+        self._active = np.zeros(rows, dtype=bool)
+        self._keys = np.zeros(rows, dtype=np.uint64)
+        self._temperature = np.ones(rows, dtype=np.float32)
+        self._top_p = np.ones(rows, dtype=np.float32)
+        self._requests: dict[int, _Request] = {}
+        self._row_of: dict[int, int] = {}
+        self._free = list(reversed(range(rows)))
+        self._room = asyncio.Semaphore(rows)
+        self._work = asyncio.Event()
+        self.serial = serial
+        self.tokens_generated = 0
+        self.tokens_prefilled = 0
+
+    @property
+    def rows(self) -> int:
+        """Rollouts that can be live at once."""
+        return len(self._length)
+
+    async def generate(self, token_ids: Int32Array, sampling: Sampling, *, rollout_id: int) -> Completion:
+        """Sample one message; the first `length` tokens must be those of the rollout's last call and completion."""
+        row = self._row_of.get(rollout_id)
+        if row is None:
+            row = await self._take_row(rollout_id)
+        known = int(self._length[row])
+        self._tokens[row, known : len(token_ids)] = token_ids[known:]
+        self._length[row] = len(token_ids)
+        request = _Request(
+            sampling=sampling,
+            start=len(token_ids),
+            limit=min(len(token_ids) + sampling.max_tokens, self._max_tokens),
+            future=asyncio.get_running_loop().create_future(),
+        )
+        self._requests[row] = request
+        self._limit[row] = request.limit
+        self._temperature[row], self._top_p[row] = sampling.temperature, sampling.top_p
+        self._active[row] = True
+        self._work.set()
+        return await request.future
+
+    def release(self, rollout_id: int) -> None:
+        """Give the rollout's row back."""
+        row = self._row_of.pop(rollout_id, None)
+        if row is not None:
+            self._active[row] = False
+            self._requests.pop(row, None)
+            self._free.append(row)
+            # The lowest row is taken first, so that a thin batch stays together.
+            self._free.sort(reverse=True)
+            self._room.release()
+
+    async def load(self, update: WeightUpdate) -> WeightProof:
+        """Copy published weights in and prove it; called between two passes, since both run on one thread."""
+        if self._subscriber is None:
+            raise RuntimeError("this backend was built without a weight subscriber")
+        with torch.no_grad():
+            copy_weights(self._model, self._subscriber.fetch(update))
+        self.serial = update.version.serial
+        self._cached[:] = 0
+        return self.prove(update.canary_tokens)
+
+    def prove(self, canary_tokens: tuple[int, ...]) -> WeightProof:
+        """Compute the proof of the weights held now, from the model's own memory."""
+        arrays = {name: tensor.cpu() for name, tensor in named_weights(self._model).items()}
+        return WeightProof(
+            serial=self.serial,
+            checksum64=checksum64_named(arrays),
+            canary_logprobs=canary_logprobs(self._model, canary_tokens),
+        )
+
+    async def run(self) -> None:
+        """Serve until cancelled; an idle backend sleeps until the next `generate`."""
+        while True:
+            if not self._active.any():
+                self._work.clear()
+                await self._work.wait()
+            self._step()
+            await asyncio.sleep(0)
+
+    @torch.no_grad()
+    def _step(self) -> None:
+        """One forward pass: feed every active row's new tokens, draw a token in each row that is then up to date."""
+        rows, spans = self._chosen_rows()
+        starts = self._cached[rows]
+        token_ids = np.concatenate([self._tokens[r, c : c + n] for r, c, n in zip(rows, starts, spans, strict=True)])
+        _, positions_T = self._cache.plan(rows, starts, spans)
+        tokens_T = torch.from_numpy(token_ids).to(self._device)
+        hidden_TH = run_decoder(self._model, tokens_T, positions_T, self._cache)
+        self._cached[rows] += spans
+        last_T = np.cumsum(spans) - 1
+        ready = self._cached[rows] == self._length[rows]
+        self.tokens_prefilled += int(spans.sum()) - int(ready.sum())
+        if ready.any():
+            self._draw(rows[ready], hidden_TH[torch.from_numpy(last_T[ready])])
+
+    def _chosen_rows(self) -> tuple[Int32Array, Int32Array]:
+        """Return the rows of the next pass and how many tokens each feeds, within the pass's token limit."""
+        rows = np.flatnonzero(self._active).astype(np.int32)
+        spans = self._length[rows] - self._cached[rows]
+        fits = np.maximum(np.searchsorted(np.cumsum(spans), PASS_TOKENS, side="right"), 1)
+        return rows[:fits], spans[:fits]
+
+    def _draw(self, rows: Int32Array, hidden_RH: torch.Tensor) -> None:
+        """Draw the next token of `rows` and finish those that stopped or reached their limit."""
+        logits_RV = hidden_RH @ head(self._model).T
+        lengths = self._length[rows]
+        uniform = torch.from_numpy(uniforms(self._keys[rows], lengths.astype(np.uint64))).to(self._device)
+        top_p = self._top_p[rows]
+        token_R, logprob_R = draw(
+            logits_RV,
+            temperature_R=torch.from_numpy(self._temperature[rows]).to(self._device),
+            top_p_R=torch.from_numpy(top_p).to(self._device) if (top_p < 1).any() else None,
+            uniform_R=uniform,
+        )
+        tokens = token_R.cpu().numpy().astype(np.int32)
+        self._tokens[rows, lengths] = tokens
+        self._logprobs[rows, lengths] = logprob_R.cpu().numpy()
+        self._versions[rows, lengths] = self.serial
+        self._length[rows] += 1
+        self.tokens_generated += len(rows)
+        done = (tokens == self._stop_token) | (self._length[rows] >= self._limit[rows])
+        for row, token in zip(rows[done].tolist(), tokens[done].tolist(), strict=True):
+            self._finish(row, stopped=token == self._stop_token)
+
+    def _finish(self, row: int, *, stopped: bool) -> None:
+        self._active[row] = False
+        request = self._requests.pop(row)
+        span = slice(request.start, int(self._length[row]))
+        if not request.future.done():
+            request.future.set_result(
+                Completion(
+                    token_ids=self._tokens[row, span].copy(),
+                    logprobs=self._logprobs[row, span].copy(),
+                    versions=self._versions[row, span].copy(),
+                    stopped=stopped,
+                )
+            )
+
+    async def _take_row(self, rollout_id: int) -> int:
+        await self._room.acquire()
+        row = self._free.pop()
+        self._row_of[rollout_id] = row
+        self._keys[row] = rollout_id
+        self._length[row] = self._cached[row] = 0
+        return row

@@ -1,0 +1,191 @@
+"""Floor 6. Runs a training run from its start to its summary on one machine.
+
+    1 warm start    warmup                       skipped when checkpoints/warmup verifies
+    2 training      hub, actors, learner         or everything in this process with `serial`
+    3 final         eval best, eval last         both at once, on fresh tasks
+    4 summary       summary.json, learning_curve.png
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from slipstream import run_folder, summary
+from slipstream.checkpoint import load_latest, verify
+from slipstream.config import RunConfig
+from slipstream.errors import CheckpointError, RoleError
+from slipstream.supervisor import Patience, RoleSpec, StoppedBySignal, Supervisor
+from slipstream.types import Split
+
+if TYPE_CHECKING:
+    from slipstream.display import Screen
+
+PROGRAM = (sys.executable, "-m", "slipstream")
+ACTOR_RESTARTS = 5
+BOOK_S = 5.0
+"""Seconds between two bookings of a stage's time."""
+INTERRUPTED = 130
+"""Exit code after a signal, as shells have it for SIGINT."""
+
+
+def train(
+    config: RunConfig,
+    folder: Path,
+    *,
+    resume: bool,
+    serial: bool,
+    screen: Screen,
+    program: Sequence[str] = PROGRAM,
+    patience: Patience | None = None,
+) -> int:
+    """Run all stages in `folder` and return the exit code.
+
+    `program` is the command that understands `hub`, `actor`, `learner`, `warmup` and `eval`.
+
+    Raises: RunFolderError when the folder cannot be used; UserError or RoleError when a role ended the
+    run, the latter saying how to go on.
+    """
+    with run_folder.opened(folder, config, resume=resume), screen:
+        run = _Run(config, folder, screen)
+        run.supervisor = Supervisor(
+            folder=folder,
+            program=program,
+            on_event=screen.event,
+            on_tick=run.tick,
+            patience=patience or Patience(),
+        )
+        try:
+            run.stages(serial=serial)
+        except StoppedBySignal as stop:
+            screen.event(f"stopped by {stop}; {_advice(folder)}")
+            return INTERRUPTED
+        except KeyboardInterrupt:  # in this process: serial mode
+            screen.event(f"stopped by SIGINT; {_advice(folder)}")
+            return INTERRUPTED
+        except RoleError as error:
+            raise RoleError(f"{error}\n{_advice(folder)}") from None
+    return 0
+
+
+class _Run:
+    """The stages of one run, with the seconds each has taken over all resumes."""
+
+    supervisor: Supervisor
+
+    def __init__(self, config: RunConfig, folder: Path, screen: Screen) -> None:
+        self._config, self._folder, self._screen = config, folder, screen
+        self._name, self._since = "", 0.0
+
+    def stages(self, *, serial: bool) -> None:
+        """Run what is still to be done."""
+        with self._stage("warm start"):
+            self._warm_start()
+        with self._stage("training"):
+            self._train_serially() if serial else self._train()
+        with self._stage("final evaluation"):
+            self._evaluate()
+        summary.write_summary(self._config, self._folder)
+        with self._stage("learning curve"):
+            from slipstream.plots import learning_curve
+
+            learning_curve(self._folder)
+        result = summary.write_summary(self._config, self._folder)
+        self._screen.finish(result)
+
+    def _warm_start(self) -> None:
+        warm = self._folder / "checkpoints" / "warmup"
+        try:
+            verify(warm)
+        except CheckpointError as error:
+            if warm.exists():
+                self._screen.event(f"the warm start is made again: {error}")
+            threads = self._config.actor.threads + self._config.learner.threads
+            self.supervisor.supervise([self._spec("warmup", threads=threads)])
+            verify(warm)
+
+    def _train(self) -> None:
+        (self._folder / "hub.json").unlink(missing_ok=True)  # an old address must find nobody
+        config = self._config
+        actors = [
+            self._spec(
+                "actor", "--name", f"actor-{index}", index=index, threads=config.actor.threads,
+                restarts=ACTOR_RESTARTS, awaited=False,
+            )
+            for index in range(config.actor.count)
+        ]  # fmt: skip
+        hub, learner = self._spec("hub"), self._spec("learner", threads=config.learner.threads)
+        self.supervisor.supervise([hub, *actors, learner])
+
+    def _train_serially(self) -> None:
+        from slipstream import serial
+
+        serial.run(self._config, self._folder)
+
+    def _evaluate(self) -> None:
+        checkpoints, config = self._folder / "checkpoints", self._config
+        targets = [(load_latest(checkpoints).path, summary.FINAL_LAST, config.learner.threads)]
+        if (checkpoints / "best").exists():
+            targets.append((checkpoints / "best", summary.FINAL_BEST, config.actor.threads))
+        specs = [
+            RoleSpec(
+                role="eval",
+                index=index,
+                threads=threads,
+                arguments=(
+                    "eval", str(path),
+                    "--recipe", str(self._folder / run_folder.CONFIG),
+                    "--split", Split.FRESH.value,
+                    "--tasks", str(config.evaluation.final_tasks),
+                    "--temperature", str(config.evaluation.temperature),
+                    "--output", str(self._folder / file),
+                ),
+            )
+            for index, (path, file, threads) in enumerate(targets)
+        ]  # fmt: skip
+        self.supervisor.supervise(specs)
+
+    def _spec(
+        self,
+        role: str,
+        *more: str,
+        index: int = 0,
+        threads: int = 1,
+        restarts: int = 0,
+        awaited: bool = True,
+    ) -> RoleSpec:
+        arguments = (role, "--output", str(self._folder), *more)
+        return RoleSpec(
+            role=role, index=index, arguments=arguments, threads=threads, restarts=restarts, awaited=awaited
+        )
+
+    def tick(self) -> None:
+        """Refresh the screen; book the seconds every now and then, so that kill -9 loses few."""
+        self._screen.refresh()
+        if time.monotonic() - self._since > BOOK_S:
+            self._book_seconds()
+
+    @contextmanager
+    def _stage(self, name: str) -> Iterator[None]:
+        """Show a stage and add its seconds to times.json, however it ends."""
+        self._screen.stage(name)
+        self._name, self._since = name, time.monotonic()
+        try:
+            yield
+        finally:
+            self._book_seconds()
+
+    def _book_seconds(self) -> None:
+        path = self._folder / summary.TIMES
+        times, now = run_folder.read_json(path), time.monotonic()
+        times[self._name] = times.get(self._name, 0.0) + now - self._since
+        run_folder.write_json(path, times)
+        self._since = now
+
+
+def _advice(folder: Path) -> str:
+    return f"continue with: slipstream train --output {folder} --resume"

@@ -1,0 +1,291 @@
+"""Floor 5. The learner: pulls whole batches, moves the policy, publishes every version, keeps checkpoints.
+
+    wait            for                              released by
+    pull            a batch of the hub               its last trajectory, or DeadlineError
+    last events     the evaluation of the last step  its last episode, or DeadlineError
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import signal
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from slipstream import checkpoint
+from slipstream.config import RunConfig
+from slipstream.deadlines import Deadline
+from slipstream.errors import CheckpointError
+from slipstream.messages import Evaluated, Stop
+from slipstream.metrics import slip_statistics
+from slipstream.model import (
+    WEIGHTS,
+    Policy,
+    canary_logprobs,
+    choose_device,
+    load_model,
+    load_policy,
+    named_weights,
+    publish_policy,
+    write_policy,
+)
+from slipstream.policy_step import PolicyStep
+from slipstream.rendezvous import hub_address, run_id
+from slipstream.staleness import VersionTable
+from slipstream.transport.client import LearnerClient, PulledBatch
+from slipstream.transport.zeromq import SyncDealerChannel
+from slipstream.types import Int32Array, Trajectory, Version, WeightUpdate
+from slipstream.weights.filesystem import FilesystemPublisher
+from slipstream_kernels import checksum64_named
+
+CANARY_TOKENS = 16
+OPTIMIZER = "optimizer.safetensors"
+STATE = "state.json"
+LAST_EVALUATION_S = 600.0
+
+log = logging.getLogger(__name__)
+
+
+def main(config: RunConfig, folder: Path) -> int:
+    """Train a run to its last step; on SIGTERM or SIGINT save a checkpoint and return 0."""
+    torch.set_num_threads(config.learner.threads)
+    stopping: list[int] = []
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda received, _frame: stopping.append(received))
+    client = LearnerClient(SyncDealerChannel(hub_address(folder)), run_id(folder), "learner-0")
+    learner = Learner(config, folder, client)
+    learner.start()
+    while not learner.done and not stopping:
+        learner.advance(timeout_s=0.5)
+    if stopping:
+        learner.save()
+    client.close()
+    return 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Best:
+    """The best version so far by held-out success."""
+
+    serial: int = -1
+    step: int = -1
+    success: float = -1.0
+    count: int = 0
+
+
+class Learner:
+    """The learner's state between two steps; `advance` is one turn of its loop."""
+
+    def __init__(self, config: RunConfig, folder: Path, client: LearnerClient) -> None:
+        """Load the newest verified checkpoint, or the warm start."""
+        self._config, self._folder, self._client = config, folder, client
+        self._checkpoints = folder / "checkpoints"
+        device = choose_device(config.device)
+        warm = self._checkpoints / "warmup"
+        checkpoint.verify(warm)
+        newest = self._newest()
+        self._policy = load_policy(newest or warm, config=config.model, device=device)
+        reference = None
+        if config.objective.kl_coefficient > 0:
+            reference = load_model(warm, dtype=config.model.dtype, device=device)
+        self._step = PolicyStep(self._policy.model, reference, config)
+        self._publisher = FilesystemPublisher(folder / "weights", keep=4)
+        self._versions = VersionTable()
+        self.step = 0
+        self.best = Best()
+        self._last_evaluated = -1
+        self._starved_s = 0.0
+        if newest is not None:
+            self._restore(newest)
+
+    @property
+    def done(self) -> bool:
+        """True after the last step and its evaluation."""
+        return self.step >= self._config.steps and self._last_evaluated >= self._config.steps
+
+    def start(self) -> None:
+        """Join the hub and publish the current weights as a new serial."""
+        welcome = self._client.connect(self.step)
+        self._incarnation, self._fork_step = welcome.epoch, welcome.fork_step
+        self._next_serial = max(welcome.next_serial, self._publisher.newest_serial() + 1)
+        self._publish()
+        self._row_began = time.monotonic()
+
+    def advance(self, *, timeout_s: float) -> None:
+        """Hear what the hub has to say, then take one batch if it is there within `timeout_s`."""
+        for event in self._client.events():
+            self._hear(event)
+        if self.step >= self._config.steps:
+            self._await_last_evaluation(timeout_s)
+            return
+        began = time.monotonic()
+        batch = self._client.pull(self.step, timeout_s)
+        self._starved_s += time.monotonic() - began
+        if batch is not None:
+            self._take(batch)
+
+    def save(self) -> None:
+        """Publish a checkpoint of the current step, whole or not at all."""
+        checkpoint.save_checkpoint(
+            self._checkpoints, self.step, self._write_checkpoint, keep=self._config.checkpoint.keep
+        )
+        self._client.checkpointed(self.step)
+
+    def _take(self, batch: PulledBatch) -> None:
+        """Train on one batch, publish, report, and save when it is due."""
+        for version in batch.versions:
+            self._versions.add(version)
+        slips = [self._versions.slip_at(self.step, self._incarnation, t.versions) for t in batch.trajectories]
+        result = self._step(batch.trajectories, slips, step=self.step)
+        if result.skipped:
+            self._quarantine(batch)
+        self.step += 1
+        sync_began = time.monotonic()
+        self._publish()
+        row = {
+            **result.metrics,
+            **_slip_metrics(batch.trajectories, slips, self._versions, self.step - 1, self._incarnation),
+            "skipped": float(self._step.optimizer.skipped),
+            "trajectories": float(len(batch.trajectories)),
+            "tokens/trained": float(result.tokens_trained),
+            "tokens/generated": float(sum(int(t.loss_mask.sum()) for t in batch.trajectories)),
+            "sync/seconds": time.monotonic() - sync_began,
+        }
+        self._report(row)
+        if self.step % self._config.checkpoint.every == 0 or self.step == self._config.steps:
+            self.save()
+
+    def _report(self, row: dict[str, float | list[float]]) -> None:
+        now = time.monotonic()
+        seconds, self._row_began = now - self._row_began, now
+        starved, self._starved_s = self._starved_s, 0.0
+        rates = {
+            "seconds/step": seconds,
+            "wait/learner_starved": min(starved / seconds, 1.0),
+            "tokens/generated_per_s": float(row["tokens/generated"]) / seconds,  # type: ignore[arg-type]
+            "tokens/trained_per_s": float(row["tokens/trained"]) / seconds,  # type: ignore[arg-type]
+        }
+        self._client.report("train", {"step": float(self.step), **row, **rates})
+
+    def _publish(self) -> None:
+        """Write the weights under the next serial and announce them with a canary."""
+        weights = {name: tensor.cpu() for name, tensor in named_weights(self._policy.model).items()}
+        serial, self._next_serial = self._next_serial, self._next_serial + 1
+        folder = self._publisher.publish(weights, serial=serial)
+        version = Version(
+            serial=serial,
+            incarnation=self._incarnation,
+            step=self.step,
+            fork_step=self._fork_step,
+            checksum64=checksum64_named(weights),
+        )
+        self._versions.add(version)
+        if self.step % self._config.evaluation.every == 0 or self.step == self._config.steps:
+            # Its evaluation may begin late and its weights may turn out the best.
+            self._publisher.pin(serial)
+        canary = canary_tokens(self._policy)
+        self._client.publish(
+            WeightUpdate(
+                version=version,
+                folder=folder,
+                canary_tokens=canary,
+                canary_logprobs=canary_logprobs(self._policy.model, canary),
+            )
+        )
+
+    def _hear(self, event: Evaluated | Stop) -> None:
+        match event:
+            case Evaluated():
+                self._judge(event)
+            case Stop(reason=reason):
+                raise CheckpointError(f"the hub stopped the learner: {reason}; continue with --resume")
+
+    def _judge(self, event: Evaluated) -> None:
+        """Keep the evaluated version if it is the best so far, by held-out success."""
+        self._last_evaluated = max(self._last_evaluated, event.step)
+        better = event.success > self.best.success
+        if not event.replayed:
+            row = {"step": float(event.step), "serial": float(event.serial), "success": event.success,
+                   "tasks": float(event.count), "best": float(better), **event.metrics}  # fmt: skip
+            self._client.report("evaluation", row)
+        source = self._publisher.folder / f"serial-{event.serial:08d}" / WEIGHTS
+        if better and source.is_file():
+            self.best = Best(serial=event.serial, step=event.step, success=event.success, count=event.count)
+            tensors = checkpoint.read_tensors(source)
+            checkpoint.publish(
+                self._checkpoints / "best",
+                lambda folder: write_policy(folder, self._policy, tensors),
+                asdict(self.best),
+            )
+        self._publisher.unpin(event.serial)
+
+    def _await_last_evaluation(self, timeout_s: float) -> None:
+        """Wait for the evaluation of the last step; then end the run for everybody."""
+        deadline = Deadline(LAST_EVALUATION_S, "learner", f"the held-out evaluation of step {self.step}")
+        while not self.done:
+            deadline.check()
+            events = self._client.events(timeout_s)
+            for event in events:
+                self._hear(event)
+            if not events and timeout_s == 0.0:
+                return
+        self.save()
+        self._client.finish("training is over")
+
+    def _quarantine(self, batch: PulledBatch) -> None:
+        """Note whose trajectories gave non-finite values; they are trained at most this once."""
+        file = self._folder / "quarantine" / f"step-{self.step:08d}.json"
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(json.dumps([asdict(t.identity) for t in batch.trajectories], indent=1))
+        log.warning("step %d: non-finite loss or gradient; weights unchanged, batch noted in %s", self.step, file)
+
+    def _write_checkpoint(self, folder: Path) -> None:
+        write_policy(folder, self._policy)
+        checkpoint.write_tensors(folder / OPTIMIZER, self._step.optimizer.state_tensors())
+        state = {"step": self.step, "best": asdict(self.best), "skipped": self._step.optimizer.skipped}
+        checkpoint.write_state(folder / STATE, state)
+
+    def _newest(self) -> Path | None:
+        if not any(self._checkpoints.glob("step-*")):
+            return None
+        return checkpoint.load_latest(self._checkpoints).path
+
+    def _restore(self, folder: Path) -> None:
+        state = checkpoint.read_state(folder / STATE)
+        self._step.optimizer.load_state_tensors(checkpoint.read_tensors(folder / OPTIMIZER))
+        self._step.optimizer.skipped = int(state["skipped"])
+        self.step, self.best = int(state["step"]), Best(**state["best"])
+
+
+def canary_tokens(policy: Policy) -> tuple[int, ...]:
+    """Return a fixed token sequence spread over the vocabulary."""
+    vocabulary = policy.model.config.vocab_size
+    return tuple(int(i) for i in np.linspace(0, vocabulary - 1, CANARY_TOKENS))
+
+
+def _slip_metrics(
+    trajectories: Sequence[Trajectory],
+    slips: Sequence[Int32Array],
+    versions: VersionTable,
+    step: int,
+    incarnation: int,
+) -> dict[str, float | list[float]]:
+    """Return slip per trained token at consumption, its part gathered in flight and in the queue, and ages in seconds."""
+    masks = [t.loss_mask > 0 for t in trajectories]
+    slip_N = np.concatenate([slip[mask] for slip, mask in zip(slips, masks, strict=True)])
+    # The newest token of a trajectory was sampled last: what came after is queueing.
+    queue = [int(slip[mask].min()) if mask.any() else 0 for slip, mask in zip(slips, masks, strict=True)]
+    queue_N = np.repeat(queue, [int(mask.sum()) for mask in masks])
+    now = time.time()
+    age_N = np.repeat([now - t.timings.finished_s for t in trajectories], [int(mask.sum()) for mask in masks])
+    return {
+        **slip_statistics(slip_N, age_N),
+        "slip/in_queue_mean": float(queue_N.mean()),
+        "slip/in_flight_mean": float((slip_N - queue_N).mean()),
+    }

@@ -1,0 +1,285 @@
+"""Floor 2. What the events of a run add up to: groups, batches, versions, leases and the books.
+
+`LedgerState.apply` is the only thing that changes it, so replaying the log rebuilds it. The life of a training trajectory:
+
+    received ─┬─ buffered ─┬─ trained ── (learner rolled back) ── buffered
+              │            └─ dropped_by_slip | filtered
+              └─ duplicate | failed_infrastructure | unproven                    quarantined: bytes that are no trajectory
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Final
+
+from slipstream import events
+from slipstream.config import RunConfig
+from slipstream.errors import StorageError
+from slipstream.leases import LeaseDesk
+from slipstream.staleness import VersionTable, capacity
+from slipstream.types import TrajectoryId, WeightUpdate
+
+FATES: Final = (
+    "trained", "buffered", "dropped_by_slip", "filtered", "quarantined", "failed_infrastructure", "unproven",
+    "duplicate",
+)  # fmt: skip
+
+
+@dataclass(slots=True, kw_only=True)
+class Item:
+    """A trajectory in the log."""
+
+    received: events.Received
+    position: int
+    """Where the log keeps its record."""
+    fate: str
+
+
+@dataclass(slots=True, kw_only=True)
+class Evaluation:
+    """A held-out evaluation under way."""
+
+    serial: int
+    step: int
+    results: dict[int, events.Received] = field(default_factory=dict)
+    """task -> result."""
+
+
+class LedgerState:
+    """The state of a run, as its log tells it.
+
+    Example: ``for entry in log.replay(): state.apply(entry.event, entry.position)``.
+    """
+
+    def __init__(self, config: RunConfig) -> None:
+        """Start empty."""
+        self._config = config
+        self.epochs: dict[str, int] = {}
+        self.sessions: dict[tuple[str, int], str] = {}
+        self.proven: dict[tuple[str, str], set[int]] = {}
+        self.incarnation, self.fork_step, self.learner_session = -1, 0, ""
+        self.versions = VersionTable()
+        self.updates: dict[int, WeightUpdate] = {}
+        self.newest: WeightUpdate | None = None
+        """Newest weights of the current incarnation."""
+        self.next_serial = 0
+        self.groups: dict[int, list[TrajectoryId | None]] = {}
+        """Open and complete groups: an identity per attempt received."""
+        self.complete: set[int] = set()
+        self.next_group = 0
+        self.items: dict[TrajectoryId, Item] = {}
+        self.batches: dict[int, tuple[TrajectoryId, ...]] = {}
+        self.training, self.heldout = LeaseDesk(), LeaseDesk()
+        self.evaluation: Evaluation | None = None
+        self.evaluation_queue: list[int] = []
+        self.evaluations: list[events.EvaluationDone] = []
+        self.checkpoint_step = -1
+        self.quarantined = 0
+        self.fates: Counter[str] = Counter()
+        self.evaluation_fates: Counter[str] = Counter()
+
+    def apply(self, event: events.AnyEvent, position: int = -1) -> None:
+        """Take one event in."""
+        match event:
+            case events.Received():
+                self._received(event, position)
+            case events.Leased():
+                for lease in event.leases:
+                    (self.heldout if lease.evaluation >= 0 else self.training).lease(event.actor, lease)
+            case events.Released():
+                for slot in event.slots:
+                    (self.heldout if slot[0] >= 0 else self.training).release(slot)
+            case events.GroupOpened():
+                self._opened(event)
+            case events.Trained():
+                self._leave_buffer(event.identities, "trained")
+                self.batches[event.step] = event.identities
+            case events.Dropped():
+                self._leave_buffer(event.identities, event.reason)
+            case events.Quarantined():
+                self.quarantined += 1
+            case _:
+                self._apply_peer(event)
+
+    def _apply_peer(self, event: events.AnyEvent) -> None:
+        match event:
+            case events.Epoch():
+                self._joined(event)
+            case events.Proven():
+                self.proven.setdefault((event.actor, event.session), set()).add(event.serial)
+            case events.Incarnation():
+                self.incarnation, self.fork_step = event.number, event.fork_step
+                self.learner_session, self.newest = event.session, None
+                self.versions.fork(event.number, event.fork_step)
+            case events.Published():
+                self._published(event.update)
+            case events.RolledBack():
+                self._rolled_back(event.step)
+            case events.EvaluationDone():
+                self.evaluations.append(event)
+                self.evaluation = None
+                self._next_evaluation()
+            case events.CheckpointPublished():
+                self.checkpoint_step = event.step
+
+    @property
+    def version(self) -> int:
+        """Step of the newest published weights; before the first of an incarnation, the step it started from."""
+        return self.newest.version.step if self.newest else self.fork_step
+
+    @property
+    def accepted(self) -> int:
+        """Trajectories trained or waiting to be."""
+        return self.fates["trained"] + self.fates["buffered"]
+
+    @property
+    def room(self) -> int:
+        """Trajectories the staleness gate would still let be started."""
+        return capacity(self.accepted, len(self.training), self.version, self._config.max_slip,
+                        self._config.batch.trajectories)  # fmt: skip
+
+    @property
+    def steps(self) -> int:
+        """Batches handed out in the living line."""
+        return len(self.batches)
+
+    def next_batch(self) -> list[TrajectoryId] | None:
+        """Return the identities of the next batch, groups and attempts ascending, or None while it is not whole."""
+        ready = sorted(self.complete)[: self._config.batch.groups]
+        if len(ready) < self._config.batch.groups:
+            return None
+        return self.members(ready)
+
+    def members(self, groups: Iterable[int]) -> list[TrajectoryId]:
+        """Return the identities received for some groups, in order."""
+        return [identity for group in groups for identity in self.groups[group] if identity is not None]
+
+    def overage(self, step: int) -> list[int]:
+        """Return the complete groups of which every token would be older than max_slip at a step."""
+        return [group for group in sorted(self.complete) if self._is_overage(group, step)]
+
+    def is_proven(self, received_by: TrajectoryId, serials: Iterable[int]) -> bool:
+        """Return whether the session that made a trajectory has proven every serial."""
+        session = self.sessions.get((received_by.actor, received_by.epoch))
+        return session is not None and self.proven.get((received_by.actor, session), set()) >= set(serials)
+
+    def evaluation_of(self, update: WeightUpdate) -> events.EvaluationDone | None:
+        """Return a result for these very weights, if there is one."""
+        for done in self.evaluations:
+            known = self.versions[done.serial]
+            if (known.step, known.checksum64) == (update.version.step, update.version.checksum64):
+                return done
+        return None
+
+    def books(self) -> dict[str, int]:
+        """Return the books: made = the sum of all FATES, evaluation apart; and what is leased."""
+        books = {fate: self.fates[fate] for fate in FATES} | {"quarantined": self.quarantined}
+        made = sum(not item.received.evaluation >= 0 for item in self.items.values()) + self.quarantined
+        evaluation = {f"evaluation_{fate}": count for fate, count in sorted(self.evaluation_fates.items())}
+        return {"made": made, **books, "leased": len(self.training.leased), "waiting": len(self.training.waiting),
+                "evaluation_leased": len(self.heldout.leased), **evaluation}  # fmt: skip
+
+    def check_books(self) -> None:
+        """Raise StorageError when the books do not balance or contradict groups and batches."""
+        books = self.books()
+        size = self._config.batch.group_size
+        trained = [identity for batch in self.batches.values() for identity in batch]
+        slots = {self.items[identity].received.slot for identity in trained}
+        buffered = self.members(self.groups)
+        checks = {
+            "made = sum of fates": (books["made"], sum(books[fate] for fate in FATES)),
+            "trained = batches": (books["trained"], len(trained)),
+            "trained = whole batches": (len(trained), self._config.batch.trajectories * self.steps),
+            "attempts trained once": (len(trained), len(slots)),
+            "batches are consecutive": (sorted(self.batches), list(range(self.steps))),
+            "buffered = groups": (books["buffered"], len(buffered)),
+            "owed = open attempts": (len(self.training), size * len(self.groups) - len(buffered)),
+        }
+        wrong = [f"{name}: {left} != {right}" for name, (left, right) in checks.items() if left != right]
+        if wrong:
+            raise StorageError(
+                f"the books do not balance ({'; '.join(wrong)}); keep the run folder and report this"
+            )
+
+    def _is_overage(self, group: int, step: int) -> bool:
+        members = [self.items[identity].received for identity in self.members([group])]
+        serials = sorted({serial for received in members for serial in received.serials})
+        if not serials:
+            return False
+        return int(self.versions.slip_at(step, self.incarnation, serials).min()) > self._config.max_slip
+
+    def _received(self, event: events.Received, position: int) -> None:
+        self.items[event.identity] = Item(received=event, position=position, fate=event.verdict)
+        desk = self.heldout if event.evaluation >= 0 else self.training
+        (self.evaluation_fates if event.evaluation >= 0 else self.fates)[event.verdict] += 1
+        if event.verdict in ("failed_infrastructure", "unproven"):
+            desk.release(event.slot, event.issue)
+        elif event.verdict == "evaluated" and self.evaluation is not None:
+            self.evaluation.results[event.attempt.task] = event
+            desk.settle(event.slot)
+        elif event.verdict == "buffered":
+            members = self.groups[event.attempt.group]
+            members[event.attempt.attempt] = event.identity
+            desk.settle(event.slot)
+            if None not in members:
+                self.complete.add(event.attempt.group)
+
+    def _opened(self, event: events.GroupOpened) -> None:
+        size = self._config.batch.group_size
+        self.groups[event.group] = [None] * size
+        self.next_group = event.group + 1
+        self.training.owe((-1, event.group, attempt) for attempt in range(size))
+
+    def _leave_buffer(self, identities: Iterable[TrajectoryId], fate: str) -> None:
+        for identity in identities:
+            item = self.items[identity]
+            self.fates[item.fate] -= 1
+            self.fates[fate] += 1
+            item.fate = fate
+            self.groups.pop(item.received.attempt.group, None)
+            self.complete.discard(item.received.attempt.group)
+
+    def _joined(self, event: events.Epoch) -> None:
+        before = self.sessions.get((event.actor, self.epochs.get(event.actor, -1)))
+        self.epochs[event.actor] = event.epoch
+        self.sessions[event.actor, event.epoch] = event.session
+        if before != event.session:
+            for desk in (self.training, self.heldout):
+                for slot in desk.slots_of(event.actor):
+                    desk.release(slot)
+
+    def _published(self, update: WeightUpdate) -> None:
+        self.versions.add(update.version)
+        self.updates[update.version.serial] = update
+        self.newest = update
+        self.next_serial = max(self.next_serial, update.version.serial + 1)
+        step = update.version.step
+        due = step % self._config.evaluation.every == 0 or step == self._config.steps
+        if due and self.evaluation_of(update) is None:
+            self.evaluation_queue.append(update.version.serial)
+            self._next_evaluation()
+
+    def _next_evaluation(self) -> None:
+        if self.evaluation is None and self.evaluation_queue:
+            serial = self.evaluation_queue.pop(0)
+            self.evaluation = Evaluation(serial=serial, step=self.versions[serial].step)
+            self.heldout.owe((serial, task, 0) for task in range(self._config.evaluation.tasks))
+
+    def _rolled_back(self, step: int) -> None:
+        for undone in sorted(number for number in self.batches if number >= step):
+            for identity in self.batches.pop(undone):
+                item = self.items[identity]
+                attempt = item.received.attempt
+                self.fates[item.fate] -= 1
+                self.fates["buffered"] += 1
+                item.fate = "buffered"
+                group = self.groups.setdefault(attempt.group, [None] * self._config.batch.group_size)
+                group[attempt.attempt] = identity
+                self.complete.add(attempt.group)
+        self.evaluation_queue = [s for s in self.evaluation_queue if self.versions[s].step <= step]
+        if self.evaluation is not None and self.evaluation.step > step:
+            self.evaluation = None
+            self.heldout.clear()
+            self._next_evaluation()

@@ -1,0 +1,67 @@
+"""Floor 2. From rewards to advantages, and from the configuration to the kernels' objective: pure functions.
+
+Dimensions: G trajectories of one batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from slipstream.config import ObjectiveConfig, RewardConfig
+from slipstream.rewards import reward
+from slipstream.types import Float32Array, Trajectory
+from slipstream_kernels import Objective, group_advantage
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Advantages:
+    """What a batch's trajectories are worth against their groups."""
+
+    rewards: Float32Array
+    """[G] reward; NaN where the outcome could not be judged."""
+    advantages: Float32Array
+    """[G] reward relative to the group; 0 where the reward is NaN."""
+    zero_variance_share: float
+    """Share of groups whose judged rewards are all equal: nothing is learned from them."""
+
+
+def kernel_objective(config: ObjectiveConfig) -> Objective:
+    """Return the kernels' objective: decoupled PPO, truncated importance weights, a trust region, k2 to the warm start."""
+    return Objective(
+        clip_low=config.clip_low,
+        clip_high=config.clip_high,
+        importance_cap=config.importance_cap,
+        trust_low=config.trust_low,
+        trust_high=config.trust_high,
+        kl_coefficient=config.kl_coefficient,
+        entropy_coefficient=config.entropy_coefficient,
+    )
+
+
+def advantages(trajectories: Sequence[Trajectory], objective: ObjectiveConfig, rewards: RewardConfig) -> Advantages:
+    """Return group-relative advantages; a trajectory without a verdict leaves its group's baseline.
+
+    advantage = reward - mean of the group (Dr. GRPO, Liu et al. 2025, arXiv:2503.20783), or as `objective.advantage` says.
+    """
+    scored = np.array([_or_nan(reward(t.scores, rewards)) for t in trajectories], dtype=np.float32)
+    groups = np.array([t.attempt.group for t in trajectories], dtype=np.int64)
+    judged = np.isfinite(scored)
+    result = np.zeros(len(trajectories), dtype=np.float32)
+    if judged.any():
+        result[judged] = group_advantage(
+            torch.from_numpy(scored[judged]),
+            torch.from_numpy(groups[judged]),
+            kind=objective.advantage,
+            std_floor=objective.std_floor if objective.advantage == "std" else 0.0,
+        ).numpy()
+    flat = [not np.ptp(scored[judged & (groups == group)]) for group in np.unique(groups[judged])]
+    share = float(np.mean(flat)) if flat else 1.0
+    return Advantages(rewards=scored, advantages=result, zero_variance_share=share)
+
+
+def _or_nan(value: float | None) -> float:
+    return float("nan") if value is None else value

@@ -1,0 +1,168 @@
+"""Floor 4. One reinforcement-learning step: a batch of trajectories in, moved weights and metrics out.
+
+    trajectories ─▶ advantages ─▶ over-age tokens masked ─▶ packed micro-batches ─▶ frozen policy scores them (KL)
+                 ─▶ per minibatch: decoder ─▶ linear_policy_loss ─▶ AdamW
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from slipstream.config import RunConfig
+from slipstream.model import head
+from slipstream.objective import advantages, kernel_objective
+from slipstream.packing import pack
+from slipstream.rewards import components
+from slipstream.training import DeviceBatch, Optimizer, schedule, score, trained_hidden
+from slipstream.types import Float32Array, Int32Array, ToolStatus, Trajectory
+from slipstream_kernels import finish_metrics, linear_policy_loss, merge_metrics
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class StepResult:
+    """What one step did."""
+
+    metrics: Mapping[str, float]
+    tokens_trained: int
+    skipped: bool
+    """True when a non-finite value kept the weights as they were."""
+
+
+class PolicyStep:
+    """Moves a policy by decoupled PPO; holds the optimizer and the frozen reference policy."""
+
+    def __init__(self, model: PreTrainedModel, reference: PreTrainedModel | None, config: RunConfig) -> None:
+        """`reference` is needed while `objective.kl_coefficient` is positive."""
+        self._model = model.train()
+        self._reference = reference.eval().requires_grad_(False) if reference is not None else None
+        self._config = config
+        self._device = head(model).device
+        self._objective = kernel_objective(config.objective)
+        self.optimizer = Optimizer(model, config.optim)
+
+    def __call__(self, trajectories: Sequence[Trajectory], slips: Sequence[Int32Array], *, step: int) -> StepResult:
+        """Train on whole groups; `slips` holds each trajectory's [T] slip, `step` counts the steps done before."""
+        config = self._config
+        worth = advantages(trajectories, config.objective, config.rewards)
+        weights = [
+            _weights(t, slip, config.max_slip, judged=bool(np.isfinite(value)))
+            for t, slip, value in zip(trajectories, slips, worth.rewards, strict=True)
+        ]
+        parts = [self._batches(trajectories, worth.advantages, weights, chosen) for chosen in self._minibatches(trajectories)]
+        share = schedule(step, steps=config.steps, config=config.optim)
+        proximals = [self._proximals(part) for part in parts]
+        kernel_metrics: list[Mapping[str, Tensor]] = []
+        notes: Mapping[str, float] = {"skipped": 1.0, "grad_norm": 0.0, "learning_rate": 0.0}
+        for part, proximal in zip(parts, proximals, strict=True):
+            losses = self._losses(part, proximal, kernel_metrics)
+            if losses:
+                notes = self.optimizer.step(losses, share=share)
+        finished = {k: float(v) for k, v in finish_metrics(merge_metrics(kernel_metrics)).items()} if kernel_metrics else {}
+        sampled = sum(int(t.loss_mask.sum()) for t in trajectories)
+        trained = int(sum(int((w > 0).sum()) for w in weights))
+        metrics = {
+            **finished,
+            **notes,
+            **describe(trajectories),
+            "reward": float(np.nanmean(worth.rewards)) if np.isfinite(worth.rewards).any() else 0.0,
+            "groups/zero_variance": worth.zero_variance_share,
+            "masked/over_age": 1.0 - trained / max(sampled, 1),
+        }
+        return StepResult(metrics=metrics, tokens_trained=trained, skipped=bool(notes["skipped"]))
+
+    def _minibatches(self, trajectories: Sequence[Trajectory]) -> list[list[int]]:
+        """Split trajectory indices into whole groups, one list per optimizer update."""
+        groups: dict[int, list[int]] = {}
+        for index, trajectory in enumerate(trajectories):
+            groups.setdefault(trajectory.attempt.group, []).append(index)
+        count = min(self._config.optim.minibatches, len(groups))
+        shares = np.array_split(np.arange(len(groups)), count)
+        listed = list(groups.values())
+        return [[index for group in share for index in listed[group]] for share in shares]
+
+    def _batches(
+        self,
+        trajectories: Sequence[Trajectory],
+        worth: Float32Array,
+        weights: Sequence[Float32Array],
+        chosen: Sequence[int],
+    ) -> list[DeviceBatch]:
+        packed = pack(
+            [trajectories[i] for i in chosen],
+            worth[np.array(chosen)],
+            [weights[i] for i in chosen],
+            token_budget=self._config.batch.token_budget,
+        )
+        return [DeviceBatch.of(batch, self._device) for batch in packed if batch.weight.any()]
+
+    def _proximals(self, part: Sequence[DeviceBatch]) -> list[Tensor | None]:
+        """Return log-probabilities under the policy before this step; None stands for "the current one, detached"."""
+        if self._config.optim.minibatches == 1:
+            return [None] * len(part)
+        return [score(self._model, batch, temperature=self._config.sampling.temperature) for batch in part]
+
+    def _losses(
+        self, part: Sequence[DeviceBatch], proximals: Sequence[Tensor | None], sink: list[Mapping[str, Tensor]]
+    ) -> list[Callable[[], Tensor]]:
+        # Token mean over the whole minibatch, counted before the trust region masks any token.
+        divisor = sum((batch.weight_N.sum() for batch in part), torch.zeros((), device=self._device))
+        return [self._loss(batch, proximal, divisor, sink) for batch, proximal in zip(part, proximals, strict=True)]
+
+    def _loss(
+        self, batch: DeviceBatch, proximal_N: Tensor | None, divisor: Tensor, sink: list[Mapping[str, Tensor]]
+    ) -> Callable[[], Tensor]:
+        temperature = self._config.sampling.temperature
+
+        def loss() -> Tensor:
+            reference_N = None
+            if self._reference is not None and self._objective.kl_coefficient > 0:
+                reference_N = score(self._reference, batch, temperature=temperature)
+            result = linear_policy_loss(
+                trained_hidden(self._model, batch),
+                head(self._model),
+                batch.labels_N,
+                inverse_temperature=1.0 / temperature,
+                behavior_N=batch.behavior_N,
+                proximal_N=proximal_N,
+                reference_N=reference_N,
+                advantage_N=batch.advantage_N,
+                weight_N=batch.weight_N,
+                cu_seqlens=batch.cu_seqlens_B,
+                objective=self._objective,
+                normalizer=divisor,
+            )
+            sink.append(result.metrics)
+            return result.loss
+
+        return loss
+
+
+def describe(trajectories: Sequence[Trajectory]) -> dict[str, float]:
+    """Return the metrics that need no model: success, turns, lengths, rewards by component, outcomes, tools."""
+    calls = [call for t in trajectories for call in t.tool_calls]
+    messages = sum(len(t.turn_rewards) for t in trajectories)
+    means: dict[str, float] = {
+        "success": float(np.mean([t.success for t in trajectories])),
+        "turns": float(np.mean([len(t.turn_rewards) for t in trajectories])),
+        "length": float(np.mean([len(t.token_ids) for t in trajectories])),
+        "tools/success": float(np.mean([call.status is ToolStatus.OK for call in calls])) if calls else 0.0,
+        "tools/valid": len(calls) / max(messages, 1),
+    }
+    for trajectory in trajectories:
+        for name, value in components(trajectory.scores).items():
+            means[f"reward/{name}"] = means.get(f"reward/{name}", 0.0) + value / len(trajectories)
+        key = f"outcome/{trajectory.outcome}"
+        means[key] = means.get(key, 0.0) + 1.0 / len(trajectories)
+    return means
+
+
+def _weights(trajectory: Trajectory, slip: Int32Array, max_slip: int, *, judged: bool) -> Float32Array:
+    """Return the [T] training weight: sampled, judged, and no older than `max_slip`."""
+    fresh = slip <= max_slip
+    return (trajectory.loss_mask.astype(np.float32) * fresh * judged).astype(np.float32)

@@ -1,0 +1,114 @@
+"""Floor 2. What the hub makes of a trajectory, a proof and an evaluation: pure functions."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Literal
+
+import numpy as np
+
+from slipstream import events
+from slipstream.config import RunConfig
+from slipstream.errors import FrameError
+from slipstream.ledger_state import LedgerState
+from slipstream.types import Outcome, Split, TaskAttempt, Trajectory, WeightProof, WeightUpdate
+
+Verdict = Literal["buffered", "evaluated", "duplicate", "failed_infrastructure", "unproven"]
+
+
+def describe(trajectory: Trajectory, verdict: Verdict) -> events.Received:
+    """Return the event that tells what the hub needs to know of a trajectory."""
+    sampled = trajectory.loss_mask.astype(bool)
+    return events.Received(
+        identity=trajectory.identity,
+        attempt=trajectory.attempt,
+        split=trajectory.split,
+        evaluation=trajectory.evaluation,
+        issue=trajectory.issue,
+        outcome=trajectory.outcome,
+        success=trajectory.success,
+        reward=float(trajectory.turn_rewards.sum()),
+        turns=trajectory.turn_rewards.size,
+        tokens=int(sampled.sum()),
+        serials=sampled_serials(trajectory),
+        verdict=verdict,
+    )
+
+
+def sampled_serials(trajectory: Trajectory) -> tuple[int, ...]:
+    """Return the distinct serials of a trajectory's sampled tokens, ascending."""
+    return tuple(sorted(set(trajectory.versions.tolist()) - {-1}))
+
+
+def check_sender(trajectory: Trajectory, *, run: str, actor: str, epoch: int) -> None:
+    """Raise FrameError when a trajectory's identity is not the sender's, of this epoch or an older one."""
+    identity = trajectory.identity
+    if (identity.run, identity.actor) != (run, actor) or not 0 <= identity.epoch <= epoch or identity.seq < 0:
+        raise FrameError(f"identity: expected run {run}, actor {actor}, epoch <= {epoch}, got {identity}")
+
+
+def verdict_on(trajectory: Trajectory, state: LedgerState, config: RunConfig) -> Verdict:
+    """Return what becomes of a new trajectory; raises FrameError when it answers no lease of this run."""
+    attempt, evaluation = trajectory.attempt, trajectory.evaluation
+    _check_attempt(trajectory, state, config)
+    desk = state.heldout if evaluation >= 0 else state.training
+    if (evaluation, attempt.group, attempt.attempt) not in desk:
+        return "duplicate"
+    if trajectory.outcome is Outcome.INFRASTRUCTURE_FAILURE:
+        return "failed_infrastructure"
+    serials = sampled_serials(trajectory)
+    pinned = evaluation < 0 or not set(serials) - {evaluation}
+    if not pinned or not state.is_proven(trajectory.identity, serials):
+        return "unproven"
+    return "evaluated" if evaluation >= 0 else "buffered"
+
+
+def _check_attempt(trajectory: Trajectory, state: LedgerState, config: RunConfig) -> None:
+    """Raise FrameError unless the attempt is one that was leased at some time."""
+    attempt, evaluation = trajectory.attempt, trajectory.evaluation
+    if evaluation >= 0:
+        split, known = Split.HELDOUT, evaluation in state.versions
+        groups, attempts = config.evaluation.tasks, 1
+    else:
+        split, known = Split.TRAIN, True
+        groups, attempts = state.next_group, config.batch.group_size
+    expected = TaskAttempt(task=attempt.group, seed=config.seed, group=attempt.group, attempt=attempt.attempt)
+    inside = 0 <= attempt.group < groups and 0 <= attempt.attempt < attempts
+    if not (known and inside and attempt == expected and trajectory.split is split):
+        raise FrameError(f"attempt: expected one that was leased, got {attempt} of {trajectory.split} for evaluation "
+                         f"{evaluation}")  # fmt: skip
+
+
+def refuse_proof(proof: WeightProof, update: WeightUpdate, tolerance: float) -> str:
+    """Return why a proof is wrong, or "" when it is right: equal checksums, canaries within `tolerance` nats."""
+    serial = update.version.serial
+    if proof.checksum64 != update.version.checksum64:
+        return f"proof of serial {serial}: expected checksum {update.version.checksum64:016x}, got {proof.checksum64:016x}"
+    expected, found = np.asarray(update.canary_logprobs), np.asarray(proof.canary_logprobs)
+    if expected.shape != found.shape:
+        return (
+            f"proof of serial {serial}: expected {expected.size} canary log-probabilities, got {found.size}"
+        )
+    error = float(np.abs(expected - found).max(initial=0.0))
+    if not error <= tolerance:
+        return f"proof of serial {serial}: expected canary log-probabilities within {tolerance} nats, got {error:.3g} off"
+    return ""
+
+
+def summarize(results: Collection[events.Received], *, serial: int, step: int) -> events.EvaluationDone:
+    """Return the result of an evaluation: the share of successes, and means over its tasks."""
+    count = len(results)
+
+    def mean(values: list[float]) -> float:
+        return sum(values) / max(1, count)
+
+    metrics = {
+        "reward": mean([result.reward for result in results]),
+        "turns": mean([result.turns for result in results]),
+        "tokens": mean([result.tokens for result in results]),
+    }
+    metrics |= {
+        f"outcome/{kind.value}": mean([result.outcome is kind for result in results]) for kind in Outcome
+    }
+    success = mean([result.success for result in results])
+    return events.EvaluationDone(serial=serial, step=step, success=success, count=count, metrics=metrics)

@@ -1,0 +1,37 @@
+"""Floor 4. How roles of one run find each other: the identity of its folder and the hub's address."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import secrets
+from pathlib import Path
+
+from slipstream.errors import AddressError, RunFolderError
+from slipstream.run_folder import read_json, write_json
+
+
+def run_id(folder: Path) -> str:
+    """Return the identity of a run folder, drawn at random by whoever asks first."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "run.json"
+    try:
+        with (folder / "run.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not path.exists():
+                write_json(path, {"run": secrets.token_hex(8)})
+            return str(json.loads(path.read_text())["run"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RunFolderError(
+            f"{path}: expected the identity of a run, got {error!r}; choose a new folder"
+        ) from error
+
+
+def hub_address(folder: Path) -> str:
+    """Return the address the hub of a run folder last listened at; raises AddressError when there is none."""
+    address = read_json(folder / "hub.json").get("address")
+    if not isinstance(address, str):
+        raise AddressError(
+            f"{folder / 'hub.json'}: expected the address of a hub; start `slipstream hub` first"
+        )
+    return address

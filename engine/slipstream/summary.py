@@ -1,0 +1,112 @@
+"""Floor 4. The summary of a finished run, drawn from the files in its folder alone.
+
+Reads metrics.jsonl, status.json, baselines.json, times.json and the final evaluations, each a JSON
+object with `success` and `tasks`.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from slipstream.config import RunConfig
+from slipstream.metrics import Row, read_rows, rows_of, wilson_interval
+from slipstream.run_folder import read_json, write_json
+
+BASELINES = "baselines.json"
+FINAL_BEST = "final_best.json"
+FINAL_LAST = "final_last.json"
+SUMMARY = "summary.json"
+TIMES = "times.json"
+_PACKAGES = ("slipstream", "torch", "numpy", "pyzmq", "transformers", "msgspec")
+
+
+def write_summary(config: RunConfig, folder: Path) -> dict[str, Any]:
+    """Write summary.json and return it.
+
+    Keys ending in _seconds, `stage_seconds` and `learner_starved_share` depend on the clock; all
+    others are equal for two serial runs of one configuration.
+    """
+    summary = summarise(config, folder)
+    write_json(folder / SUMMARY, summary)
+    return summary
+
+
+def summarise(config: RunConfig, folder: Path) -> dict[str, Any]:
+    """Return the summary of the run in `folder`."""
+    rows = read_rows(folder)
+    train, status = rows_of(rows, "train"), read_json(folder / "status.json")
+    books = dict(status.get("books", {}))
+    seconds = read_json(folder / TIMES)
+    return {
+        **_successes(folder, rows),
+        "baselines": read_json(folder / BASELINES),
+        "wall_seconds": sum(seconds.values()),
+        "stage_seconds": seconds,
+        "steps": int(train[-1]["step"]) if train else 0,
+        "trajectories": int(total(train, "trajectories")),
+        "tokens_generated": int(total(train, "tokens/generated")),
+        "tokens_trained": int(total(train, "tokens/trained")),
+        "slip_mean": weighted_mean(train, "slip/mean", "tokens/trained"),
+        "slip_max": max((int(row.get("slip/max") or 0) for row in train), default=0),
+        "dropped": int(books.get("dropped_by_slip", 0)),
+        "learner_starved_share": weighted_mean(train, "wait/learner_starved", "seconds/step"),
+        "seed": config.seed,
+        "sampling": {
+            "training": {"temperature": config.sampling.temperature, "top_p": 1.0},
+            "evaluation": {"temperature": config.evaluation.temperature, "top_p": config.evaluation.top_p},
+            "final_tasks": config.evaluation.final_tasks,
+        },
+        "books": books,
+        "versions": _versions(),
+    }
+
+
+def total(rows: Sequence[Row], name: str) -> float:
+    """Return the sum of a metric over rows; rows without it count 0."""
+    return float(sum(row.get(name) or 0 for row in rows))
+
+
+def weighted_mean(rows: Sequence[Row], name: str, weight: str) -> float:
+    """Return sum(weight x value) / sum(weight) over rows that hold both; 0 when none does."""
+    pairs = [(row[weight], row[name]) for row in rows if row.get(name) is not None and row.get(weight)]
+    mass = sum(share for share, _ in pairs)
+    return sum(share * value for share, value in pairs) / mass if mass else 0.0
+
+
+def _successes(folder: Path, rows: Sequence[Row]) -> dict[str, Any]:
+    """Return the final success rates; the interval is that of the best checkpoint."""
+    last = read_json(folder / FINAL_LAST)
+    best = read_json(folder / FINAL_BEST) or last
+    interval = None
+    if best:
+        tasks = int(best["tasks"])
+        interval = list(wilson_interval(round(best["success"] * tasks), tasks))
+    return {
+        "success_warm_start": warm_start_success(folder, rows),
+        "success_final": last.get("success"),
+        "success_best": best.get("success"),
+        "success_ci95": interval,
+    }
+
+
+def warm_start_success(folder: Path, rows: Sequence[Row]) -> float | None:
+    """Return the warm start's held-out success: its baseline, or its last evaluation."""
+    baseline = read_json(folder / BASELINES).get("warm_start")
+    if isinstance(baseline, dict):
+        return float(baseline["success"])
+    checks = [row["success"] for row in rows_of(rows, "warmup") if row.get("success") is not None]
+    return float(checks[-1]) if checks else None
+
+
+def _versions() -> dict[str, str]:
+    versions = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = "source tree"
+    return versions

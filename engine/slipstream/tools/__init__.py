@@ -1,0 +1,1 @@
+"""Floor 4. Tools: what an environment lets the policy call."""

@@ -1,0 +1,152 @@
+"""Floor 4. The optimizer step that learner and warm-up share.
+
+A step sees packed micro-batches (packing.py), runs the decoder once on each, hands hidden states and head to the kernels, and
+lets AdamW move the weights. Non-finite losses or gradients never reach the weights: the step is skipped and counted.
+
+Dimensions: T packed tokens, N trained tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from slipstream.attention import PackedSegments, run_decoder
+from slipstream.config import OptimConfig
+from slipstream.errors import NumericsError
+from slipstream.model import head, named_weights
+from slipstream.packing import PackedBatch
+from slipstream_kernels import linear_logprob
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceBatch:
+    """A micro-batch on the model's device, with the rows of its trained tokens picked out."""
+
+    tokens_T: Tensor
+    positions_T: Tensor
+    segments: PackedSegments
+    rows_N: Tensor
+    """[N] int64: positions whose hidden state predicts a trained token."""
+    labels_N: Tensor
+    """[N] int64: the trained tokens themselves, at rows_N + 1."""
+    weight_N: Tensor
+    behavior_N: Tensor
+    advantage_N: Tensor
+    cu_seqlens_B: Tensor
+    """[B + 1] int64: where segments start among the N trained tokens."""
+
+    @classmethod
+    def of(cls, batch: PackedBatch, device: torch.device) -> DeviceBatch:
+        """Copy a packed micro-batch to `device`, keeping trained tokens only beside the decoder's inputs."""
+        trained = np.flatnonzero(batch.weight > 0)
+        counts = np.add.reduceat(batch.weight > 0, batch.cu_seqlens[:-1], dtype=np.int64)
+
+        def put(array: np.ndarray, kind: torch.dtype) -> Tensor:
+            return torch.from_numpy(np.ascontiguousarray(array)).to(device=device, dtype=kind)
+
+        return cls(
+            tokens_T=put(batch.token_ids, torch.int64),
+            positions_T=put(batch.positions, torch.int64),
+            segments=PackedSegments(put(batch.cu_seqlens, torch.int64)),
+            rows_N=put(trained - 1, torch.int64),
+            labels_N=put(batch.token_ids[trained], torch.int64),
+            weight_N=put(batch.weight[trained], torch.float32),
+            behavior_N=put(batch.behavior_logprobs[trained], torch.float32),
+            advantage_N=put(batch.advantages[trained], torch.float32),
+            cu_seqlens_B=put(np.concatenate([[0], np.cumsum(counts)]), torch.int64),
+        )
+
+
+def trained_hidden(model: PreTrainedModel, batch: DeviceBatch) -> Tensor:
+    """Return the [N, H] hidden states that predict the trained tokens."""
+    return run_decoder(model, batch.tokens_T, batch.positions_T, batch.segments)[batch.rows_N]
+
+
+@torch.no_grad()
+def score(model: PreTrainedModel, batch: DeviceBatch, *, temperature: float) -> Tensor:
+    """Return the [N] log-probabilities of the trained tokens under `model`, at the sampling temperature."""
+    logprob_N, _, _ = linear_logprob(
+        trained_hidden(model, batch), head(model), batch.labels_N, inverse_temperature=1.0 / temperature
+    )
+    return logprob_N
+
+
+def schedule(step: int, *, steps: int, config: OptimConfig) -> float:
+    """Return the learning rate's share at `step`: linear warm-up, then linear fall to `final_share` at the end."""
+    rise = min((step + 1) / (config.warmup_steps + 1), 1.0)
+    progress = min(step / max(steps, 1), 1.0)
+    return rise * (1.0 - (1.0 - config.final_share) * progress)
+
+
+class Optimizer:
+    """AdamW over a model, with clipping and a guard against non-finite values."""
+
+    def __init__(self, model: PreTrainedModel, config: OptimConfig) -> None:
+        self._model = model
+        self._config = config
+        self._names = list(named_weights(model))
+        self._parameters = [p for p in model.parameters() if p.requires_grad]
+        self._adam = torch.optim.AdamW(
+            self._parameters,
+            lr=config.learning_rate,
+            betas=config.betas,
+            weight_decay=config.weight_decay,
+            foreach=True,
+        )
+        self.skipped_in_a_row = 0
+        self.skipped = 0
+
+    def step(self, losses: Sequence[Callable[[], Tensor]], *, share: float) -> Mapping[str, float]:
+        """Add up the gradients of `losses`, clip, update.
+
+        Each loss is a function so that one micro-batch's activations are freed before the next begins. `share` scales the
+        learning rate. Returns the gradient norm and whether the update was skipped. Raises NumericsError after
+        `max_skips` non-finite steps in a row.
+        """
+        self._adam.zero_grad(set_to_none=True)
+        finite = True
+        for loss in losses:
+            value = loss()
+            finite = finite and bool(torch.isfinite(value))
+            if not finite:
+                break
+            value.backward()
+        norm = float(torch.nn.utils.clip_grad_norm_(self._parameters, self._config.max_grad_norm)) if finite else math.nan
+        if not math.isfinite(norm):
+            return self._skip(norm)
+        for group in self._adam.param_groups:
+            group["lr"] = self._config.learning_rate * share
+        self._adam.step()
+        self.skipped_in_a_row = 0
+        return {"grad_norm": norm, "learning_rate": self._config.learning_rate * share, "skipped": 0.0}
+
+    def _skip(self, norm: float) -> Mapping[str, float]:
+        self.skipped += 1
+        self.skipped_in_a_row += 1
+        if self.skipped_in_a_row >= self._config.max_skips:
+            raise NumericsError(
+                f"loss or gradient was not finite {self.skipped_in_a_row} steps in a row; lower optim.learning_rate or look "
+                "at the quarantined batches"
+            )
+        return {"grad_norm": norm, "learning_rate": 0.0, "skipped": 1.0}
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """Return AdamW's state as named tensors: exp_avg.NAME, exp_avg_sq.NAME, step.NAME."""
+        tensors = {}
+        for name, parameter in zip(self._names, self._parameters, strict=True):
+            for key, value in self._adam.state[parameter].items():
+                tensors[f"{key}.{name}"] = value.detach().clone()
+        return tensors
+
+    def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Restore what `state_tensors` gave."""
+        for name, parameter in zip(self._names, self._parameters, strict=True):
+            kinds = [key.removesuffix(f".{name}") for key in tensors if key.endswith(f".{name}")]
+            self._adam.state[parameter] = {kind: tensors[f"{kind}.{name}"].clone() for kind in kinds}

@@ -1,0 +1,14 @@
+"""Floor 4. The two clients of the hub, whatever carries their messages.
+
+who          waits for                         released by
+send         byte credit, room in the spool    Ack
+receive      Grant, Weights, Stop              the hub, or DeadlineError after `silence_s` without a sign of life
+pull         a whole batch                     Batch
+"""
+
+from __future__ import annotations
+
+from slipstream.transport.actor_client import UNASSIGNED, ActorClient
+from slipstream.transport.learner_client import LearnerClient, PulledBatch
+
+__all__ = ["UNASSIGNED", "ActorClient", "LearnerClient", "PulledBatch"]

@@ -1,0 +1,162 @@
+"""Floor 5. The warm start: supervised training on mixed-quality demonstrations, up to the learnable band.
+
+Reinforcement learning needs something to select from: a policy that succeeds now and then, and fails in ways it can mend. The
+demonstrators are scripted; only some of them retry errors and read on past near misses. Their messages are trained, prompts
+and tool results are not.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from slipstream import metrics
+from slipstream.config import RunConfig
+from slipstream.demonstrations import demonstrations, play
+from slipstream.environments import environment_factory
+from slipstream.environments.scripted import DO_NOTHING, EXPERT, WITHOUT_RETRY, Habits
+from slipstream.episodes import EpisodeRunner
+from slipstream.errors import WarmStartError
+from slipstream.inference.trial import held_trial
+from slipstream.model import Policy, first_policy, head, publish_policy
+from slipstream.packing import PackedBatch, pack
+from slipstream.run_folder import write_json
+from slipstream.training import DeviceBatch, Optimizer, schedule, trained_hidden
+from slipstream.types import Split
+from slipstream_kernels import linear_logprob
+
+FOLDER = "warmup"
+BASELINE_TASKS = 1024
+
+log = logging.getLogger(__name__)
+
+
+def main(config: RunConfig, folder: Path) -> int:
+    """Warm-start the configured policy and publish it as RUN/checkpoints/warmup.
+
+    Raises WarmStartError with advice when held-out success stays below `warmup.min_success`.
+    """
+    torch.set_num_threads(config.actor.threads + config.learner.threads)
+    factory = environment_factory(config.environment, config.rewards)
+    policy = first_policy(config, factory.corpus())
+    runner = EpisodeRunner(
+        factory=factory,
+        chat=policy.chat,
+        environment=config.environment,
+        rewards=config.rewards,
+    )
+    write_json(folder / "baselines.json", baselines(runner, config))
+    success, step = WarmStart(policy, runner, config, folder).run()
+    _check_band(success, step, config)
+    publish_policy(folder / "checkpoints" / FOLDER, policy, {"step": step, "success": success})
+    return 0
+
+
+class WarmStart:
+    """Supervised training that stops as soon as held-out success reaches `warmup.target_success`."""
+
+    def __init__(self, policy: Policy, runner: EpisodeRunner, config: RunConfig, folder: Path) -> None:
+        self._policy, self._runner, self._config, self._folder = policy, runner, config, folder
+        self._device = head(policy.model).device
+        optim = config.optim.model_copy(update={"learning_rate": config.warmup.learning_rate})
+        self._optim = optim
+        self._optimizer = Optimizer(policy.model, optim)
+
+    def run(self) -> tuple[float, int]:
+        """Train; return the last held-out success and the steps taken."""
+        warmup, began = self._config.warmup, time.monotonic()
+        success = 0.0
+        for step in itertools.count(1):
+            loss, tokens = self._step(step - 1)
+            if step % warmup.check_every and step < warmup.max_steps:
+                continue
+            success = self._success()
+            row = {"kind": "warmup", "step": step, "loss": loss, "success": success, "length": tokens / warmup.batch}
+            metrics.append_row(self._folder / metrics.FILE, row)
+            log.info("warm start step %d: loss %.4f, success %.3f, %.0f s", step, loss, success, time.monotonic() - began)
+            if success >= warmup.target_success or step >= warmup.max_steps:
+                return success, step
+        raise AssertionError("itertools.count does not end")
+
+    def _step(self, step: int) -> tuple[float, int]:
+        """One optimizer step on fresh demonstrations; returns the mean loss per trained token and the tokens seen."""
+        warmup = self._config.warmup
+        numbers = [(step * warmup.batch + i) % warmup.demonstrations for i in range(warmup.batch)]
+        shown = asyncio.run(demonstrations(self._runner, self._config, numbers))
+        ones = np.ones(len(shown), dtype=np.float32)
+        masks = [t.loss_mask.astype(np.float32) for t in shown]
+        packed = pack(shown, ones, masks, token_budget=self._config.batch.token_budget)
+        count = sum(float(batch.weight.sum()) for batch in packed)
+        values: list[float] = []
+        losses = [self._loss(batch, count, values) for batch in packed]
+        self._optimizer.step(losses, share=schedule(step, steps=warmup.max_steps, config=self._optim))
+        return sum(values), sum(len(t.token_ids) for t in shown)
+
+    def _loss(self, batch: PackedBatch, count: float, sink: list[float]) -> Callable[[], Tensor]:
+        """Cross-entropy of the demonstrated tokens: minus the mean of their log-probabilities."""
+
+        def loss() -> Tensor:
+            rows = DeviceBatch.of(batch, self._device)
+            logprob_N, _, _ = linear_logprob(
+                trained_hidden(self._policy.model, rows), head(self._policy.model), rows.labels_N
+            )
+            value = -logprob_N.sum() / count
+            sink.append(float(value.detach()))
+            return value
+
+        return loss
+
+    def _success(self) -> float:
+        config = self._config
+        shown = held_trial(
+            self._policy,
+            self._runner,
+            split=Split.HELDOUT,
+            tasks=config.evaluation.tasks,
+            temperature=config.evaluation.temperature,
+            top_p=config.evaluation.top_p,
+            config=config,
+        )
+        return float(np.mean([t.success for t in shown]))
+
+
+def baselines(runner: EpisodeRunner, config: RunConfig) -> dict[str, dict[str, float | str]]:
+    """Return held-out success of scripted policies, each with its source."""
+    scripts = {
+        "do_nothing": (DO_NOTHING, 'answers "unknown" at once'),
+        "scripted_without_retry": (WITHOUT_RETRY, "scripted; reads on, gives up at the first error"),
+        "scripted_expert": (EXPERT, "scripted; reads on and retries"),
+    }
+
+    async def success(habits: Habits) -> float:
+        played = [await play(runner, config, Split.HELDOUT, index, habits) for index in range(BASELINE_TASKS)]
+        return float(np.mean([t.success for t in played]))
+
+    return {
+        name: {"success": asyncio.run(success(habits)), "source": source, "tasks": BASELINE_TASKS}
+        for name, (habits, source) in scripts.items()
+    }
+
+
+def _check_band(success: float, step: int, config: RunConfig) -> None:
+    warmup = config.warmup
+    if success < warmup.min_success:
+        raise WarmStartError(
+            f"warm start: held-out success is {success:.2f} after {step} steps, expected at least {warmup.min_success:.2f}; "
+            "give more demonstrations (warmup.max_steps, warmup.careful_share), an easier stage (environment.hops, "
+            "environment.tool_failure_rate) or a larger model (model.hidden_size, model.layers)"
+        )
+    if success > warmup.max_success:
+        log.warning(
+            "warm start: held-out success is %.2f, above the learnable band (%.2f); there is little left to learn",
+            success,
+            warmup.max_success,
+        )

@@ -1,0 +1,100 @@
+"""Floor 6. Kernels for reinforcement learning of language models: the public ops, loaded when first used.
+
+Importing this package imports neither torch nor NumPy.
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from slipstream_kernels.advantage import (
+        Baseline,
+        discounted_return,
+        gae,
+        group_advantage,
+        segment_scan,
+        vtrace,
+    )
+    from slipstream_kernels.checksum import checksum64, checksum64_named
+    from slipstream_kernels.dispatch import Backend
+    from slipstream_kernels.errors import (
+        BackendError,
+        BackendUnavailableError,
+        KernelError,
+        NativeError,
+        ObjectiveError,
+        ShapeError,
+    )
+    from slipstream_kernels.linear_logprob import linear_logprob
+    from slipstream_kernels.linear_policy_loss import linear_policy_loss
+    from slipstream_kernels.objective import Aggregation, Objective, PolicyLoss
+    from slipstream_kernels.policy_loss import batch_normalizer, finish_metrics, merge_metrics, policy_loss
+
+__all__ = [
+    "Aggregation",
+    "Backend",
+    "BackendError",
+    "BackendUnavailableError",
+    "Baseline",
+    "KernelError",
+    "NativeError",
+    "Objective",
+    "ObjectiveError",
+    "PolicyLoss",
+    "ShapeError",
+    "batch_normalizer",
+    "checksum64",
+    "checksum64_named",
+    "discounted_return",
+    "finish_metrics",
+    "gae",
+    "group_advantage",
+    "linear_logprob",
+    "linear_policy_loss",
+    "merge_metrics",
+    "policy_loss",
+    "segment_scan",
+    "vtrace",
+]
+
+_NAMES_OF_MODULE = {
+    "advantage": "Baseline discounted_return gae group_advantage segment_scan vtrace",
+    "checksum": "checksum64 checksum64_named",
+    "dispatch": "Backend",
+    "errors": "BackendError BackendUnavailableError KernelError NativeError ObjectiveError ShapeError",
+    "linear_logprob": "linear_logprob",
+    "linear_policy_loss": "linear_policy_loss",
+    "objective": "Aggregation Objective PolicyLoss",
+    "policy_loss": "batch_normalizer finish_metrics merge_metrics policy_loss",
+}
+_MODULE_OF_NAME = {name: module for module, names in _NAMES_OF_MODULE.items() for name in names.split()}
+
+
+class _Package(ModuleType):
+    """Lets an op win over the module of the same name that defines it, as attributes of the package."""
+
+    def __setattr__(self, name: str, value: object) -> None:
+        # The import system sets a submodule as an attribute of its package once it is loaded.
+        if isinstance(value, ModuleType) and name in _MODULE_OF_NAME:
+            value = getattr(value, name)
+        super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
+
+
+def __getattr__(name: str) -> object:
+    """Import the module that defines `name`, on its first use."""
+    if name not in _MODULE_OF_NAME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value: object = getattr(import_module(f"{__name__}.{_MODULE_OF_NAME[name]}"), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    """List the public names."""
+    return sorted(__all__)

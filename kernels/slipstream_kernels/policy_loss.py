@@ -1,0 +1,170 @@
+"""Floor 4. The policy-gradient loss over packed tokens, its normaliser and its metrics.
+
+Dimensions: N packed tokens, S segments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+from slipstream_kernels import reference
+from slipstream_kernels.checks import check_cu_seqlens, check_shape
+from slipstream_kernels.dispatch import Backend, choose
+from slipstream_kernels.errors import ObjectiveError, ShapeError
+from slipstream_kernels.objective import Objective, PolicyLoss
+
+IMPLEMENTED = (Backend.REFERENCE,)
+
+
+def policy_loss(
+    logprob_N: Tensor,
+    *,
+    behavior_N: Tensor,
+    proximal_N: Tensor | None = None,
+    reference_N: Tensor | None = None,
+    advantage_N: Tensor,
+    weight_N: Tensor,
+    cu_seqlens: Tensor,
+    objective: Objective,
+    entropy_N: Tensor | None = None,
+    normalizer: Tensor | float | None = None,
+    backend: Backend | str | None = None,
+) -> PolicyLoss:
+    """Return the decoupled PPO loss of packed tokens.
+
+    With log-probabilities of the current, proximal, behavior and reference policy, and sg =
+    stop-gradient:
+
+        importance = sg min(exp(proximal - behavior), importance_cap)
+        r = exp(logprob - proximal)
+        L = importance * max(-A r, -A clip(r, 1 - clip_low, 1 + clip_high))
+            + kl_coefficient * (logprob - reference)^2 / 2 - entropy_coefficient * entropy
+
+    Tokens whose exp(logprob - behavior) leaves [trust_low, trust_high] contribute 0, and
+    Objective.aggregation combines the others; its denominators count them all the same. Log-ratios
+    are clamped to +-20.
+
+    logprob_N and all arguments ending in _N: [N]; cu_seqlens: [S + 1] segment bounds. weight_N: 0
+    takes a token out whatever its other values, NaN and infinity included. proximal_N None stands
+    for sg logprob_N (one update per batch); proximal_N = behavior_N gives PPO against the behavior
+    policy. normalizer: the sum of batch_normalizer over all micro-batches of a batch, so that their
+    losses and gradients sum to those of the whole batch; None: that of these tokens. `loss` is
+    differentiable in logprob_N and entropy_N; everything else is constant. Raises ShapeError,
+    ObjectiveError and BackendError. Sources: Hilton et al. 2021, arXiv:2110.00641, eq. 2; k2:
+    Schulman 2020, "Approximating KL Divergence".
+    """
+    op, rows = "policy_loss", logprob_N.numel()
+    optional = {"proximal_N": proximal_N, "reference_N": reference_N, "entropy_N": entropy_N}
+    required = {
+        "logprob_N": logprob_N,
+        "behavior_N": behavior_N,
+        "advantage_N": advantage_N,
+        "weight_N": weight_N,
+    }
+    for name, tensor in (required | optional).items():
+        if tensor is not None:
+            check_shape(op, name, tensor, (rows,))
+    if objective.kl_coefficient > 0 and reference_N is None:
+        raise ObjectiveError(
+            "policy_loss: reference_N must be given when Objective.kl_coefficient is positive"
+        )
+    if objective.entropy_coefficient > 0 and entropy_N is None:
+        raise ObjectiveError(
+            "policy_loss: entropy_N must be given when Objective.entropy_coefficient is positive"
+        )
+    choose(op, backend, implemented=IMPLEMENTED, device=logprob_N.device.type)
+    inputs = reference.PolicyInputs(
+        logprob_N=logprob_N,
+        behavior_N=behavior_N,
+        proximal_N=proximal_N,
+        reference_N=reference_N,
+        entropy_N=entropy_N,
+        advantage_N=advantage_N,
+        weight_N=weight_N.detach(),
+        cu_seqlens=check_cu_seqlens(op, cu_seqlens, rows),
+    )
+    return reference.policy_loss(inputs, objective, _divisor(inputs, objective, normalizer))
+
+
+def batch_normalizer(weight_N: Tensor, cu_seqlens: Tensor, objective: Objective) -> Tensor:
+    """Return [] float32: the denominator of these tokens under Objective.aggregation.
+
+    token_mean: the sum of weights; sequence means: segments with a token of positive weight; fixed:
+    S * fixed_length. It is additive over micro-batches that are cut between segments. weight_N:
+    [N]; cu_seqlens: [S + 1]. Raises ShapeError.
+    """
+    check_shape("batch_normalizer", "weight_N", weight_N, (weight_N.numel(),))
+    bounds = check_cu_seqlens("batch_normalizer", cu_seqlens, weight_N.numel())
+    return reference.normalizer(weight_N, bounds, objective)
+
+
+def merge_metrics(parts: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Return the [] metrics of a whole from those of its micro-batches or ranks: sums, greatest maxima."""
+    merged: dict[str, Tensor] = {}
+    for part in parts:
+        for name, value in part.items():
+            if name not in merged:
+                merged[name] = value
+            elif name.endswith("_max"):
+                merged[name] = torch.maximum(merged[name], value)
+            else:
+                merged[name] = merged[name] + value
+    return merged
+
+
+def finish_metrics(metrics: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Turn merged sums and counts into the quantities one reads; [] each, 0 where nothing was counted.
+
+    Raw ratios are r = exp(logprob - behavior) over the n tokens of positive weight, drawn from the
+    behavior policy:
+
+    - ``loss/surrogate``, ``loss/kl``, ``loss/entropy``: the parts of the loss
+    - ``ratio/ess`` = (sum r)^2 / (n sum r^2); ``ratio/mean``; ``ratio/max``
+    - ``mismatch/k1`` = mean(-log r), ``mismatch/k3`` = mean(r - 1 - log r): estimates of
+      KL(behavior || current)
+    - ``importance/mean``: truncated proximal / behavior ratio; ``importance/capped``: share that
+      was truncated
+    - ``clip/positive``, ``clip/negative``: share of tokens with advantage of that sign that the
+      clip silenced
+    - ``masked``: share outside the trust region
+    - ``reference/k2``: mean of (logprob - reference)^2 / 2; ``entropy``: mean, nats
+    - ``token_count``: n
+    """
+    m = metrics
+    tokens, ratio_sum = m["token_count"], m["ratio_sum"]
+    return {
+        "loss/surrogate": m["loss_surrogate"],
+        "loss/kl": m["loss_kl"],
+        "loss/entropy": m["loss_entropy"],
+        "ratio/ess": _share(ratio_sum.square(), tokens * m["ratio_square_sum"]),
+        "ratio/mean": _share(ratio_sum, tokens),
+        "ratio/max": m["ratio_max"],
+        "mismatch/k1": _share(-m["log_ratio_sum"], tokens),
+        "mismatch/k3": _share(m["k3_sum"], tokens),
+        "importance/mean": _share(m["importance_sum"], tokens),
+        "importance/capped": _share(m["capped_count"], tokens),
+        "clip/positive": _share(m["clipped_positive_count"], m["positive_count"]),
+        "clip/negative": _share(m["clipped_negative_count"], m["negative_count"]),
+        "masked": _share(m["masked_count"], tokens),
+        "reference/k2": _share(m["reference_k2_sum"], m["reference_count"]),
+        "entropy": _share(m["entropy_sum"], m["entropy_count"]),
+        "token_count": tokens,
+    }
+
+
+def _share(part: Tensor, whole: Tensor) -> Tensor:
+    return torch.where(whole > 0, part / whole.clamp(min=torch.finfo(torch.float32).tiny), 0.0)
+
+
+def _divisor(inputs: reference.PolicyInputs, objective: Objective, given: Tensor | float | None) -> Tensor:
+    if given is None:
+        return reference.normalizer(inputs.weight_N, inputs.cu_seqlens, objective)
+    if isinstance(given, Tensor):
+        check_shape("policy_loss", "normalizer", given, ())
+        return given.detach().float()
+    if not 0.0 < given < float("inf"):
+        raise ShapeError(f"policy_loss: normalizer must be positive and finite, got {given}")
+    return inputs.logprob_N.new_tensor(given, dtype=torch.float32)

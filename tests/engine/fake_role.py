@@ -1,0 +1,92 @@
+"""A stand-in for all roles: does what plan.json beside the run folder says, with real files and signals."""
+
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+from slipstream import checkpoint
+from slipstream.metrics import append_row
+from slipstream.process import guard_parent
+from slipstream.run_folder import write_json
+
+
+def argument(name: str) -> str:
+    return sys.argv[sys.argv.index(name) + 1]
+
+
+def mark(folder: Path) -> None:
+    (folder / "x").write_text("x")
+
+
+def wait_for_signal() -> None:
+    while True:
+        signal.pause()
+
+
+def work(role: str, output: Path) -> None:
+    """What a healthy role leaves behind."""
+    if role == "eval":
+        best = "best" in sys.argv[2]
+        write_json(output, {"success": 0.9 if best else 0.8, "tasks": int(argument("--tasks"))})
+    if role == "warmup":
+        state = {"success": 0.4}
+        checkpoint.publish(
+            output / "checkpoints" / "warmup", lambda to: checkpoint.write_state(to / "state.json", state), {}
+        )
+        append_row(output / "metrics.jsonl", {"kind": "warmup", "step": 100, "success": 0.4})
+        write_json(output / "baselines.json", {"do_nothing": {"success": 0.0, "source": "answers nothing"}})
+    if role == "learner":
+        for step in (1, 2):
+            append_row(
+                output / "metrics.jsonl",
+                {"kind": "train", "step": step, "success": 0.5, "trajectories": 4, "tokens/generated": 50,
+                 "tokens/trained": 10 * step, "slip/mean": float(step), "slip/max": step + 1,
+                 "seconds/step": 1.0, "wait/learner_starved": 0.1 * step},
+            )  # fmt: skip
+        append_row(output / "metrics.jsonl", {"kind": "evaluation", "step": 2, "success": 0.7, "tasks": 64})
+        checkpoints = output / "checkpoints"
+        saved = checkpoint.save_checkpoint(checkpoints, 2, mark, keep=2)
+        checkpoint.publish_folder(saved, checkpoints / "best")
+    if role == "hub":
+        write_json(output / "status.json", {"version": 2, "books": {"trained": 8, "dropped_by_slip": 3}})
+
+
+def main() -> None:
+    role, output = sys.argv[1], Path(argument("--output"))
+    folder = output.parent if role == "eval" else output
+    pids = folder.parent / "pids"
+    pids.mkdir(exist_ok=True)
+    (pids / f"{role}-{os.getpid()}").write_text(os.environ["OMP_NUM_THREADS"])
+    plan = json.loads((folder.parent / "plan.json").read_text()).get(role, "work")
+    if plan == "ignore SIGTERM":
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    guard_parent(int(argument("--parent")), every_s=0.05)
+    (folder.parent / f"ready-{role}").touch()
+    if plan == "die once" and len(list(pids.glob(f"{role}-*"))) > 1:
+        plan = "finish after restart"
+    match plan:
+        case "work" | "finish after restart":
+            if role == "actor":
+                wait_for_signal()
+            if role == "learner":
+                deadline = time.monotonic() + 20
+                wanted = 2 if (folder.parent / "wait for restart").exists() else 1
+                while len(list(pids.glob("actor-*"))) < wanted and time.monotonic() < deadline:
+                    time.sleep(0.02)
+            work(role, output)
+        case "die" | "die once":
+            sys.stderr.write("first line\nthe disk is on fire\n")
+            sys.exit(3)
+        case "refuse":
+            sys.stderr.write("noise\nslipstream: model.path: no such folder /models/none; give another\n")
+            sys.exit(2)
+        case "kill -9":
+            os.kill(os.getpid(), signal.SIGKILL)
+        case "wait" | "ignore SIGTERM":
+            wait_for_signal()
+
+
+main()

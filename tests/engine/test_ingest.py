@@ -1,0 +1,122 @@
+"""The log gives back what was appended, and says where it is damaged."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from slipstream import events, synthetic, wire
+from slipstream.errors import RunFolderError, StorageError
+from slipstream.events import AnyEvent
+from slipstream.ingest import IngestLog, read_events, record_offsets
+from slipstream.receiving import describe
+from slipstream.types import Split
+
+MADE = synthetic.trajectory(16)
+EVENTS: list[AnyEvent] = [
+    events.Epoch(actor="a", epoch=0, session="s"),
+    events.GroupOpened(group=0, task=0, split=Split.TRAIN),
+    describe(MADE, "buffered"),
+    events.Trained(step=0, identities=(MADE.identity,)),
+]
+
+
+def filled(folder: Path, segment_bytes: int = 1 << 20) -> list[int]:
+    log = IngestLog(folder, segment_bytes=segment_bytes)
+    positions = []
+    for event in EVENTS:
+        record = wire.record_frames(wire.encode_trajectory(MADE)) if isinstance(event, events.Received) else ()
+        positions.append(log.append(event, record))
+    log.close()
+    return positions
+
+
+def opened(folder: Path) -> list[AnyEvent]:
+    log = IngestLog(folder)
+    try:
+        return [entry.event for entry in log.replay()]
+    finally:
+        log.close()
+
+
+@pytest.mark.parametrize("segment_bytes", [1 << 20, 1])
+def test_events_and_records_come_back(tmp_path: Path, segment_bytes: int) -> None:
+    positions = filled(tmp_path, segment_bytes)
+    entries = list(read_events(tmp_path))
+    assert [entry.event for entry in entries] == EVENTS
+    assert [entry.position for entry in entries] == positions
+    assert wire.from_bytes(entries[2].record).identity == MADE.identity
+    log = IngestLog(tmp_path, segment_bytes=segment_bytes)
+    assert wire.from_bytes(log.read(positions[2])).token_ids.tolist() == MADE.token_ids.tolist()
+    log.close()
+    assert len(list(tmp_path.glob("*.log"))) == (1 if segment_bytes > 1 else 4)
+
+
+def test_what_is_not_flushed_can_be_read(tmp_path: Path) -> None:
+    log = IngestLog(tmp_path)
+    position = log.append(EVENTS[2], wire.record_frames(wire.encode_trajectory(MADE)))
+    assert wire.from_bytes(log.read(position)).identity == MADE.identity
+    log.close()
+
+
+def test_the_index_can_be_rebuilt(tmp_path: Path) -> None:
+    filled(tmp_path, 1 << 9)
+    index = tmp_path / "000000.index"
+    known = record_offsets(tmp_path, 0).tolist()
+    assert known[0] == 0
+    assert len(known) > 1
+    index.unlink()
+    assert record_offsets(tmp_path, 0).tolist() == known
+
+
+def test_a_log_torn_at_any_byte_keeps_its_whole_events_and_goes_on(tmp_path: Path) -> None:
+    filled(tmp_path / "whole")
+    data = (tmp_path / "whole/000000.log").read_bytes()
+    starts = [*record_offsets(tmp_path / "whole", 0).tolist(), len(data)]
+    for cut in range(len(data)):
+        folder = tmp_path / str(cut)
+        folder.mkdir()
+        (folder / "000000.log").write_bytes(data[:cut])
+        whole = sum(end <= cut for end in starts[1:])
+        assert [entry.event for entry in read_events(folder)] == EVENTS[:whole]
+        log = IngestLog(folder)
+        assert bool(log.notes) == (cut not in starts)
+        log.append(EVENTS[0])
+        log.close()
+        assert opened(folder) == [*EVENTS[:whole], EVENTS[0]]
+
+
+def test_damage_at_any_byte_names_file_and_offset(tmp_path: Path) -> None:
+    filled(tmp_path / "whole")
+    data = (tmp_path / "whole/000000.log").read_bytes()
+    starts = record_offsets(tmp_path / "whole", 0).tolist()
+    for position in range(starts[-1]):
+        folder = tmp_path / str(position)
+        folder.mkdir()
+        bad = bytearray(data)
+        bad[position] ^= 0x10
+        (folder / "000000.log").write_bytes(bytes(bad))
+        start = max(s for s in starts if s <= position)
+        with pytest.raises(StorageError, match=rf"000000.log is damaged at offset {start}: .*restore"):
+            IngestLog(folder)
+        assert (folder / "000000.log").read_bytes() == bytes(bad)
+
+
+def test_a_missing_or_cut_segment_is_damage(tmp_path: Path) -> None:
+    filled(tmp_path, 1)
+    third = tmp_path / "000002.log"
+    data = third.read_bytes()
+    third.write_bytes(data[:-1])
+    with pytest.raises(StorageError, match="000002.log is damaged at offset 0"):
+        IngestLog(tmp_path)
+    third.unlink()
+    with pytest.raises(StorageError, match="expected segments 0"):
+        IngestLog(tmp_path)
+
+
+def test_two_hubs_cannot_share_a_log(tmp_path: Path) -> None:
+    log = IngestLog(tmp_path)
+    with pytest.raises(RunFolderError, match="another hub writes this log"):
+        IngestLog(tmp_path)
+    log.close()

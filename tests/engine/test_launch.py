@@ -1,0 +1,210 @@
+"""The launcher with real processes: what it leaves behind, and how it ends when a role does not behave."""
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from slipstream import launch
+from slipstream.config import RunConfig, load_config
+from slipstream.display import PlainScreen
+from slipstream.errors import RoleError, RunFolderError, UserError
+from slipstream.supervisor import Patience
+
+ROLE = Path(__file__).with_name("fake_role.py")
+PROGRAM = (sys.executable, str(ROLE))
+PATIENCE = Patience(stop_s=5.0, finish_s=30.0, backoff_s=0.01)
+
+DRIVER = f"""
+import sys
+from pathlib import Path
+from slipstream import launch
+from slipstream.config import load_config
+from slipstream.display import PlainScreen
+from slipstream.supervisor import Patience
+folder = Path(sys.argv[1])
+config = load_config("research")
+screen = PlainScreen(config, folder, sys.stdout)
+sys.exit(launch.train(config, folder, resume=False, serial=False, screen=screen,
+         program=(sys.executable, {str(ROLE)!r}), patience=Patience(stop_s=5.0)))
+"""
+
+
+def plan(tmp_path: Path, **roles: str) -> Path:
+    (tmp_path / "plan.json").write_text(json.dumps(roles))
+    return tmp_path / "run"
+
+
+def train(
+    folder: Path,
+    *,
+    resume: bool = False,
+    config: RunConfig | None = None,
+    patience: Patience = PATIENCE,
+) -> str:
+    """Run the launcher here and return what it showed."""
+    config = config or load_config("research")
+    stream = io.StringIO()
+    screen = PlainScreen(config, folder, stream)
+    try:
+        code = launch.train(
+            config, folder, resume=resume, serial=False, screen=screen, program=PROGRAM, patience=patience
+        )
+    except (RoleError, UserError) as error:
+        error.add_note(stream.getvalue())
+        raise
+    assert code == 0, stream.getvalue()
+    return stream.getvalue()
+
+
+def alive(tmp_path: Path) -> list[str]:
+    """Return the started roles that still run."""
+    return [path.name for path in (tmp_path / "pids").glob("*") if _runs(int(path.name.rpartition("-")[2]))]
+
+
+def _runs(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return state != "Z"
+
+
+def wait_for(condition: Callable[[], bool], what: str) -> None:
+    deadline = time.monotonic() + 20.0
+    while not condition():
+        assert time.monotonic() < deadline, f"waited 20 s for {what}"
+        time.sleep(0.02)
+
+
+def starts(tmp_path: Path, role: str) -> int:
+    return len(list((tmp_path / "pids").glob(f"{role}-*")))
+
+
+def test_a_run_leaves_summary_curve_configuration_and_logs(tmp_path: Path) -> None:
+    folder = plan(tmp_path)
+    shown = train(folder, config=load_config("research", ["actor.threads=2", "evaluation.final_tasks=100"]))
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["success_warm_start"] == 0.4
+    assert summary["success_final"] == 0.8
+    assert summary["success_best"] == 0.9
+    assert summary["success_ci95"] == pytest.approx([0.8256343, 0.9447709], abs=1e-6)
+    assert summary["baselines"] == {"do_nothing": {"success": 0.0, "source": "answers nothing"}}
+    assert (summary["steps"], summary["trajectories"], summary["dropped"]) == (2, 8, 3)
+    assert (summary["tokens_generated"], summary["tokens_trained"]) == (100, 30)
+    assert summary["slip_mean"] == pytest.approx((10 * 1 + 20 * 2) / 30)
+    assert summary["slip_max"] == 3
+    assert summary["learner_starved_share"] == pytest.approx(0.15)
+    assert summary["seed"] == 1
+    assert set(summary["stage_seconds"]) == {"warm start", "training", "final evaluation", "learning curve"}
+    assert summary["wall_seconds"] == pytest.approx(sum(summary["stage_seconds"].values()))
+    assert (folder / "learning_curve.png").read_bytes().startswith(b"\x89PNG")
+    assert load_config(folder / "config.toml").actor.threads == 2
+    logs = sorted(path.name for path in (folder / "logs").iterdir())
+    names = ["actor-0", "eval-0", "eval-1", "hub-0", "learner-0", "warmup-0"]
+    assert logs == [f"{name}.log" for name in names]
+    threads = {path.name.rpartition("-")[0]: path.read_text() for path in (tmp_path / "pids").iterdir()}
+    assert (threads["actor"], threads["learner"], threads["warmup"]) == ("2", "1", "3")
+    assert "held-out success 0.40 after the warm start, 0.90 best" in shown
+    assert not alive(tmp_path)
+
+
+@pytest.mark.parametrize("role", ["hub", "learner", "warmup", "eval"])
+def test_a_dead_role_ends_the_run_with_its_last_words(tmp_path: Path, role: str) -> None:
+    folder = plan(tmp_path, **{"hub": "wait", role: "die"} if role != "eval" else {role: "die"})
+    with pytest.raises(RoleError) as caught:
+        train(folder)
+    message = str(caught.value)
+    assert f"{role}-0 ended with exit code 3; last lines of {folder}/logs/{role}-0.log:" in message
+    assert "the disk is on fire" in message
+    assert message.endswith(f"continue with: slipstream train --output {folder} --resume")
+    assert not alive(tmp_path)
+
+
+def test_a_killed_learner_is_named_with_its_signal(tmp_path: Path) -> None:
+    folder = plan(tmp_path, learner="kill -9", hub="wait")
+    with pytest.raises(RoleError, match="learner-0 was killed by SIGKILL"):
+        train(folder)
+    assert not alive(tmp_path)
+
+
+@pytest.mark.parametrize("role", ["actor", "learner", "warmup"])
+def test_a_users_mistake_found_by_a_role_stays_one_sentence(tmp_path: Path, role: str) -> None:
+    folder = plan(tmp_path, **{role: "refuse", "hub": "wait"})
+    with pytest.raises(UserError) as caught:
+        train(folder)
+    assert str(caught.value) == "model.path: no such folder /models/none; give another"
+    assert starts(tmp_path, role) == 1
+    assert not alive(tmp_path)
+
+
+def test_a_dead_actor_is_started_again(tmp_path: Path) -> None:
+    folder = plan(tmp_path, actor="die once")
+    (tmp_path / "wait for restart").touch()
+    shown = train(folder)
+    assert "actor-0 ended with exit code 3; restart 1 of 5 in 0.01 s" in shown
+    assert starts(tmp_path, "actor") == 2
+
+
+def test_an_actor_that_keeps_dying_ends_the_run_after_five_restarts(tmp_path: Path) -> None:
+    folder = plan(tmp_path, actor="die", learner="wait", hub="wait")
+    with pytest.raises(RoleError, match="actor-0 ended with exit code 3 6 times"):
+        train(folder)
+    assert starts(tmp_path, "actor") == 6
+    assert not alive(tmp_path)
+
+
+def test_a_role_that_ignores_sigterm_is_killed(tmp_path: Path) -> None:
+    folder = plan(tmp_path, actor="ignore SIGTERM", learner="work")
+    shown = train(folder, patience=Patience(stop_s=0.2))
+    assert "ignored SIGTERM for 0.2 s: killed" in shown
+    assert not alive(tmp_path)
+
+
+def test_resume_keeps_a_sound_warm_start_and_makes_a_damaged_one_again(tmp_path: Path) -> None:
+    folder = plan(tmp_path)
+    train(folder)
+    with pytest.raises(RunFolderError, match="add --resume"):
+        train(folder)
+    train(folder, resume=True)
+    assert starts(tmp_path, "warmup") == 1
+    (folder / "checkpoints" / "warmup" / "state.json").write_text("{}")
+    shown = train(folder, resume=True)
+    assert starts(tmp_path, "warmup") == 2
+    assert "the warm start is made again" in shown and "state.json: expected" in shown
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_stops_all_roles_and_says_how_to_go_on(tmp_path: Path, number: signal.Signals) -> None:
+    folder = plan(tmp_path, learner="wait", hub="wait")
+    command = [sys.executable, "-c", DRIVER, str(folder)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as driver:
+        wait_for((tmp_path / "ready-learner").exists, "the learner's start")
+        driver.send_signal(number)
+        shown, _ = driver.communicate(timeout=20)
+    assert driver.returncode == 130
+    assert f"stopped by {number.name}; continue with: slipstream train --output {folder} --resume" in shown
+    assert not alive(tmp_path)
+
+
+def test_roles_end_when_the_launcher_is_killed(tmp_path: Path) -> None:
+    folder = plan(tmp_path, learner="ignore SIGTERM", hub="ignore SIGTERM")
+    command = [sys.executable, "-c", DRIVER, str(folder)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as driver:
+        ready = [tmp_path / f"ready-{role}" for role in ("hub", "actor", "learner")]
+        wait_for(lambda: all(path.exists() for path in ready), "the roles")
+        assert len(alive(tmp_path)) == 3
+        with pytest.raises(RunFolderError, match=f"is in use by process {driver.pid}"):
+            train(folder, resume=True)
+        os.kill(driver.pid, signal.SIGKILL)
+        driver.wait(timeout=20)
+        wait_for(lambda: not alive(tmp_path), "the roles to end")
+    times = json.loads((folder / "times.json").read_text())
+    assert set(times) == {"warm start"}

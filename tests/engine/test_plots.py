@@ -1,0 +1,57 @@
+"""The learning curve: both panels, their lines and their labels."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+
+from slipstream import plots
+from slipstream.errors import RunFolderError
+from slipstream.metrics import FILE, append_row
+from slipstream.run_folder import write_json
+
+
+def fill(folder: Path) -> None:
+    append_row(folder / FILE, {"kind": "warmup", "step": 10, "success": 0.4, "time": 50.0})
+    for step in range(1, 21):
+        pause = 7200.0 if step > 10 else 0.0
+        row = {"kind": "train", "step": step, "success": step / 20, "time": 100.0 + 3 * step + pause}
+        append_row(folder / FILE, row)
+    for step, success in ((10, 0.8), (20, 0.7)):
+        time = 100.0 + 3 * step + (7200.0 if step > 10 else 0.0)
+        row = {"kind": "evaluation", "step": step, "success": success, "tasks": 100, "time": time}
+        append_row(folder / FILE, row)
+    source = {"success": 0.99, "source": "64 held-out tasks"}
+    write_json(folder / "baselines.json", {"scripted_expert": source})
+
+
+def test_learning_curve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fill(tmp_path)
+    figures: list[Figure] = []
+    savefig = Figure.savefig
+
+    def keep(figure: Figure, path: Path) -> None:
+        figures.append(figure)
+        savefig(figure, path)
+
+    monkeypatch.setattr(Figure, "savefig", keep)
+    path = plots.learning_curve(tmp_path)
+    assert path == tmp_path / "learning_curve.png"
+    assert path.read_bytes().startswith(b"\x89PNG")
+    steps, clock = figures[0].axes
+    lines = {str(line.get_label()): np.asarray(line.get_xydata(), float) for line in steps.lines}
+    np.testing.assert_allclose(lines["held-out success"], [(10, 0.8), (20, 0.7)])
+    np.testing.assert_allclose(lines["best checkpoint, step 10: 0.800"], [(10, 0.8)])
+    np.testing.assert_allclose(lines["scripted expert: 0.990 (64 held-out tasks)"], [(0, 0.99), (1, 0.99)])
+    np.testing.assert_allclose(lines["warm start: 0.400 (held-out, before training)"], [(0, 0.4), (1, 0.4)])
+    assert len(steps.collections) == 1
+    held_out = next(line for line in clock.lines if line.get_label() == "held-out success")
+    minutes = np.asarray(held_out.get_xydata(), float)
+    # The two hours between two sessions are no work.
+    np.testing.assert_allclose(minutes, [(0.45, 0.8), (0.95, 0.7)], atol=0.06)
+
+
+def test_a_folder_without_metrics_is_named(tmp_path: Path) -> None:
+    with pytest.raises(RunFolderError, match=r"holds no metrics.jsonl to plot"):
+        plots.learning_curve(tmp_path)

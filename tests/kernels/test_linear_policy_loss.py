@@ -1,0 +1,60 @@
+"""The whole head against its two parts, over all rows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from slipstream_kernels import Objective, finish_metrics, linear_logprob, linear_policy_loss, policy_loss
+from slipstream_kernels.testing import assert_matches_reference
+
+
+def case(count: int = 40) -> tuple[list[torch.Tensor], dict[str, Any]]:
+    hidden, weight = torch.randn(count, 8), torch.randn(13, 8)
+    inputs = {
+        "behavior_N": -torch.rand(count) - 1,
+        "reference_N": -torch.rand(count) - 1,
+        "advantage_N": torch.randn(count),
+        "weight_N": torch.randint(0, 2, (count,)).float(),
+        "cu_seqlens": torch.tensor([0, 10, 10, 25, 40]),
+        "objective": Objective(
+            kl_coefficient=0.1, entropy_coefficient=0.05, importance_cap=2.0, trust_low=0.2
+        ),
+    }
+    return [hidden.requires_grad_(), weight.requires_grad_(), torch.randint(0, 13, (count,))], inputs
+
+
+def test_equals_its_parts_over_all_rows() -> None:
+    (hidden, weight, labels), inputs = case()
+    temperature = torch.rand(40) + 0.5
+    logprob, entropy, _ = linear_logprob(hidden, weight, labels, inverse_temperature=temperature)
+    expected = policy_loss(logprob, entropy_N=entropy, **inputs)
+    labels = torch.where(inputs["weight_N"] > 0, labels, -100)
+    actual = linear_policy_loss(hidden, weight, labels, inverse_temperature=temperature, **inputs)
+    assert_matches_reference(actual.loss, expected.loss)
+    assert_matches_reference(actual.grad_logprob_N, expected.grad_logprob_N)
+    gradients = torch.autograd.grad(actual.loss, [hidden, weight])
+    for one, other in zip(gradients, torch.autograd.grad(expected.loss, [hidden, weight]), strict=True):
+        assert_matches_reference(one, other)
+    truth = finish_metrics(expected.metrics)
+    for name, value in finish_metrics(actual.metrics).items():
+        assert_matches_reference(value, truth[name])
+
+
+def test_rows_of_weight_zero_never_reach_the_head() -> None:
+    (hidden, weight, labels), inputs = case()
+    poisoned = torch.where(inputs["weight_N"][:, None] > 0, hidden, torch.nan).detach().requires_grad_()
+    clean = linear_policy_loss(hidden, weight, labels, **inputs)
+    actual = linear_policy_loss(poisoned, weight, labels, **inputs)
+    assert_matches_reference(actual.loss, clean.loss)
+    (gradient,) = torch.autograd.grad(actual.loss, poisoned)
+    assert not gradient[inputs["weight_N"] == 0].any()
+
+
+def test_no_trained_row_gives_a_zero_loss_that_backpropagates() -> None:
+    (hidden, weight, labels), inputs = case()
+    result = linear_policy_loss(hidden, weight, labels, **(inputs | {"weight_N": torch.zeros(40)}))
+    gradients = torch.autograd.grad(result.loss, [hidden, weight])
+    assert result.loss.item() == 0.0
+    assert not any(bool(gradient.any()) for gradient in gradients)
