@@ -66,8 +66,12 @@ class IngestLog:
         self._buffered: list[Buffer] = []
         self._buffered_bytes = 0
         self._readers: dict[int, int] = {}
-        self._segment, self._size, self._seq = self._recover()
-        self._file = self._open_segment()
+        try:
+            self._segment, self._size, self._seq = self._recover()
+            self._file = self._open_segment()
+        except (OSError, StorageError):
+            os.close(self._lock)
+            raise
 
     def append(self, event: Event, record: Sequence[Buffer] = ()) -> int:
         """Add an event, and the buffers of a trajectory's record, and return its position; durable after `flush`."""

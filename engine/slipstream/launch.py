@@ -118,7 +118,8 @@ class _Run:
             )
             for index in range(config.actor.count)
         ]  # fmt: skip
-        hub, learner = self._spec("hub"), self._spec("learner", threads=config.learner.threads)
+        hub = self._spec("hub", awaited=False, outlives=True)
+        learner = self._spec("learner", threads=config.learner.threads)
         self.supervisor.supervise([hub, *actors, learner])
 
     def _train_serially(self) -> None:
@@ -157,10 +158,16 @@ class _Run:
         threads: int = 1,
         restarts: int = 0,
         awaited: bool = True,
+        outlives: bool = False,
     ) -> RoleSpec:
-        arguments = (role, "--output", str(self._folder), *more)
         return RoleSpec(
-            role=role, index=index, arguments=arguments, threads=threads, restarts=restarts, awaited=awaited
+            role=role,
+            index=index,
+            arguments=(role, "--output", str(self._folder), *more),
+            threads=threads,
+            restarts=restarts,
+            awaited=awaited,
+            outlives=outlives,
         )
 
     def tick(self) -> None:

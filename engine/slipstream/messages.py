@@ -200,7 +200,8 @@ def encode_message(message: Message) -> bytes:
 
 def decode_message(frame: Buffer) -> AnyMessage:
     """Return the message in a frame; raises FrameError for anything else."""
-    return decode_struct(frame, _DECODER, what="message", limit=MAX_HEADER_BYTES)
+    message: AnyMessage = decode_struct(frame, _DECODER, what="message", limit=MAX_HEADER_BYTES)
+    return message
 
 
 def decode_struct(frame: Buffer, decoder: msgspec.msgpack.Decoder[T], *, what: str, limit: int) -> T:

@@ -50,6 +50,8 @@ class RoleSpec:
     """How often it is started again after it died."""
     awaited: bool = True
     """The stage ends when all awaited roles have ended with 0."""
+    outlives: bool = False
+    """Stopped only after all others have ended, because they hand it their last work."""
 
     @property
     def name(self) -> str:
@@ -106,7 +108,9 @@ class Supervisor:
                     roles.append(_Running(spec=spec, process=self._start(spec)))
                 self._watch(roles, received)
             finally:
-                self._stop([role.process for role in roles if role.process is not None])
+                for last in (False, True):
+                    wave = [role.process for role in roles if role.spec.outlives is last]
+                    self._stop([process for process in wave if process is not None])
 
     def _watch(self, roles: Sequence[_Running], received: Sequence[int]) -> None:
         finish_at: float | None = None

@@ -41,7 +41,7 @@ from slipstream.types import (
 
 MAX_TOOL_CALL_BYTES: Final = 256 << 10
 MAX_TOKENS: Final = 1 << 22
-ARRAYS: Final = (
+ARRAYS: Final[tuple[tuple[str, np.dtype[Any]], ...]] = (
     ("token_ids", np.dtype("<i4")),
     ("loss_mask", np.dtype("u1")),
     ("behavior_logprobs", np.dtype("<f4")),

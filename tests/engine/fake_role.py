@@ -26,6 +26,13 @@ def wait_for_signal() -> None:
         signal.pause()
 
 
+def end_after_others(folder: Path, pids: Path) -> None:
+    """Note which roles outlive the hub, and end as it does."""
+    others = [int(path.name.rpartition("-")[2]) for path in pids.glob("actor-*")]
+    (folder / "outlived by").write_text(" ".join(str(pid) for pid in others if Path(f"/proc/{pid}").exists()))
+    sys.exit(0)
+
+
 def work(role: str, output: Path) -> None:
     """What a healthy role leaves behind."""
     if role == "eval":
@@ -77,6 +84,9 @@ def main() -> None:
                 while len(list(pids.glob("actor-*"))) < wanted and time.monotonic() < deadline:
                     time.sleep(0.02)
             work(role, output)
+            if role == "hub":
+                signal.signal(signal.SIGTERM, lambda number, frame: end_after_others(folder.parent, pids))
+                wait_for_signal()
         case "die" | "die once":
             sys.stderr.write("first line\nthe disk is on fire\n")
             sys.exit(3)

@@ -113,6 +113,7 @@ def test_a_run_leaves_summary_curve_configuration_and_logs(tmp_path: Path) -> No
     threads = {path.name.rpartition("-")[0]: path.read_text() for path in (tmp_path / "pids").iterdir()}
     assert (threads["actor"], threads["learner"], threads["warmup"]) == ("2", "1", "3")
     assert "held-out success 0.40 after the warm start, 0.90 best" in shown
+    assert (tmp_path / "outlived by").read_text() == "", "actors hand the hub their last work"
     assert not alive(tmp_path)
 
 

@@ -1,0 +1,494 @@
+"""The hub's protocol under any order of events: nothing lost, nothing doubled, the gate kept, the books balanced."""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+
+from slipstream import messages as m
+from slipstream import synthetic
+from slipstream.config import BatchConfig, EvaluationConfig, HubConfig, RunConfig
+from slipstream.ingest import IngestLog
+from slipstream.ledger import Ledger
+from slipstream.ledger_state import LedgerState
+from slipstream.types import Lease, Outcome, Split, Trajectory, TrajectoryId, WeightUpdate
+from slipstream.wire import encode_trajectory, from_bytes, schema_hash
+
+CONFIG = RunConfig(
+    steps=50,
+    max_slip=1,
+    batch=BatchConfig(groups=2, group_size=2),
+    evaluation=EvaluationConfig(every=2, tasks=2),
+    hub=HubConfig(lease_timeout_s=10.0, segment_bytes=1 << 16),
+)
+
+
+def hello(role: str, name: str, session: str, step: int = 0) -> m.Hello:
+    return m.Hello(
+        role=role, name=name, run="run", protocol=m.PROTOCOL, schema=schema_hash(), session=session, step=step
+    )
+
+
+class Rig:
+    """A ledger on a real log, and all that clients would remember."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.now = folder, 0.0
+        self.bad: list[bytes] = []
+        self.replies: list[tuple[bytes, m.Message, Sequence[m.Buffer]]] = []
+        self.leases: dict[bytes, list[Lease]] = {}
+        self.epochs: dict[bytes, int] = {}
+        self.seq = 0
+        self.start()
+
+    def start(self) -> None:
+        self.log = IngestLog(self.folder, segment_bytes=CONFIG.hub.segment_bytes)
+        self.ledger = Ledger(CONFIG, "run", self.log, self.quarantine)
+
+    def restart(self) -> None:
+        self.log.close()
+        self.start()
+
+    def quarantine(self, frames: Sequence[m.Buffer]) -> str:
+        self.bad.append(b"".join(frames))
+        return str(len(self.bad))
+
+    def say(self, peer: bytes, message: m.Message, frames: Sequence[m.Buffer] = ()) -> list[m.Message]:
+        """Handle one message and return what came back to its sender."""
+        replies = self.ledger.handle(peer, message, frames, self.now)
+        self.ledger.flush()
+        self.take(replies)
+        return [reply for to, reply, _ in replies if to == peer]
+
+    def take(self, replies: Sequence[tuple[bytes, m.Message, Sequence[m.Buffer]]]) -> None:
+        self.replies += replies
+        for peer, reply, _ in replies:
+            if isinstance(reply, m.Grant):
+                self.leases.setdefault(peer, []).extend(reply.leases)
+
+    def actor(self, name: str = "a", session: str = "s") -> bytes:
+        peer = f"{name}/{session}".encode()
+        (welcome,) = [r for r in self.say(peer, hello("actor", name, session)) if isinstance(r, m.Welcome)]
+        self.epochs[peer] = welcome.epoch
+        return peer
+
+    def learner(self, step: int = 0, session: str = "l") -> m.Welcome:
+        (welcome,) = [r for r in self.say(b"learner", hello("learner", "learner", session, step))
+                      if isinstance(r, m.Welcome)]  # fmt: skip
+        return welcome
+
+    def publish(self, step: int) -> WeightUpdate:
+        state = self.ledger.state
+        made = synthetic.update(
+            state.next_serial, step=step, incarnation=state.incarnation, fork_step=state.fork_step
+        )
+        assert not [r for r in self.say(b"learner", m.Publish(update=made)) if isinstance(r, m.Refused)]
+        return made
+
+    def want(self, peer: bytes, train: int, evaluate: int = 0) -> list[Lease]:
+        """Ask for leases; everything granted so far has arrived."""
+        granted = self.ledger._peers[peer].granted
+        before = len(self.leases.get(peer, []))
+        self.say(peer, m.Want(train=train, evaluate=evaluate, received_train=granted[0],
+                              received_evaluate=granted[1]))  # fmt: skip
+        return self.leases.get(peer, [])[before:]
+
+    def made(self, peer: bytes, lease: Lease, serial: int) -> Trajectory:
+        self.seq += 1
+        identity = TrajectoryId(run="run", actor=peer.decode().split("/")[0], epoch=self.epochs[peer], seq=self.seq)
+        return dataclasses.replace(synthetic.answer_to(lease, serial=serial, tokens=8), identity=identity)
+
+    def deliver(self, peer: bytes, trajectory: Trajectory) -> None:
+        replies = self.say(peer, m.Deliver(seq=trajectory.identity.seq), encode_trajectory(trajectory))
+        assert trajectory.identity.seq in [seq for r in replies if isinstance(r, m.Ack) for seq in r.seqs]
+
+    def pull(self, step: int) -> list[Trajectory] | None:
+        before = len(self.replies)
+        self.say(b"learner", m.Pull(step=step))
+        for _, reply, records in self.replies[before:]:
+            if isinstance(reply, m.Batch):
+                return [from_bytes(record) for record in records]
+        return None
+
+
+@pytest.fixture
+def rig(tmp_path: Path) -> Iterator[Rig]:
+    made = Rig(tmp_path)
+    yield made
+    made.ledger.check_books()
+    made.log.close()
+
+
+def ready(rig: Rig) -> tuple[bytes, WeightUpdate]:
+    """Return a proven actor and the first weights."""
+    rig.learner()
+    announced = rig.publish(0)
+    peer = rig.actor()
+    assert rig.say(peer, m.Proof(proof=synthetic.proof(announced))) == []
+    return peer, announced
+
+
+def test_the_gate_opens_whole_groups_and_reopens_with_a_version(rig: Rig) -> None:
+    peer, _ = ready(rig)
+    leases = rig.want(peer, 100)
+    # (max_slip 1 + version 0 + 1) * batch 4 = 8 trajectories: groups 0..3.
+    assert [(x.attempt.group, x.attempt.attempt) for x in leases] == [(g, a) for g in range(4) for a in (0, 1)]
+    assert {x.attempt.task - x.attempt.group for x in leases} == {0}
+    assert rig.want(peer, 100) == []
+    rig.publish(1)
+    assert len(rig.leases[peer]) == 12
+
+
+def test_nothing_is_leased_before_a_proof(rig: Rig) -> None:
+    rig.learner()
+    announced = rig.publish(0)
+    peer = rig.actor()
+    assert rig.want(peer, 4, 2) == []
+    wrong = dataclasses.replace(synthetic.proof(announced), checksum64=1)
+    (refused,) = rig.say(peer, m.Proof(proof=wrong))
+    assert isinstance(refused, m.Refused)
+    assert "expected checksum 00000000000003e8, got 0000000000000001" in refused.reason
+    off = dataclasses.replace(synthetic.proof(announced), canary_logprobs=(-0.5, -1.502))
+    (refused,) = rig.say(peer, m.Proof(proof=off))
+    assert isinstance(refused, m.Refused)
+    assert "within 0.001 nats" in refused.reason
+    assert rig.ledger.refused_proofs == 2
+    close = dataclasses.replace(synthetic.proof(announced), canary_logprobs=(-0.5, -1.5009))
+    replies = rig.say(peer, m.Proof(proof=close))
+    assert [len(r.leases) for r in replies if isinstance(r, m.Grant)] == [4, 2]
+
+
+def test_leases_on_the_way_are_not_granted_twice(rig: Rig) -> None:
+    peer, _ = ready(rig)
+    rig.say(peer, m.Want(train=3, evaluate=0, received_train=0, received_evaluate=0))
+    assert len(rig.leases[peer]) == 3
+    # The actor has four free places, but has not seen the three leases above yet.
+    rig.say(peer, m.Want(train=4, evaluate=0, received_train=0, received_evaluate=0))
+    assert len(rig.leases[peer]) == 4
+
+
+def test_a_batch_holds_the_oldest_complete_groups_in_order(rig: Rig) -> None:
+    peer, announced = ready(rig)
+    leases = rig.want(peer, 8)
+    straggler = leases[2]  # group 1
+    for lease in reversed([x for x in leases if x is not straggler]):
+        rig.deliver(peer, rig.made(peer, lease, announced.version.serial))
+    batch = rig.pull(0)
+    assert batch is not None
+    assert [(t.attempt.group, t.attempt.attempt) for t in batch] == [(0, 0), (0, 1), (2, 0), (2, 1)]
+    assert rig.pull(1) is None
+    rig.deliver(peer, rig.made(peer, straggler, announced.version.serial))
+    arrived = [r for to, r, _ in rig.replies if to == b"learner" and isinstance(r, m.Batch)]
+    assert [batch.step for batch in arrived] == [0, 1]
+    again = rig.pull(0)
+    assert again is not None
+    assert [t.identity for t in again] == [t.identity for t in batch]
+
+
+def test_resent_duplicate_failed_and_unproven_trajectories_are_booked_apart(rig: Rig) -> None:
+    peer, announced = ready(rig)
+    serial = announced.version.serial
+    first, second, third, _ = rig.want(peer, 4)
+    made = rig.made(peer, first, serial)
+    rig.deliver(peer, made)
+    rig.deliver(peer, made)
+    rig.deliver(peer, rig.made(peer, first, serial))
+    failed = dataclasses.replace(rig.made(peer, second, serial), outcome=Outcome.INFRASTRUCTURE_FAILURE)
+    rig.deliver(peer, failed)
+    rig.deliver(peer, rig.made(peer, third, serial + 1))
+    books = rig.ledger.books()
+    assert {key: value for key, value in books.items() if value} == {
+        "made": 4, "buffered": 1, "duplicate": 1, "failed_infrastructure": 1, "unproven": 1, "leased": 1, "waiting": 2,
+    }  # fmt: skip
+    again = rig.want(peer, 2)
+    assert [(x.attempt, x.issue) for x in again] == [(second.attempt, 1), (third.attempt, 1)]
+
+
+@pytest.mark.parametrize("damage", ["bit", "sender", "attempt", "split"])
+def test_bad_trajectories_are_quarantined_and_acknowledged(rig: Rig, damage: str) -> None:
+    peer, announced = ready(rig)
+    (lease,) = rig.want(peer, 1)
+    made = rig.made(peer, lease, announced.version.serial)
+    if damage == "sender":
+        made = dataclasses.replace(made, identity=dataclasses.replace(made.identity, actor="b"))
+    if damage == "attempt":
+        made = dataclasses.replace(made, attempt=dataclasses.replace(made.attempt, group=99, task=99))
+    if damage == "split":
+        made = dataclasses.replace(made, split=Split.HELDOUT)
+    frames = [bytearray(frame) for frame in encode_trajectory(made)]
+    if damage == "bit":
+        frames[2][0] ^= 1
+    replies = rig.say(peer, m.Deliver(seq=7), frames)
+    assert [r.seqs for r in replies if isinstance(r, m.Ack)] == [(7,)]
+    assert rig.ledger.books()["quarantined"] == 1
+    assert b"".join(frames) in rig.bad[0]
+    assert rig.ledger.books()["leased"] == 1
+
+
+def test_groups_too_old_at_hand_out_are_dropped_and_make_room(rig: Rig) -> None:
+    peer, announced = ready(rig)
+    old = announced.version.serial
+    leases = rig.want(peer, 8)
+    kept, late = leases[:4], leases[4:]
+    for lease in kept:
+        rig.deliver(peer, rig.made(peer, lease, old))
+    assert rig.pull(0) is not None
+    for step in (1, 2):
+        announced = rig.publish(step)
+        rig.say(peer, m.Proof(proof=synthetic.proof(announced)))
+        for lease in rig.want(peer, 4):
+            rig.deliver(peer, rig.made(peer, lease, announced.version.serial))
+        if step == 1:
+            assert rig.pull(1) is not None
+    for lease in late:
+        rig.deliver(peer, rig.made(peer, lease, old))
+    batch = rig.pull(2)  # slip 2 > max_slip 1 for the late groups 2 and 3
+    assert batch is not None
+    assert {t.attempt.group for t in batch}.isdisjoint({2, 3})
+    assert rig.ledger.books()["dropped_by_slip"] == 4
+
+
+def test_a_learner_that_resumes_gets_its_trajectories_back(rig: Rig) -> None:
+    peer, announced = ready(rig)
+    for lease in rig.want(peer, 8):
+        rig.deliver(peer, rig.made(peer, lease, announced.version.serial))
+    first, second = rig.pull(0), rig.pull(1)
+    assert first is not None
+    assert second is not None
+    welcome = rig.learner(step=1, session="another life")
+    assert (welcome.epoch, welcome.next_serial, welcome.fork_step) == (1, 1, 1)
+    assert rig.ledger.books()["trained"] == 4
+    assert rig.ledger.state.accepted == 1 * 4 + 4
+    rig.publish(1)
+    again = rig.pull(1)
+    assert again is not None
+    assert [t.identity for t in again] == [t.identity for t in second]
+
+
+def test_a_learner_that_only_reconnects_is_not_rolled_back(rig: Rig) -> None:
+    peer, announced = ready(rig)
+    for lease in rig.want(peer, 4):
+        rig.deliver(peer, rig.made(peer, lease, announced.version.serial))
+    assert rig.pull(0) is not None
+    welcome = rig.learner(step=0)
+    assert (welcome.epoch, rig.ledger.state.steps) == (0, 1)
+
+
+def test_a_learner_ahead_of_the_log_is_refused(rig: Rig) -> None:
+    (refused,) = rig.say(b"learner", hello("learner", "learner", "l", step=3))
+    assert isinstance(refused, m.Refused)
+    assert "the hub's log knows 0 batches, the learner resumes from step 3" in refused.reason
+
+
+def test_versions_of_the_protocol_are_compared_by_name(rig: Rig) -> None:
+    greeting = hello("actor", "a", "s")
+    for field, value in (("protocol", 99), ("schema", "feed"), ("run", "other")):
+        fields = {name: getattr(greeting, name) for name in greeting.__struct_fields__} | {field: value}
+        (refused,) = rig.say(b"x", m.Hello(**fields))
+        assert isinstance(refused, m.Refused)
+        assert not refused.retry
+        assert str(value) in refused.reason
+        assert str(getattr(greeting, field)) in refused.reason
+
+
+def test_a_new_process_of_an_actor_takes_over_at_once(rig: Rig) -> None:
+    old, announced = ready(rig)
+    lease, unsent = rig.want(old, 2)
+    before = rig.made(old, lease, announced.version.serial)
+    new = rig.actor(session="new")
+    assert rig.epochs[new] == 1
+    (refused,) = rig.say(old, m.Deliver(seq=1), encode_trajectory(before))
+    assert isinstance(refused, m.Refused)
+    assert not refused.retry
+    # The spool of the old process is replayed by the new one, and its proof still counts for it.
+    rig.deliver(new, before)
+    assert rig.ledger.books()["buffered"] == 1
+    rig.say(new, m.Proof(proof=synthetic.proof(announced)))
+    assert [(x.attempt, x.issue) for x in rig.want(new, 1)] == [(unsent.attempt, 1)]
+
+
+def test_tokens_of_a_process_that_proved_nothing_do_not_count(rig: Rig) -> None:
+    old, announced = ready(rig)
+    (lease,) = rig.want(old, 1)
+    new = rig.actor(session="new")
+    rig.deliver(new, rig.made(new, lease, announced.version.serial))
+    assert rig.ledger.books()["unproven"] == 1
+
+
+def test_leases_time_out_and_lost_actors_free_theirs(rig: Rig) -> None:
+    a, announced = ready(rig)
+    b = rig.actor("b")
+    rig.say(b, m.Proof(proof=synthetic.proof(announced)))
+    (first,) = rig.want(a, 1)
+    rig.ledger.lost(a)
+    assert [(x.attempt, x.issue) for x in rig.want(b, 1)] == [(first.attempt, 1)]
+    rig.now = 5.0
+    rig.take(rig.ledger.tick(rig.now))
+    assert rig.ledger.books()["waiting"] == 1
+    rig.say(b, m.Ping())
+    rig.now = 10.5
+    rig.take(rig.ledger.tick(rig.now))
+    assert rig.ledger.books()["waiting"] == 2
+    assert (b, m.Ping(), ()) in rig.replies
+
+
+def test_an_evaluation_is_pinned_booked_apart_and_told(rig: Rig) -> None:
+    peer, announced = ready(rig)
+    serial = announced.version.serial
+    one, two = rig.want(peer, 0, 2)
+    assert (one.evaluation, one.split, one.attempt.task, two.attempt.task) == (serial, Split.HELDOUT, 0, 1)
+    rig.deliver(peer, dataclasses.replace(rig.made(peer, one, serial), outcome=Outcome.INFRASTRUCTURE_FAILURE))
+    (again,) = rig.want(peer, 0, 1)
+    assert (again.attempt, again.issue) == (one.attempt, 1)
+    rig.deliver(peer, rig.made(peer, again, serial))
+    unsolved = dataclasses.replace(rig.made(peer, two, serial), scores=())
+    rig.deliver(peer, unsolved)
+    (done,) = [r for to, r, _ in rig.replies if isinstance(r, m.Evaluated)]
+    assert (done.serial, done.step, done.success, done.count, done.replayed) == (serial, 0, 0.5, 2, False)
+    assert rig.ledger.books()["made"] == 0
+    assert rig.ledger.books()["evaluation_evaluated"] == 2
+    rig.learner(step=0)
+    assert [r.replayed for _, r, _ in rig.replies if isinstance(r, m.Evaluated)] == [False, True]
+
+
+def test_an_unknown_peer_is_asked_to_say_hello(rig: Rig) -> None:
+    (refused,) = rig.say(b"stranger", m.Ping())
+    assert isinstance(refused, m.Refused)
+    assert refused.retry
+
+
+def facts(state: LedgerState) -> dict[str, object]:
+    """Everything durable of a state."""
+    known = {key: value for key, value in vars(state).items() if key not in {"_config", "versions"}}
+    return known | {"versions": vars(state.versions)}
+
+
+class Interleavings(RuleBasedStateMachine):
+    """Actors, a learner and a hub that crash and talk in any order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.folder = tempfile.TemporaryDirectory()
+        self.rig = Rig(Path(self.folder.name))
+        self.rig.learner()
+        self.lives = 0
+        self.trained: dict[int, list[TrajectoryId]] = {}
+        self.peers = {"a": self.rig.actor("a"), "b": self.rig.actor("b")}
+        self.sent: list[tuple[bytes, Trajectory]] = []
+        self.publish()
+
+    @rule()
+    def publish(self) -> None:
+        step = self.rig.ledger.state.steps
+        newest = self.rig.ledger.state.newest
+        if newest is None or newest.version.step < step:
+            announced = self.rig.publish(step)
+            for peer in self.peers.values():
+                self.rig.say(peer, m.Proof(proof=synthetic.proof(announced)))
+
+    @rule(name=st.sampled_from("ab"), train=st.integers(0, 6), evaluate=st.integers(0, 2))
+    def want(self, name: str, train: int, evaluate: int) -> None:
+        self.rig.want(self.peers[name], train, evaluate)
+
+    @rule(name=st.sampled_from("ab"), pick=st.integers(0, 20), fate=st.sampled_from(["ok", "ok", "ok", "fail", "alien"]))
+    def deliver(self, name: str, pick: int, fate: str) -> None:
+        peer = self.peers[name]
+        leases = self.rig.leases.get(peer, [])
+        newest = self.rig.ledger.state.newest
+        if not leases or newest is None:
+            return
+        made = self.rig.made(peer, leases[pick % len(leases)], newest.version.serial + (fate == "alien"))
+        if fate == "fail":
+            made = dataclasses.replace(made, outcome=Outcome.INFRASTRUCTURE_FAILURE)
+        self.sent.append((peer, made))
+        self.rig.deliver(peer, made)
+
+    @rule(pick=st.integers(0, 50))
+    def resend(self, pick: int) -> None:
+        mine = [made for peer, made in self.sent if peer in self.peers.values()]
+        if mine:
+            made = mine[pick % len(mine)]
+            before = self.rig.ledger.books()
+            self.rig.deliver(self.peers[made.identity.actor], made)
+            assert self.rig.ledger.books()["made"] == before["made"]
+
+    @rule()
+    def garbage(self) -> None:
+        self.rig.say(self.peers["a"], m.Deliver(seq=0), [b"x"] * 9)
+
+    @rule()
+    def pull(self) -> None:
+        step = self.rig.ledger.state.steps
+        batch = self.rig.pull(step)
+        if batch is not None:
+            self.trained[step] = [made.identity for made in batch]
+
+    @rule(seconds=st.sampled_from([1.0, 11.0]))
+    def wait(self, seconds: float) -> None:
+        self.rig.now += seconds
+        for peer in self.peers.values():
+            self.rig.say(peer, m.Ping())
+        self.rig.take(self.rig.ledger.tick(self.rig.now))
+
+    @rule(name=st.sampled_from("ab"))
+    def replace_actor(self, name: str) -> None:
+        self.lives += 1
+        peer = self.peers[name] = self.rig.actor(name, f"life {self.lives}")
+        newest = self.rig.ledger.state.newest
+        if newest is not None:
+            self.rig.say(peer, m.Proof(proof=synthetic.proof(newest)))
+
+    @rule(back=st.integers(0, 3))
+    def resume_learner(self, back: int) -> None:
+        self.lives += 1
+        step = max(0, self.rig.ledger.state.steps - back)
+        self.rig.learner(step, f"life {self.lives}")
+        self.trained = {number: batch for number, batch in self.trained.items() if number < step}
+        self.publish()
+
+    @rule()
+    def restart_hub(self) -> None:
+        before = facts(self.rig.ledger.state)
+        self.rig.restart()
+        assert facts(self.rig.ledger.state) == before
+        session = self.rig.ledger.state.learner_session
+        self.rig.learner(0, session)
+        for peer in self.peers.values():
+            self.rig.actor(*peer.decode().split("/"))
+
+    @invariant()
+    def books_balance(self) -> None:
+        self.rig.ledger.check_books()
+
+    @invariant()
+    def the_gate_holds(self) -> None:
+        state = self.rig.ledger.state
+        steps = max([state.version, *(v.version.step for v in state.updates.values())])
+        bound = (CONFIG.max_slip + steps + 1) * CONFIG.batch.trajectories
+        assert state.accepted + len(state.training) <= bound
+
+    @invariant()
+    def no_attempt_is_trained_twice(self) -> None:
+        state = self.rig.ledger.state
+        trained = [identity for step in sorted(self.trained) for identity in self.trained[step]]
+        assert sorted(self.trained) == sorted(state.batches)
+        attempts = [state.items[identity].received.attempt for identity in trained]
+        assert len({(a.group, a.attempt) for a in attempts}) == len(trained)
+        assert len(trained) == len(self.trained) * CONFIG.batch.trajectories
+
+    def teardown(self) -> None:
+        self.rig.log.close()
+        self.folder.cleanup()
+
+
+TestInterleavings = Interleavings.TestCase
+TestInterleavings.settings = settings(
+    max_examples=40, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
+)
