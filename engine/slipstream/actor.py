@@ -1,10 +1,10 @@
 """Floor 5. The actor: runs many leased episodes at once and streams their trajectories to the hub.
 
-    loop        waits for                         released by
-    receive     a word of the hub                 grant, weights, stop, or DeadlineError after silence
-    episode     its backend, its tools            stop token, tool result, the episode's time-out
-    deliver     room in the spool, byte credit    acknowledgements of the hub
-    backends    an active row                     the next message of an episode
+loop        waits for                         released by
+receive     a word of the hub                 grant, weights, stop, or DeadlineError after silence
+episode     its backend, its tools            stop token, tool result, the episode's time-out
+deliver     room in the spool, byte credit    acknowledgements of the hub
+backends    an active row                     the next message of an episode
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class Actor:
     """
 
     def __init__(self, config: RunConfig, folder: Path, client: ActorClient) -> None:
-        """Load the warm-start policy: its tokenizer and architecture are the run's; weights come from the hub."""
+        """Load the warm-start policy, which gives tokenizer and architecture; the hub tells of weights."""
         self._config, self._client = config, client
         self._warm = folder / "checkpoints" / "warmup"
         policy = load_policy(self._warm, config=config.model, device=choose_device(config.device))

@@ -1,7 +1,8 @@
 """Floor 3. Text and tokens: the tokenizer of the small policy, chat templates, and bridging between turns.
 
-History is never tokenised again. A rollout's tokens grow by two kinds of appends only: what the policy sampled (it ends with
-the stop token) and a *bridge*: the tokens the chat template puts between the policy's stop token and its next message.
+History is never tokenised again. A rollout's tokens grow by two kinds of appends only: what the policy
+sampled (it ends with the stop token) and a *bridge*: the tokens the chat template puts between the
+policy's stop token and its next message.
 """
 
 from __future__ import annotations
@@ -25,8 +26,9 @@ CHAT_TEMPLATE = (
     "{% for message in messages %}<|{{ message.role }}|>{{ message.content }}<|end|>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
-# A call's JSON punctuation is one piece, so that it merges into one token; words keep their *trailing* space, so that a name
-# is the same token in a question and in a query; a lone symbol or a run of spaces is a piece of its own.
+# A call's JSON punctuation is one piece, so that it merges into one token; words keep their *trailing*
+# space, so that a name is the same token in a question and in a query; a lone symbol or a run of spaces
+# is a piece of its own.
 PIECES = r'\{"name": "\w+", "arguments": \{"\w+": "|"\}\}|\w+ ?|[^\w\s] ?|\s+'
 
 
@@ -54,18 +56,21 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """Load a tokenizer with its chat template from a model folder."""
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     if not tokenizer.chat_template:
-        raise CheckpointError(f"{folder}: its tokenizer has no chat template; choose an instruction-tuned model")
+        raise CheckpointError(
+            f"{folder}: its tokenizer has no chat template; choose an instruction-tuned model"
+        )
     return tokenizer
 
 
 class Chat:
     """Turns messages into tokens and sampled tokens into text, for one tokenizer.
 
-    Example: ``Chat(tokenizer).bridge("no results")`` is ``<|tool|>no results<|end|><|assistant|>`` for the small policy.
+    Example: ``Chat(tokenizer).bridge("no results")`` is ``<|tool|>no results<|end|><|assistant|>`` for
+    the small policy.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, *, explain_calls: bool = False) -> None:
-        """With `explain_calls` the system message also describes the call syntax, for models not trained on it here."""
+        """With `explain_calls` the system message also describes how a call is written."""
         self._tokenizer = tokenizer
         self._explain_calls = explain_calls
         self._encoder = tokenizer.backend_tokenizer
@@ -114,13 +119,17 @@ class Chat:
         return tokens
 
     def _render(self, messages: list[dict[str, str]], *, generate: bool) -> str:
-        rendered: Any = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generate)
+        rendered: Any = self._tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=generate
+        )
         return str(rendered)
 
     def _renders_tools(self) -> bool:
         """Tell whether the template shows messages of role "tool"; some drop or refuse them."""
         probe = "probe-of-the-template"
         try:
-            return probe in self._render([{"role": "user", "content": "?"}, {"role": "tool", "content": probe}], generate=True)
+            return probe in self._render(
+                [{"role": "user", "content": "?"}, {"role": "tool", "content": probe}], generate=True
+            )
         except ValueError:
             return False

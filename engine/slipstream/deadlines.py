@@ -48,7 +48,7 @@ class Deadline:
     ) -> None:
         """Start the clock."""
         self._clock, self._seconds, self._who, self._waits_for = clock, seconds, who, waits_for
-        self._since = time.strftime("%H:%M:%S")
+        self._since = time.time()
         self._end = clock() + seconds
 
     def remaining(self) -> float:
@@ -61,8 +61,9 @@ class Deadline:
 
     def error(self) -> DeadlineError:
         """Return the error that says who waits for whom and since when, with the stacks of all threads."""
+        since = time.strftime("%H:%M:%S", time.localtime(self._since))
         error = DeadlineError(
-            f"{self._who} waited {self._seconds:g} s for {self._waits_for} (since {self._since}) in vain"
+            f"{self._who} waited {self._seconds:g} s for {self._waits_for} (since {since}) in vain"
         )
         error.add_note(_stacks())
         return error

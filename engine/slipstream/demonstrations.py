@@ -14,15 +14,19 @@ FIRST_DEMONSTRATION = 1 << 24
 """Task index of the first demonstration: far from the tasks that reinforcement learning starts with."""
 
 
-async def play(runner: EpisodeRunner, config: RunConfig, split: Split, index: int, habits: Habits) -> Trajectory:
+async def play(
+    runner: EpisodeRunner, config: RunConfig, split: Split, index: int, habits: Habits
+) -> Trajectory:
     """Play one task with a script."""
     attempt = TaskAttempt(task=index, seed=config.seed, group=index, attempt=0)
     script = research(runner.factory.tasks.task(split, index), config.environment.hops, habits)
     return await runner.scripted(Lease(attempt=attempt, split=split), script)
 
 
-async def demonstrations(runner: EpisodeRunner, config: RunConfig, numbers: Sequence[int]) -> list[Trajectory]:
-    """Play demonstrations by number, a share of them careful; a number always gives the same demonstration."""
+async def demonstrations(
+    runner: EpisodeRunner, config: RunConfig, numbers: Sequence[int]
+) -> list[Trajectory]:
+    """Play demonstrations by number; a number always gives the same one."""
     shown = []
     for number in numbers:
         careful = random.Random(f"habits {config.seed} {number}").random() < config.warmup.careful_share

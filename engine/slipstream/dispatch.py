@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from slipstream import events
 from slipstream.config import RunConfig
@@ -49,25 +49,30 @@ class Dispatcher:
     def train(
         self, wants: Mapping[bytes, int], names: Mapping[bytes, str]
     ) -> Iterator[tuple[bytes, tuple[Lease, ...]]]:
-        """Open groups in order of their tasks, whole, as far as wanted and the gate allows, and lease them out."""
+        """Open whole groups in order of their tasks, as far as wanted and allowed, and lease them out."""
         state = self._state
         while (
             len(state.training.waiting) < sum(wants.values()) and state.room >= self._config.batch.group_size
         ):
             group = state.next_group
             self._log(events.GroupOpened(group=group, task=group, split=Split.TRAIN))
-        yield from self._lease(state.training, wants, names)
+        yield from self._lease(state.training, state.leasable(), wants, names)
 
     def evaluate(
         self, wants: Mapping[bytes, int], names: Mapping[bytes, str]
     ) -> Iterator[tuple[bytes, tuple[Lease, ...]]]:
         """Lease out what the evaluation under way still needs."""
-        yield from self._lease(self._state.heldout, wants, names)
+        heldout = self._state.heldout
+        yield from self._lease(heldout, heldout.waiting, wants, names)
 
     def _lease(
-        self, desk: LeaseDesk, wants: Mapping[bytes, int], names: Mapping[bytes, str]
+        self,
+        desk: LeaseDesk,
+        waiting: Sequence[events.Slot],
+        wants: Mapping[bytes, int],
+        names: Mapping[bytes, str],
     ) -> Iterator[tuple[bytes, tuple[Lease, ...]]]:
-        for peer, slots in assign(desk.waiting, wants).items():
+        for peer, slots in assign(waiting, wants).items():
             leases = tuple(lease_for(slot, desk, self._config.seed) for slot in slots)
             self._log(events.Leased(actor=names[peer], leases=leases))
             yield peer, leases

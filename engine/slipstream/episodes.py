@@ -1,13 +1,14 @@
 """Floor 4. One episode: policy and environment in turn until a typed end.
 
-Tokens only ever grow: prompt, then (sampled message, bridge) for each turn. What was sampled is what is trained.
+Tokens only ever grow: prompt, then (sampled message, bridge) for each turn. What was sampled is what is
+trained.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Generator, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -121,7 +122,9 @@ class EpisodeRunner:
     environment: EnvironmentConfig
     rewards: RewardConfig
 
-    async def sampled(self, lease: Lease, backend: InferenceBackend, sampling: Sampling, *, rollout_id: int) -> Trajectory:
+    async def sampled(
+        self, lease: Lease, backend: InferenceBackend, sampling: Sampling, *, rollout_id: int
+    ) -> Trajectory:
         """Run one leased episode with a backend; the row is given back whatever happens."""
 
         async def speak(tokens: Int32Array, observation: str) -> Completion:
@@ -140,7 +143,9 @@ class EpisodeRunner:
             text = script.send(observation) if observation else opening
             said = self.chat.message(text)
             blank = np.zeros(len(said), dtype=np.float32)
-            return Completion(token_ids=said, logprobs=blank, versions=np.full(len(said), -1, np.int32), stopped=True)
+            return Completion(
+                token_ids=said, logprobs=blank, versions=np.full(len(said), -1, np.int32), stopped=True
+            )
 
         return await self.run(lease, speak, Sampling(max_tokens=self.environment.max_tokens))
 

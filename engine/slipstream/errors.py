@@ -11,6 +11,7 @@
     │   ├── FrameError              bytes that are not a valid message; names what was expected and got
     │   └── RefusedError            the hub refused this peer (version, schema, run, epoch)
     ├── StorageError                a log, spool or disk that failed
+    ├── InfrastructureError         what an environment stands on failed: its episode is masked, not judged
     ├── DeadlineError               a wait ran out; names who waited for whom and since when
     ├── NumericsError               non-finite values several steps in a row
     └── RoleError                   a supervised process ended unexpectedly
@@ -65,6 +66,10 @@ class RefusedError(ProtocolError):
 
 class StorageError(SlipstreamError):
     """A spool, log or disk that failed."""
+
+
+class InfrastructureError(SlipstreamError):
+    """What an environment stands on failed (a database, a server); says nothing about the policy."""
 
 
 class DeadlineError(SlipstreamError):

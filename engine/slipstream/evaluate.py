@@ -52,7 +52,9 @@ def main(
     return 0
 
 
-def tried(config: RunConfig, checkpoint: Path, *, split: Split, tasks: int, temperature: float) -> list[Trajectory]:
+def tried(
+    config: RunConfig, checkpoint: Path, *, split: Split, tasks: int, temperature: float
+) -> list[Trajectory]:
     """Return one trajectory per task of the policy in a folder."""
     policy = load_policy(checkpoint, config=config.model, device=choose_device(config.device))
     runner = EpisodeRunner(
@@ -73,15 +75,19 @@ def tried(config: RunConfig, checkpoint: Path, *, split: Split, tasks: int, temp
 
 
 def rollout(config: RunConfig, n: int, checkpoint: Path | None) -> int:
-    """Print `n` episodes to read: of the policy in `checkpoint`, or without one the demonstrations it would imitate."""
+    """Print `n` episodes to read: of the policy in `checkpoint`, or else demonstrations."""
     if checkpoint is not None:
         chat = load_policy(checkpoint, config=config.model, device=choose_device(config.device)).chat
-        shown = tried(config, checkpoint, split=Split.HELDOUT, tasks=n, temperature=config.evaluation.temperature)
+        shown = tried(
+            config, checkpoint, split=Split.HELDOUT, tasks=n, temperature=config.evaluation.temperature
+        )
         source = f"sampled from {checkpoint}"
     else:
         factory = environment_factory(config.environment, config.rewards)
         chat = _tokenizer_only(config, factory.corpus())
-        runner = EpisodeRunner(factory=factory, chat=chat, environment=config.environment, rewards=config.rewards)
+        runner = EpisodeRunner(
+            factory=factory, chat=chat, environment=config.environment, rewards=config.rewards
+        )
         shown = asyncio.run(demonstrations(runner, config, range(n)))
         source = "scripted demonstrations of the warm start"
     for number, trajectory in enumerate(shown, start=1):
@@ -104,6 +110,8 @@ def _readable(trajectory: Trajectory, chat: Chat, title: str, config: RunConfig)
         mark = "policy │ " if trajectory.loss_mask[start] else "       │ "
         lines += [mark + line for line in text.splitlines()]
     parts = ", ".join(f"{name} {value:+.2f}" for name, value in components(trajectory.scores).items())
-    lines.append(f"         {trajectory.outcome}, reward {reward(trajectory.scores, config.rewards):+.2f} ({parts}), "
-                 f"{len(trajectory.token_ids)} tokens, {int(trajectory.loss_mask.sum())} sampled")
+    lines.append(
+        f"         {trajectory.outcome}, reward {reward(trajectory.scores, config.rewards):+.2f} ({parts}), "
+        f"{len(trajectory.token_ids)} tokens, {int(trajectory.loss_mask.sum())} sampled"
+    )
     return "\n".join(lines)

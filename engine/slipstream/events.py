@@ -138,6 +138,18 @@ class CheckpointPublished(Event, frozen=True, kw_only=True, tag=True):
 
 
 AnyEvent = (
-    Epoch | Incarnation | GroupOpened | Leased | Released | Received | Quarantined | Trained | Dropped | Published
-    | Proven | RolledBack | EvaluationDone | CheckpointPublished
-)  # fmt: skip
+    Epoch
+    | Incarnation
+    | GroupOpened
+    | Leased
+    | Released
+    | Received
+    | Quarantined
+    | Trained
+    | Dropped
+    | Published
+    | Proven
+    | RolledBack
+    | EvaluationDone
+    | CheckpointPublished
+)

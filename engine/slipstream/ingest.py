@@ -1,10 +1,13 @@
 """Floor 3. The hub's append-only log of events (events.py).
 
-The folder holds segments `000000.log`, `000001.log`, .. of records (records.py); `seq` counts on over all segments. A payload is
+The folder holds segments `000000.log`, `000001.log`, .. of records (records.py); `seq` counts on over all
+segments. A payload is
 
-    u32 bytes of the event | event (MessagePack, a tagged struct) | after Received: the trajectory's record (wire.py)
+    u32 bytes of the event | event (MessagePack, a tagged struct) | after Received: the trajectory's
+    record (wire.py)
 
-A closed segment has an index `NNNNNN.index` for reading tools, rebuilt when missing: u64 offset of each record, ascending.
+A closed segment has an index `NNNNNN.index` for reading tools, rebuilt when missing: u64 offset of each
+record, ascending.
 """
 
 from __future__ import annotations
@@ -74,7 +77,7 @@ class IngestLog:
             raise
 
     def append(self, event: Event, record: Sequence[Buffer] = ()) -> int:
-        """Add an event, and the buffers of a trajectory's record, and return its position; durable after `flush`."""
+        """Add an event and a trajectory's record, and return its position; durable after `flush`."""
         if self._size >= self._segment_bytes:
             self._next_segment()
         position = self._segment << _OFFSET_BITS | self._size
@@ -163,7 +166,7 @@ def read_events(folder: Path) -> Iterator[Entry]:
 
 
 def record_offsets(folder: Path, segment: int) -> np.ndarray[tuple[int], np.dtype[np.uint64]]:
-    """Return the [n] offsets of a segment's records, from its index or, where that is missing, from the segment."""
+    """Return the [n] offsets of a segment's records, from its index or, without one, from itself."""
     path = _index_path(folder, segment)
     if not path.exists():
         return np.array([record.offset for record in _scan_segment(folder, segment).records], np.uint64)
@@ -185,16 +188,20 @@ def _decode(body: memoryview, folder: Path, number: int, offset: int) -> AnyEven
     try:
         event: AnyEvent = _DECODER.decode(body)
     except msgspec.MsgspecError as error:
-        raise StorageError(f"{_segment_path(folder, number)} at offset {offset}: expected an event of this version of "
-                           f"Slipstream, got {error}; start a new run folder") from error  # fmt: skip
+        raise StorageError(
+            f"{_segment_path(folder, number)} at offset {offset}: expected an event of this version of "
+            f"Slipstream, got {error}; start a new run folder"
+        ) from error
     return event
 
 
 def _checked(folder: Path, number: int, seq: int, *, last: bool) -> Scan:
     found = _refuse_damage(folder, number, _scan_segment(folder, number), last=last)
     if found.records and found.records[0].seq != seq:
-        raise StorageError(f"{_segment_path(folder, number)}: expected event {seq} first, got {found.records[0].seq}; "
-                           f"restore the missing segment or start a new run folder")  # fmt: skip
+        raise StorageError(
+            f"{_segment_path(folder, number)}: expected event {seq} first, got {found.records[0].seq}; "
+            f"restore the missing segment or start a new run folder"
+        )
     return found
 
 
@@ -211,8 +218,10 @@ def _refuse_damage(folder: Path, number: int, found: Scan, *, last: bool) -> Sca
         or (((path.stat().st_size - found.torn, 0),) if found.torn and not last else ())
     )
     if damage:
-        raise StorageError(f"{path} is damaged at offset {damage[0][0]}: expected an event, got other bytes; restore "
-                           f"the file from a copy, or start a new run folder from the last checkpoint")  # fmt: skip
+        raise StorageError(
+            f"{path} is damaged at offset {damage[0][0]}: expected an event, got other bytes; restore "
+            f"the file from a copy, or start a new run folder from the last checkpoint"
+        )
     return found
 
 
@@ -238,8 +247,10 @@ def _write_index(folder: Path, number: int) -> None:
 def _segment_numbers(folder: Path) -> list[int]:
     numbers = sorted(int(path.stem) for path in folder.glob("*.log") if path.stem.isdigit())
     if numbers != list(range(len(numbers))):
-        raise StorageError(f"{folder}: expected segments 0 .. {len(numbers) - 1}, got {numbers}; restore the missing "
-                           f"ones or start a new run folder")  # fmt: skip
+        raise StorageError(
+            f"{folder}: expected segments 0 .. {len(numbers) - 1}, got {numbers}; restore the missing "
+            f"ones or start a new run folder"
+        )
     return numbers
 
 

@@ -1,8 +1,8 @@
 """Floor 5. The learner: pulls whole batches, moves the policy, publishes every version, keeps checkpoints.
 
-    wait            for                              released by
-    pull            a batch of the hub               its last trajectory, or DeadlineError
-    last events     the evaluation of the last step  its last episode, or DeadlineError
+wait            for                              released by
+pull            a batch of the hub               its last trajectory, or DeadlineError
+last events     the evaluation of the last step  its last episode, or DeadlineError
 """
 
 from __future__ import annotations
@@ -32,7 +32,6 @@ from slipstream.model import (
     load_model,
     load_policy,
     named_weights,
-    publish_policy,
     write_policy,
 )
 from slipstream.policy_step import PolicyStep
@@ -154,7 +153,6 @@ class Learner:
             "skipped": float(self._step.optimizer.skipped),
             "trajectories": float(len(batch.trajectories)),
             "tokens/trained": float(result.tokens_trained),
-            "tokens/generated": float(sum(int(t.loss_mask.sum()) for t in batch.trajectories)),
             "sync/seconds": time.monotonic() - sync_began,
         }
         self._report(row)
@@ -168,7 +166,6 @@ class Learner:
         rates = {
             "seconds/step": seconds,
             "wait/learner_starved": min(starved / seconds, 1.0),
-            "tokens/generated_per_s": float(row["tokens/generated"]) / seconds,  # type: ignore[arg-type]
             "tokens/trained_per_s": float(row["tokens/trained"]) / seconds,  # type: ignore[arg-type]
         }
         self._client.report("train", {"step": float(self.step), **row, **rates})
@@ -243,7 +240,9 @@ class Learner:
         file = self._folder / "quarantine" / f"step-{self.step:08d}.json"
         file.parent.mkdir(exist_ok=True)
         file.write_text(json.dumps([asdict(t.identity) for t in batch.trajectories], indent=1))
-        log.warning("step %d: non-finite loss or gradient; weights unchanged, batch noted in %s", self.step, file)
+        log.warning(
+            "step %d: non-finite loss or gradient; weights unchanged, batch noted in %s", self.step, file
+        )
 
     def _write_checkpoint(self, folder: Path) -> None:
         write_policy(folder, self._policy)
@@ -276,7 +275,7 @@ def _slip_metrics(
     step: int,
     incarnation: int,
 ) -> dict[str, float | list[float]]:
-    """Return slip per trained token at consumption, its part gathered in flight and in the queue, and ages in seconds."""
+    """Return slip and age of trained tokens at consumption, and where the slip was gathered."""
     masks = [t.loss_mask > 0 for t in trajectories]
     slip_N = np.concatenate([slip[mask] for slip, mask in zip(slips, masks, strict=True)])
     # The newest token of a trajectory was sampled last: what came after is queueing.

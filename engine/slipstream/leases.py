@@ -14,7 +14,8 @@ from slipstream.types import Lease, Split, TaskAttempt
 class LeaseDesk:
     """Owed episodes: waiting for an actor, or leased to one.
 
-    Example: ``desk.owe([(-1, 0, 0)]); desk.lease("a", lease); desk.release((-1, 0, 0)); desk.settle((-1, 0, 0))``.
+    Example: ``desk.owe([(-1, 0, 0)]); desk.lease("a", lease); desk.release((-1, 0, 0)); desk.settle((-1,
+    0, 0))``.
     """
 
     waiting: list[Slot] = field(default_factory=list)
@@ -75,7 +76,7 @@ def slot_of(lease: Lease) -> Slot:
 
 
 def lease_for(slot: Slot, desk: LeaseDesk, seed: int) -> Lease:
-    """Return the lease of a waiting episode: training group g poses task g, a held-out episode is its task."""
+    """Return the lease of a waiting episode: group g poses task g, a held-out episode is its task."""
     evaluation, group, attempt = slot
     return Lease(
         attempt=TaskAttempt(task=group, seed=seed, group=group, attempt=attempt),

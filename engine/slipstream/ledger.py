@@ -1,12 +1,13 @@
 """Floor 4. The hub's protocol without sockets: who may join, run, deliver and train.
 
-    who                 waits for                       released by
-    an actor            a lease                         the gate: accepted + running <= (max_slip + version + 1) * batch
-    the learner         a batch                         the last trajectory of its last group
-    an evaluation       its held-out episodes           actors with evaluation slots, proven for its serial
-    a lease             its trajectory                  delivery, time-out, loss or replacement of its actor
+    who             waits for              released by
+    an actor        a lease                the gate: accepted + running <= (max_slip + version + 1) * batch
+    the learner     a batch                the last trajectory of its last group
+    an evaluation   its held-out episodes  actors with evaluation slots, proven for its serial
+    a lease         its trajectory         delivery, time-out, loss or replacement of its actor
 
-Everything durable is an event, appended to the journal and applied to `LedgerState`; peers and their wishes are not.
+Everything durable is an event, appended to the journal and applied to `LedgerState`; peers and their
+wishes are not.
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ CANARY_TOLERANCE: Final = 1e-3
 """Most that two float32 back ends may differ in a canary log-probability, in nats."""
 _PING_AFTER_S: Final = 5.0
 _SWEEP_EVERY_S: Final = 1.0
+_LEASES_PER_GRANT: Final = 256
+"""Keeps a Grant well under the bound of a control message."""
 
 
 class Journal(Protocol):
@@ -182,9 +185,10 @@ class Ledger:
         self.state.check_books()
 
     def take_reports(self) -> list[dict[str, Any]]:
-        """Return the learner's rows since the last call, each with the hub's books and the actors' counters."""
+        """Return the learner's rows since the last call, with the hub's books and the actors' counters."""
         reports, self._reports = self._reports, []
-        return metrics_rows(reports, self.books(), self._peers.values())
+        counts = self.books() | {"tokens_received": self.state.tokens_received}
+        return metrics_rows(reports, counts, self._peers.values())
 
     def status(self, now: float) -> dict[str, object]:
         """Return a snapshot for display."""
@@ -217,8 +221,11 @@ class Ledger:
         if hello.role not in ("actor", "learner"):
             return f"role: expected actor or learner, got {hello.role}"
         if hello.role == "learner" and not 0 <= hello.step <= self.state.steps:
-            return (f"step: the hub's log knows {self.state.steps} batches, the learner resumes from step {hello.step}; "
-                    f"checkpoint and log are not of one run")  # fmt: skip
+            return (
+                f"step: the hub's log knows {self.state.steps} batches, the learner resumes from step "
+                f"{hello.step}; "
+                f"checkpoint and log are not of one run"
+            )
         return ""
 
     def _admit_actor(self, peer: bytes, hello: m.Hello) -> list[Reply]:
@@ -226,18 +233,17 @@ class Ledger:
         self._log(events.Epoch(actor=hello.name, epoch=epoch, session=hello.session))
         welcome = m.Welcome(epoch=epoch, credit_bytes=self._config.hub.credit_bytes, update=self.state.newest)
         # The same process again: what was granted and perhaps lost on the way is granted once more.
-        return [(peer, welcome, ()), *self._grants(peer, hello.name)]
+        return [(peer, welcome, ()), *self._held_by(peer, hello.name)]
 
-    def _grants(self, peer: bytes, name: str) -> Iterator[Reply]:
+    def _held_by(self, peer: bytes, name: str) -> Iterator[Reply]:
         for desk in (self.state.training, self.state.heldout):
-            leases = tuple(lease for holder, lease in desk.leased.values() if holder == name)
-            if leases:
-                yield self._grant(peer, leases)
+            yield from self._grants(peer, [lease for holder, lease in desk.leased.values() if holder == name])
 
-    def _grant(self, peer: bytes, leases: tuple[Lease, ...]) -> Reply:
-        serial = leases[0].evaluation
-        self._peers[peer].granted[serial >= 0] += len(leases)
-        return peer, m.Grant(leases=leases, pinned=self.state.updates.get(serial)), ()
+    def _grants(self, peer: bytes, leases: Sequence[Lease]) -> Iterator[Reply]:
+        for start in range(0, len(leases), _LEASES_PER_GRANT):
+            some = tuple(leases[start : start + _LEASES_PER_GRANT])
+            self._peers[peer].granted[some[0].evaluation >= 0] += len(some)
+            yield peer, m.Grant(leases=some, pinned=self.state.updates.get(some[0].evaluation)), ()
 
     def _admit_learner(self, peer: bytes, hello: m.Hello) -> list[Reply]:
         self._pulling = None
@@ -249,8 +255,11 @@ class Ledger:
                 events.Incarnation(number=state.incarnation + 1, fork_step=hello.step, session=hello.session)
             )
         welcome = m.Welcome(epoch=state.incarnation, next_serial=state.next_serial, fork_step=state.fork_step)
-        known = [done for done in state.evaluations
-                 if done.step <= state.fork_step or state.versions[done.serial].incarnation == state.incarnation]  # fmt: skip
+        known = [
+            done
+            for done in state.evaluations
+            if done.step <= state.fork_step or state.versions[done.serial].incarnation == state.incarnation
+        ]
         return [(peer, welcome, ()), *((peer, evaluated(done, replayed=True), ()) for done in known)]
 
     def _want(self, who: Peer, want: m.Want) -> None:
@@ -292,8 +301,16 @@ class Ledger:
             return []
         expected = (state.incarnation, state.fork_step, state.next_serial)
         if (version.incarnation, version.fork_step) != expected[:2] or version.serial < state.next_serial:
-            return [(peer, m.Refused(reason=f"published version: expected incarnation, fork step, serial >= {expected}, "
-                                            f"got {version}"), ())]  # fmt: skip
+            return [
+                (
+                    peer,
+                    m.Refused(
+                        reason=f"published version: expected incarnation, fork step, serial >= {expected}, "
+                        f"got {version}"
+                    ),
+                    (),
+                )
+            ]
         known = state.evaluation_of(message.update)
         self._log(events.Published(update=message.update))
         replies: list[Reply] = [
@@ -345,7 +362,7 @@ class Ledger:
             for peer, leases in give(wants, names):
                 self._peers[peer].wants[kind] -= len(leases)
                 self._leased_at.update({(slot_of(lease), lease.issue): now for lease in leases})
-                yield self._grant(peer, leases)
+                yield from self._grants(peer, leases)
 
 
 def evaluated(done: events.EvaluationDone, *, replayed: bool = False) -> m.Evaluated:

@@ -1,10 +1,12 @@
 """Floor 2. What the events of a run add up to: groups, batches, versions, leases and the books.
 
-`LedgerState.apply` is the only thing that changes it, so replaying the log rebuilds it. The life of a training trajectory:
+`LedgerState.apply` is the only thing that changes it, so replaying the log rebuilds it. The life of a
+training trajectory:
 
     received ─┬─ buffered ─┬─ trained ── (learner rolled back) ── buffered
               │            └─ dropped_by_slip | filtered
-              └─ duplicate | failed_infrastructure | unproven                    quarantined: bytes that are no trajectory
+              └─ duplicate | failed_infrastructure | unproven                    quarantined: bytes that
+              are no trajectory
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from typing import Final
 from slipstream import events
 from slipstream.config import RunConfig
 from slipstream.errors import StorageError
+from slipstream.events import Slot
 from slipstream.leases import LeaseDesk
 from slipstream.staleness import VersionTable, capacity
 from slipstream.types import TrajectoryId, WeightUpdate
@@ -77,6 +80,8 @@ class LedgerState:
         self.evaluations: list[events.EvaluationDone] = []
         self.checkpoint_step = -1
         self.quarantined = 0
+        self.tokens_received = 0
+        """Sampled tokens of all training trajectories in the log, whatever became of them."""
         self.fates: Counter[str] = Counter()
         self.evaluation_fates: Counter[str] = Counter()
 
@@ -98,6 +103,8 @@ class LedgerState:
                 self.batches[event.step] = event.identities
             case events.Dropped():
                 self._leave_buffer(event.identities, event.reason)
+                if event.reason == "dropped_by_slip":
+                    self._owe_again(event.identities)
             case events.Quarantined():
                 self.quarantined += 1
             case _:
@@ -126,7 +133,7 @@ class LedgerState:
 
     @property
     def version(self) -> int:
-        """Step of the newest published weights; before the first of an incarnation, the step it started from."""
+        """Step of the newest weights; before an incarnation's first, the step it started from."""
         return self.newest.version.step if self.newest else self.fork_step
 
     @property
@@ -140,13 +147,24 @@ class LedgerState:
         return capacity(self.accepted, len(self.training), self.version, self._config.max_slip,
                         self._config.batch.trajectories)  # fmt: skip
 
+    def leasable(self) -> list[Slot]:
+        """Return the waiting episodes of groups that the gate admits, oldest first.
+
+        After a rollback more groups are open than the gate would let in: the later ones wait, or they
+        would be too old when their turn comes.
+        """
+        batch = self._config.batch
+        ahead = capacity(self.fates["trained"], 0, self.version, self._config.max_slip, batch.trajectories)
+        beyond = sorted(self.groups)[max(0, ahead // batch.group_size) :]
+        return [slot for slot in self.training.waiting if not beyond or slot[1] < beyond[0]]
+
     @property
     def steps(self) -> int:
         """Batches handed out in the living line."""
         return len(self.batches)
 
     def next_batch(self) -> list[TrajectoryId] | None:
-        """Return the identities of the next batch, groups and attempts ascending, or None while it is not whole."""
+        """Return the next batch, groups and attempts ascending, or None while it is not whole."""
         ready = sorted(self.complete)[: self._config.batch.groups]
         if len(ready) < self._config.batch.groups:
             return None
@@ -178,8 +196,14 @@ class LedgerState:
         books = {fate: self.fates[fate] for fate in FATES} | {"quarantined": self.quarantined}
         made = sum(not item.received.evaluation >= 0 for item in self.items.values()) + self.quarantined
         evaluation = {f"evaluation_{fate}": count for fate, count in sorted(self.evaluation_fates.items())}
-        return {"made": made, **books, "leased": len(self.training.leased), "waiting": len(self.training.waiting),
-                "evaluation_leased": len(self.heldout.leased), **evaluation}  # fmt: skip
+        return {
+            "made": made,
+            **books,
+            "leased": len(self.training.leased),
+            "waiting": len(self.training.waiting),
+            "evaluation_leased": len(self.heldout.leased),
+            **evaluation,
+        }
 
     def check_books(self) -> None:
         """Raise StorageError when the books do not balance or contradict groups and batches."""
@@ -211,6 +235,7 @@ class LedgerState:
         return int(self.versions.slip_at(step, self.incarnation, serials).min()) > self._config.max_slip
 
     def _received(self, event: events.Received, position: int) -> None:
+        self.tokens_received += event.tokens if event.evaluation < 0 else 0
         self.items[event.identity] = Item(received=event, position=position, fate=event.verdict)
         desk = self.heldout if event.evaluation >= 0 else self.training
         (self.evaluation_fates if event.evaluation >= 0 else self.fates)[event.verdict] += 1
@@ -240,6 +265,13 @@ class LedgerState:
             item.fate = fate
             self.groups.pop(item.received.attempt.group, None)
             self.complete.discard(item.received.attempt.group)
+
+    def _owe_again(self, identities: Iterable[TrajectoryId]) -> None:
+        for identity in identities:
+            received = self.items[identity].received
+            self.groups.setdefault(received.attempt.group, [None] * self._config.batch.group_size)
+            self.training.issues[received.slot] = received.issue + 1
+            self.training.owe([received.slot])
 
     def _joined(self, event: events.Epoch) -> None:
         before = self.sessions.get((event.actor, self.epochs.get(event.actor, -1)))

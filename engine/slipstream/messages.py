@@ -1,6 +1,7 @@
 """Floor 1. The control messages between hub, actors and learner, and the one function that decodes them.
 
-Every ZeroMQ message is one MessagePack frame (a tagged struct of this file, at most 64 KiB), for two kinds followed by data:
+Every ZeroMQ message is one MessagePack frame (a tagged struct of this file, at most 64 KiB), for two
+kinds followed by data:
 
     actor -> hub      Hello, Want, Deliver + trajectory frames, Proof, Status, Ping
     hub -> actor      Welcome, Refused, Grant, Ack, Weights, Stop, Ping
@@ -194,8 +195,13 @@ _DECODER: Final = msgspec.msgpack.Decoder(AnyMessage)
 
 
 def encode_message(message: Message) -> bytes:
-    """Return the one frame of a control message."""
-    return _ENCODER.encode(message)
+    """Return the one frame of a control message; raises FrameError when no reader would take it."""
+    frame = _ENCODER.encode(message)
+    if len(frame) > MAX_HEADER_BYTES:
+        raise FrameError(
+            f"{type(message).__name__}: expected at most {MAX_HEADER_BYTES} bytes, got {len(frame)}"
+        )
+    return frame
 
 
 def decode_message(frame: Buffer) -> AnyMessage:
@@ -204,11 +210,18 @@ def decode_message(frame: Buffer) -> AnyMessage:
     return message
 
 
-def decode_struct(frame: Buffer, decoder: msgspec.msgpack.Decoder[T], *, what: str, limit: int) -> T:
-    """Decode untrusted MessagePack of at most `limit` bytes; every failure is a FrameError naming `what`."""
+def decode_struct(
+    frame: Buffer, decoder: msgspec.msgpack.Decoder[T], *, what: str, limit: int, free_form: bool = False
+) -> T:
+    """Decode untrusted MessagePack of at most `limit` bytes; every failure is a FrameError naming `what`.
+
+    A schema without `free_form` parts admits neither extension types nor depth of its own, so few possible
+    containers prove it harmless; otherwise each item is looked at.
+    """
     if len(frame) > limit:
         raise FrameError(f"{what}: expected at most {limit} bytes, got {len(frame)}")
-    check_nesting(frame, what=what)
+    if free_form or len(bytes(frame).translate(None, _NO_CONTAINERS)) > _FEW_CONTAINERS:
+        check_nesting(frame, what=what)
     try:
         return decoder.decode(frame)
     except (msgspec.MsgspecError, UnicodeDecodeError, OverflowError) as error:
@@ -240,6 +253,8 @@ def check_nesting(frame: Buffer, *, what: str) -> None:
         raise FrameError(f"{what}: expected {position} bytes, got {end}")
 
 
+_NO_CONTAINERS: Final = bytes(byte for byte in range(256) if not (0x80 <= byte < 0xA0 or 0xDC <= byte < 0xE0))
+_FEW_CONTAINERS: Final = 64
 _SIZED: Final = {0xC4: 1, 0xC5: 2, 0xC6: 4, 0xD9: 1, 0xDA: 2, 0xDB: 4}
 _FIXED: Final = {0xC0: 1, 0xC2: 1, 0xC3: 1, 0xCA: 5, 0xCB: 9, 0xCC: 2, 0xCD: 3, 0xCE: 5, 0xCF: 9,
                  0xD0: 2, 0xD1: 3, 0xD2: 5, 0xD3: 9}  # fmt: skip

@@ -1,4 +1,4 @@
-"""Floor 3. The policy: a small Llama built here, or any Hugging Face causal language model in a local folder."""
+"""Floor 3. The policy: a small Llama built here, or a Hugging Face causal language model."""
 
 from __future__ import annotations
 
@@ -9,7 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging as transformers_logging
 
 from slipstream import checkpoint
@@ -18,7 +24,6 @@ from slipstream.chat import Chat, load_tokenizer, train_tokenizer
 from slipstream.config import ModelConfig, RunConfig
 from slipstream.errors import CheckpointError
 from slipstream_kernels import linear_logprob
-
 
 WEIGHTS = "model.safetensors"
 VOCABULARY = 2048
@@ -42,7 +47,7 @@ def choose_device(name: str) -> torch.device:
 
 
 def first_policy(config: RunConfig, corpus: Iterable[str]) -> Policy:
-    """Load the configured model folder; without one, train a tokenizer on `corpus` and build a small Llama."""
+    """Load the configured model folder, or train a tokenizer on `corpus` and build a small Llama."""
     device = choose_device(config.device)
     if config.model.path:
         return load_policy(Path(config.model.path), config=config.model, device=device)
@@ -58,7 +63,9 @@ def first_policy(config: RunConfig, corpus: Iterable[str]) -> Policy:
     return Policy(model=model.to(device), tokenizer=tokenizer, chat=chat)
 
 
-def build_model(config: ModelConfig, *, vocabulary: int, stop_token: int, max_tokens: int, seed: int) -> PreTrainedModel:
+def build_model(
+    config: ModelConfig, *, vocabulary: int, stop_token: int, max_tokens: int, seed: int
+) -> PreTrainedModel:
     """Build a Llama with fresh weights; equal arguments give equal weights."""
     sizes = LlamaConfig(
         vocab_size=vocabulary,
@@ -80,10 +87,14 @@ def build_model(config: ModelConfig, *, vocabulary: int, stop_token: int, max_to
     return model
 
 
-def load_model(folder: Path, *, dtype: str = "float32", device: torch.device | None = None) -> PreTrainedModel:
+def load_model(
+    folder: Path, *, dtype: str = "float32", device: torch.device | None = None
+) -> PreTrainedModel:
     """Load a causal language model from a local folder; nothing is fetched and nothing is unpickled."""
     if not (folder / "config.json").is_file():
-        raise CheckpointError(f"{folder}: no model here (config.json is missing); give a local Hugging Face model folder")
+        raise CheckpointError(
+            f"{folder}: no model here (config.json is missing); give a local Hugging Face model folder"
+        )
     transformers_logging.disable_progress_bar()
     try:
         model = AutoModelForCausalLM.from_pretrained(
@@ -104,7 +115,7 @@ def load_policy(folder: Path, *, config: ModelConfig, device: torch.device) -> P
 
 
 def write_policy(folder: Path, policy: Policy, tensors: Mapping[str, Tensor] | None = None) -> None:
-    """Write a Hugging Face model folder: configuration, tokenizer and `tensors` (default: the model's own)."""
+    """Write a Hugging Face model folder with `tensors`, by default the model's own."""
     policy.model.config.save_pretrained(folder)
     policy.tokenizer.save_pretrained(folder)
     checkpoint.write_tensors(folder / WEIGHTS, named_weights(policy.model) if tensors is None else tensors)
@@ -134,8 +145,10 @@ def copy_weights(model: PreTrainedModel, tensors: dict[str, Tensor]) -> None:
         raise CheckpointError(f"weights do not fit the model: {odd} is on one side only")
     for name, parameter in parameters.items():
         if parameter.shape != tensors[name].shape:
-            raise CheckpointError(f"weights do not fit the model: {name} is {list(tensors[name].shape)}, expected "
-                                  f"{list(parameter.shape)}")
+            raise CheckpointError(
+                f"weights do not fit the model: {name} is {list(tensors[name].shape)}, expected "
+                f"{list(parameter.shape)}"
+            )
         parameter.copy_(tensors[name])
 
 

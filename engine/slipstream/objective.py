@@ -30,7 +30,7 @@ class Advantages:
 
 
 def kernel_objective(config: ObjectiveConfig) -> Objective:
-    """Return the kernels' objective: decoupled PPO, truncated importance weights, a trust region, k2 to the warm start."""
+    """Return the kernels' objective: decoupled PPO with a trust region and k2 to the warm start."""
     return Objective(
         clip_low=config.clip_low,
         clip_high=config.clip_high,
@@ -42,10 +42,13 @@ def kernel_objective(config: ObjectiveConfig) -> Objective:
     )
 
 
-def advantages(trajectories: Sequence[Trajectory], objective: ObjectiveConfig, rewards: RewardConfig) -> Advantages:
+def advantages(
+    trajectories: Sequence[Trajectory], objective: ObjectiveConfig, rewards: RewardConfig
+) -> Advantages:
     """Return group-relative advantages; a trajectory without a verdict leaves its group's baseline.
 
-    advantage = reward - mean of the group (Dr. GRPO, Liu et al. 2025, arXiv:2503.20783), or as `objective.advantage` says.
+    advantage = reward - mean of the group (Dr. GRPO, Liu et al. 2025, arXiv:2503.20783), or as
+    `objective.advantage` says.
     """
     scored = np.array([_or_nan(reward(t.scores, rewards)) for t in trajectories], dtype=np.float32)
     groups = np.array([t.attempt.group for t in trajectories], dtype=np.int64)

@@ -45,9 +45,9 @@ def pack(
 ) -> list[PackedBatch]:
     """Split trajectories into micro-batches of at most `token_budget` tokens.
 
-    `advantages` is [trajectories]; `weights` holds a [T] array each, at most the trajectory's loss mask. Trajectories are
-    ordered by length, so that attention, which alone pads, wastes little. A single trajectory longer than the budget gets
-    a micro-batch of its own.
+    `advantages` is [trajectories]; `weights` holds a [T] array each, at most the trajectory's loss
+    mask. Trajectories are ordered by length, so that attention, which alone pads, wastes little. A
+    single trajectory longer than the budget gets a micro-batch of its own.
     """
     lengths = np.array([len(t.token_ids) for t in trajectories], dtype=np.int64)
     batches: list[PackedBatch] = []
@@ -81,7 +81,9 @@ def _packed(
         positions=(np.arange(lengths.sum()) - np.repeat(starts, lengths)).astype(np.int32),
         cu_seqlens=np.append(starts, lengths.sum()),
         weight=weight,
-        behavior_logprobs=np.where(weight > 0, np.concatenate([t.behavior_logprobs for t in parts]), 0.0).astype(np.float32),
+        behavior_logprobs=np.where(
+            weight > 0, np.concatenate([t.behavior_logprobs for t in parts]), 0.0
+        ).astype(np.float32),
         advantages=np.repeat(advantages[np.array(chosen)], lengths).astype(np.float32),
         source=np.array(chosen, dtype=np.int64),
     )

@@ -37,7 +37,7 @@ class Pulling:
 def metrics_rows(
     reports: Iterable[Mapping[str, Any]], books: Mapping[str, int], peers: Collection[Peer]
 ) -> list[dict[str, Any]]:
-    """Return the learner's rows with the books as `hub/*` and the sums of the actors' counters as `actors/*`."""
+    """Return the learner's rows with the books as `hub/*` and the actors' summed counters as `actors/*`."""
     extra: dict[str, Any] = {f"hub/{name}": float(count) for name, count in books.items()}
     for who in peers:
         for name, value in who.counters.items():
@@ -50,10 +50,16 @@ def snapshot(
 ) -> dict[str, Any]:
     """Return who waits for whom, as plain data for the live screen and status.json."""
     actors = {
-        who.name: {"silent_s": round(now - who.heard_s, 3), "wants_train": who.wants[0], "wants_evaluate": who.wants[1],
-                   "leased": len(state.training.slots_of(who.name)), "counters": who.counters}
-        for who in peers if who.role == "actor"
-    }  # fmt: skip
+        who.name: {
+            "silent_s": round(now - who.heard_s, 3),
+            "wants_train": who.wants[0],
+            "wants_evaluate": who.wants[1],
+            "leased": len(state.training.slots_of(who.name)),
+            "counters": who.counters,
+        }
+        for who in peers
+        if who.role == "actor"
+    }
     waits = None if pulling is None else {"batch": pulling.step, "seconds": round(now - pulling.since_s, 3)}
     running = state.evaluation
     return {

@@ -1,7 +1,7 @@
 """Floor 4. One reinforcement-learning step: a batch of trajectories in, moved weights and metrics out.
 
-    trajectories ─▶ advantages ─▶ over-age tokens masked ─▶ packed micro-batches ─▶ frozen policy scores them (KL)
-                 ─▶ per minibatch: decoder ─▶ linear_policy_loss ─▶ AdamW
+trajectories ─▶ advantages ─▶ over-age tokens masked ─▶ packed micro-batches ─▶ frozen policy scores them (KL)
+             ─▶ per minibatch: decoder ─▶ linear_policy_loss ─▶ AdamW
 """
 
 from __future__ import annotations
@@ -46,35 +46,39 @@ class PolicyStep:
         self._objective = kernel_objective(config.objective)
         self.optimizer = Optimizer(model, config.optim)
 
-    def __call__(self, trajectories: Sequence[Trajectory], slips: Sequence[Int32Array], *, step: int) -> StepResult:
-        """Train on whole groups; `slips` holds each trajectory's [T] slip, `step` counts the steps done before."""
+    def __call__(
+        self, trajectories: Sequence[Trajectory], slips: Sequence[Int32Array], *, step: int
+    ) -> StepResult:
+        """Train on whole groups after `step` steps; `slips` holds each trajectory's [T] slip."""
         config = self._config
         worth = advantages(trajectories, config.objective, config.rewards)
         weights = [
             _weights(t, slip, config.max_slip, judged=bool(np.isfinite(value)))
             for t, slip, value in zip(trajectories, slips, worth.rewards, strict=True)
         ]
-        parts = [self._batches(trajectories, worth.advantages, weights, chosen) for chosen in self._minibatches(trajectories)]
+        parts = [
+            self._batches(trajectories, worth.advantages, weights, chosen)
+            for chosen in self._minibatches(trajectories)
+        ]
         share = schedule(step, steps=config.steps, config=config.optim)
         proximals = [self._proximals(part) for part in parts]
         kernel_metrics: list[Mapping[str, Tensor]] = []
-        notes: Mapping[str, float] = {"skipped": 1.0, "grad_norm": 0.0, "learning_rate": 0.0}
-        for part, proximal in zip(parts, proximals, strict=True):
-            losses = self._losses(part, proximal, kernel_metrics)
-            if losses:
-                notes = self.optimizer.step(losses, share=share)
-        finished = {k: float(v) for k, v in finish_metrics(merge_metrics(kernel_metrics)).items()} if kernel_metrics else {}
+        updates = [
+            self.optimizer.step(losses, share=share)
+            for losses in (self._losses(part, old, kernel_metrics) for part, old in zip(parts, proximals, strict=True))
+            if losses
+        ]
         sampled = sum(int(t.loss_mask.sum()) for t in trajectories)
         trained = int(sum(int((w > 0).sum()) for w in weights))
         metrics = {
-            **finished,
-            **notes,
+            **_readable(kernel_metrics),
+            **(updates[-1] if updates else {}),
             **describe(trajectories),
             "reward": float(np.nanmean(worth.rewards)) if np.isfinite(worth.rewards).any() else 0.0,
             "groups/zero_variance": worth.zero_variance_share,
             "masked/over_age": 1.0 - trained / max(sampled, 1),
         }
-        return StepResult(metrics=metrics, tokens_trained=trained, skipped=bool(notes["skipped"]))
+        return StepResult(metrics=metrics, tokens_trained=trained, skipped=any(u["skipped"] for u in updates))
 
     def _minibatches(self, trajectories: Sequence[Trajectory]) -> list[list[int]]:
         """Split trajectory indices into whole groups, one list per optimizer update."""
@@ -102,17 +106,23 @@ class PolicyStep:
         return [DeviceBatch.of(batch, self._device) for batch in packed if batch.weight.any()]
 
     def _proximals(self, part: Sequence[DeviceBatch]) -> list[Tensor | None]:
-        """Return log-probabilities under the policy before this step; None stands for "the current one, detached"."""
+        """Return log-probabilities before this step; None: those of the loss itself, detached."""
         if self._config.optim.minibatches == 1:
             return [None] * len(part)
         return [score(self._model, batch, temperature=self._config.sampling.temperature) for batch in part]
 
     def _losses(
-        self, part: Sequence[DeviceBatch], proximals: Sequence[Tensor | None], sink: list[Mapping[str, Tensor]]
+        self,
+        part: Sequence[DeviceBatch],
+        proximals: Sequence[Tensor | None],
+        sink: list[Mapping[str, Tensor]],
     ) -> list[Callable[[], Tensor]]:
         # Token mean over the whole minibatch, counted before the trust region masks any token.
         divisor = sum((batch.weight_N.sum() for batch in part), torch.zeros((), device=self._device))
-        return [self._loss(batch, proximal, divisor, sink) for batch, proximal in zip(part, proximals, strict=True)]
+        return [
+            self._loss(batch, proximal, divisor, sink)
+            for batch, proximal in zip(part, proximals, strict=True)
+        ]
 
     def _loss(
         self, batch: DeviceBatch, proximal_N: Tensor | None, divisor: Tensor, sink: list[Mapping[str, Tensor]]
@@ -143,8 +153,19 @@ class PolicyStep:
         return loss
 
 
+def _readable(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, float]:
+    """Return the kernels' metrics of a whole step under the names of metrics.py."""
+    if not parts:
+        return {}
+    values = {name: float(value) for name, value in finish_metrics(merge_metrics(parts)).items()}
+    values["masked/trust"] = values.pop("masked")
+    values["kl/reference"] = values.pop("reference/k2")
+    del values["token_count"]
+    return values
+
+
 def describe(trajectories: Sequence[Trajectory]) -> dict[str, float]:
-    """Return the metrics that need no model: success, turns, lengths, rewards by component, outcomes, tools."""
+    """Return the metrics that need no model: success, turns, rewards, outcomes, tools."""
     calls = [call for t in trajectories for call in t.tool_calls]
     messages = sum(len(t.turn_rewards) for t in trajectories)
     means: dict[str, float] = {

@@ -18,7 +18,6 @@ Verdict = Literal["buffered", "evaluated", "duplicate", "failed_infrastructure",
 
 def describe(trajectory: Trajectory, verdict: Verdict) -> events.Received:
     """Return the event that tells what the hub needs to know of a trajectory."""
-    sampled = trajectory.loss_mask.astype(bool)
     return events.Received(
         identity=trajectory.identity,
         attempt=trajectory.attempt,
@@ -29,7 +28,7 @@ def describe(trajectory: Trajectory, verdict: Verdict) -> events.Received:
         success=trajectory.success,
         reward=float(trajectory.turn_rewards.sum()),
         turns=trajectory.turn_rewards.size,
-        tokens=int(sampled.sum()),
+        tokens=int(np.count_nonzero(trajectory.loss_mask)),
         serials=sampled_serials(trajectory),
         verdict=verdict,
     )
@@ -37,7 +36,11 @@ def describe(trajectory: Trajectory, verdict: Verdict) -> events.Received:
 
 def sampled_serials(trajectory: Trajectory) -> tuple[int, ...]:
     """Return the distinct serials of a trajectory's sampled tokens, ascending."""
-    return tuple(sorted(set(trajectory.versions.tolist()) - {-1}))
+    serials = trajectory.versions[trajectory.loss_mask.view(np.bool_)]
+    if serials.size == 0:
+        return ()
+    least, most = int(serials.min()), int(serials.max())
+    return (most,) if least == most else tuple(np.unique(serials).tolist())
 
 
 def check_sender(trajectory: Trajectory, *, run: str, actor: str, epoch: int) -> None:
@@ -75,15 +78,18 @@ def _check_attempt(trajectory: Trajectory, state: LedgerState, config: RunConfig
     expected = TaskAttempt(task=attempt.group, seed=config.seed, group=attempt.group, attempt=attempt.attempt)
     inside = 0 <= attempt.group < groups and 0 <= attempt.attempt < attempts
     if not (known and inside and attempt == expected and trajectory.split is split):
-        raise FrameError(f"attempt: expected one that was leased, got {attempt} of {trajectory.split} for evaluation "
-                         f"{evaluation}")  # fmt: skip
+        raise FrameError(
+            f"attempt: expected one that was leased, got {attempt} of {trajectory.split} for evaluation "
+            f"{evaluation}"
+        )
 
 
 def refuse_proof(proof: WeightProof, update: WeightUpdate, tolerance: float) -> str:
-    """Return why a proof is wrong, or "" when it is right: equal checksums, canaries within `tolerance` nats."""
+    """Return why a proof is wrong, or "": checksums must agree, canaries to `tolerance` nats."""
     serial = update.version.serial
     if proof.checksum64 != update.version.checksum64:
-        return f"proof of serial {serial}: expected checksum {update.version.checksum64:016x}, got {proof.checksum64:016x}"
+        expected64, got64 = f"{update.version.checksum64:016x}", f"{proof.checksum64:016x}"
+        return f"proof of serial {serial}: expected checksum {expected64}, got {got64}"
     expected, found = np.asarray(update.canary_logprobs), np.asarray(proof.canary_logprobs)
     if expected.shape != found.shape:
         return (
@@ -91,7 +97,10 @@ def refuse_proof(proof: WeightProof, update: WeightUpdate, tolerance: float) -> 
         )
     error = float(np.abs(expected - found).max(initial=0.0))
     if not error <= tolerance:
-        return f"proof of serial {serial}: expected canary log-probabilities within {tolerance} nats, got {error:.3g} off"
+        return (
+            f"proof of serial {serial}: expected canary log-probabilities within {tolerance} nats, "
+            f"got {error:.3g} off"
+        )
     return ""
 
 

@@ -2,7 +2,8 @@
 
     u32 length of payload | u32 CRC-32C of (seq, payload) | u64 seq | payload
 
-`seq` grows from record to record of one file. A file that ends inside a record was torn by a crash; anything else that is not
+`seq` grows from record to record of one file. A file that ends inside a record was torn by a crash;
+anything else that is not
 a record is damage, and the valid records after it can still be found.
 """
 

@@ -1,7 +1,8 @@
 """Floor 6. Serial mode: hub, actor and learner in one thread, with equal results every time.
 
-The same ledger, the same clients and the same messages as over ZeroMQ, handed over in memory; max_slip is 0, so every
-trajectory is sampled by the newest weights. Episodes draw the same random numbers as in the asynchronous system at slip 0.
+The same ledger, the same clients and the same messages as over ZeroMQ, handed over in memory; max_slip
+is 0, so every trajectory is sampled by the newest weights. Episodes draw the same random numbers as in
+the asynchronous system at slip 0.
 """
 
 from __future__ import annotations

@@ -69,7 +69,7 @@ def take_snapshot(config: RunConfig, folder: Path, stage: str) -> Snapshot:
         reward=_mean(recent, "reward"),
         slip=_mean(recent, "slip/mean"),
         slip_histogram=_summed(recent),
-        generated_per_s=_mean(recent, "tokens/generated_per_s"),
+        generated_per_s=_mean(recent, "actors/tokens_per_s"),
         trained_per_s=_mean(recent, "tokens/trained_per_s"),
         starved=_mean(recent, "wait/learner_starved"),
         waiting=_waiting(status),

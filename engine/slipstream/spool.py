@@ -1,7 +1,9 @@
 """Floor 3. An actor's unacknowledged trajectories on disk, so that kill -9 loses none.
 
-One file of records (records.py): the payload is a trajectory's record, `seq` counts up for the life of the file. Acknowledged
-records stay until the file holds nothing else or mostly dead bytes; sent again after a crash, the hub knows them by identity.
+One file of records (records.py): the payload is a trajectory's record, `seq` counts up for the life of
+the file. Acknowledged
+records stay until the file holds nothing else or mostly dead bytes; sent again after a crash, the hub
+knows them by identity.
 """
 
 from __future__ import annotations
@@ -43,8 +45,9 @@ class Spool:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._lock = self._take_lock()
         self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
-        self._size = 0
+        self._size, self._live = 0, 0
         self._recover()
+        self._live = sum(HEAD.size + record.length for record in self._pending.values())
 
     def append(self, seq: int, payload: Sequence[Buffer]) -> int:
         """Make one record durable and return its `seq`.
@@ -54,8 +57,10 @@ class Spool:
         assert seq == self.next_seq, "the spool numbers its records itself"
         size = HEAD.size + sum(map(len, payload))
         if not self.has_room(size - HEAD.size):
-            raise StorageError(f"{self.path}: the spool holds {self._size} of {self._limit} bytes and cannot take "
-                               f"{size} more; the hub acknowledges too slowly")  # fmt: skip
+            raise StorageError(
+                f"{self.path}: the spool holds {self._size} of {self._limit} bytes and cannot take "
+                f"{size} more; the hub acknowledges too slowly"
+            )
         if self._size + size > self._limit:
             self._compact()
         write_all(self._file, pack(seq, payload), self.path)
@@ -63,26 +68,31 @@ class Spool:
             sync(self._file, self.path)
         self._pending[seq] = Record(offset=self._size, seq=seq, length=size - HEAD.size)
         self._size += size
+        self._live += size
         self.next_seq = seq + 1
         return seq
 
     def has_room(self, payload_bytes: int) -> bool:
         """Return whether a record of this size fits beside the unacknowledged ones."""
-        live = sum(HEAD.size + record.length for record in self._pending.values())
-        return live + HEAD.size + payload_bytes <= self._limit
+        return self._live + HEAD.size + payload_bytes <= self._limit
 
     def acknowledge(self, seqs: Iterable[int]) -> None:
         """Forget records; the file shrinks once nothing, or little, of it is still needed."""
         for seq in seqs:
-            self._pending.pop(seq, None)
+            record = self._pending.pop(seq, None)
+            self._live -= HEAD.size + record.length if record else 0
         if not self._pending and self._size >= min(_CLEAN_UP_BYTES, self._limit):
             self._truncate(0)
 
     def pending(self) -> Iterator[tuple[int, bytes]]:
         """Yield (seq, payload) of every unacknowledged record, oldest first."""
-        for seq in sorted(self._pending):
+        for seq in self.pending_seqs():
             if seq in self._pending:
                 yield seq, self.read(seq)
+
+    def pending_seqs(self) -> list[int]:
+        """Return the numbers of the unacknowledged records, oldest first."""
+        return sorted(self._pending)
 
     def read(self, seq: int) -> bytes:
         """Return the payload of an unacknowledged record."""

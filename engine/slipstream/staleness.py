@@ -1,6 +1,7 @@
 """Floor 2. How old a token is, and how many trajectories may be on the way: pure arithmetic.
 
-Each incarnation n of the learner forks from the line of n - 1 at step f_n. Two weights on that tree, at step a of incarnation
+Each incarnation n of the learner forks from the line of n - 1 at step f_n. Two weights on that tree, at
+step a of incarnation
 n and step b of incarnation m <= n, share their past up to c = min(a, b, f_{m+1}, .., f_n), and
 
     slip = (a - c) + (b - c).
@@ -17,7 +18,7 @@ from slipstream.types import Int32Array, Version
 
 
 def capacity(accepted: int, running: int, version: int, max_slip: int, batch: int) -> int:
-    """Return how many more trajectories may be started: (max_slip + version + 1) * batch - accepted - running.
+    """Return how many more may be started: (max_slip + version + 1) * batch - accepted - running.
 
     Source: the admission rule of AReaL, Fu et al. 2025, arXiv:2505.24298, section 5.1.
     """
@@ -38,7 +39,7 @@ class VersionTable:
             self.add(version)
 
     def add(self, version: Version) -> None:
-        """Add one version; raises ProtocolError when its serial or incarnation already means something else."""
+        """Add one version; raises ProtocolError when its serial or incarnation means something else."""
         known = self._versions.setdefault(version.serial, version)
         if known != version:
             raise ProtocolError(
@@ -63,12 +64,12 @@ class VersionTable:
         return self._versions[serial]
 
     def slip(self, current_serial: int, sampled_serials: Sequence[int] | Int32Array) -> Int32Array:
-        """Return the [T] slip of tokens sampled under [T] serials, when consumed at `current_serial`; 0 for -1."""
+        """Return the [T] slip of tokens sampled under [T] serials, consumed at `current_serial`; 0 for -1."""
         current = self[current_serial]
         return self.slip_at(current.step, current.incarnation, sampled_serials)
 
     def slip_at(self, step: int, incarnation: int, sampled_serials: Sequence[int] | Int32Array) -> Int32Array:
-        """Return the [T] slip when consumed at a step of an incarnation that has perhaps not published it yet."""
+        """Return the [T] slip at a step of an incarnation that has perhaps not published it yet."""
         serials, inverse = np.unique(np.asarray(sampled_serials, np.int32), return_inverse=True)
         slips = [self._distance(step, incarnation, int(serial)) for serial in serials]
         return np.asarray(slips, np.int32)[inverse]

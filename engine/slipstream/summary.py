@@ -48,7 +48,7 @@ def summarise(config: RunConfig, folder: Path) -> dict[str, Any]:
         "stage_seconds": seconds,
         "steps": int(train[-1]["step"]) if train else 0,
         "trajectories": int(total(train, "trajectories")),
-        "tokens_generated": int(total(train, "tokens/generated")),
+        "tokens_generated": int(train[-1].get("hub/tokens_received") or 0) if train else 0,
         "tokens_trained": int(total(train, "tokens/trained")),
         "slip_mean": weighted_mean(train, "slip/mean", "tokens/trained"),
         "slip_max": max((int(row.get("slip/max") or 0) for row in train), default=0),

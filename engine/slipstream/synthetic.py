@@ -1,4 +1,4 @@
-"""Floor 1. Made-up trajectories and weights, valid in every field, for tests and benchmarks of the data's way."""
+"""Floor 1. Made-up trajectories and weights, valid in every field, for tests and benchmarks."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """Floor 4. The optimizer step that learner and warm-up share.
 
-A step sees packed micro-batches (packing.py), runs the decoder once on each, hands hidden states and head to the kernels, and
-lets AdamW move the weights. Non-finite losses or gradients never reach the weights: the step is skipped and counted.
+A step sees packed micro-batches (packing.py), runs the decoder once on each, hands hidden states and
+head to the kernels, and lets AdamW move the weights. Non-finite losses or gradients never reach the
+weights: the step is skipped and counted.
 
 Dimensions: T packed tokens, N trained tokens.
 """
@@ -79,7 +80,7 @@ def score(model: PreTrainedModel, batch: DeviceBatch, *, temperature: float) -> 
 
 
 def schedule(step: int, *, steps: int, config: OptimConfig) -> float:
-    """Return the learning rate's share at `step`: linear warm-up, then linear fall to `final_share` at the end."""
+    """Return the share of the learning rate at `step`: a linear rise, times a linear fall to `final_share`."""
     rise = min((step + 1) / (config.warmup_steps + 1), 1.0)
     progress = min(step / max(steps, 1), 1.0)
     return rise * (1.0 - (1.0 - config.final_share) * progress)
@@ -106,9 +107,9 @@ class Optimizer:
     def step(self, losses: Sequence[Callable[[], Tensor]], *, share: float) -> Mapping[str, float]:
         """Add up the gradients of `losses`, clip, update.
 
-        Each loss is a function so that one micro-batch's activations are freed before the next begins. `share` scales the
-        learning rate. Returns the gradient norm and whether the update was skipped. Raises NumericsError after
-        `max_skips` non-finite steps in a row.
+        Each loss is a function so that one micro-batch's activations are freed before the next begins.
+        `share` scales the learning rate. Returns the gradient norm and whether the update was skipped.
+        Raises NumericsError after `max_skips` non-finite steps in a row.
         """
         self._adam.zero_grad(set_to_none=True)
         finite = True
@@ -118,7 +119,11 @@ class Optimizer:
             if not finite:
                 break
             value.backward()
-        norm = float(torch.nn.utils.clip_grad_norm_(self._parameters, self._config.max_grad_norm)) if finite else math.nan
+        norm = (
+            float(torch.nn.utils.clip_grad_norm_(self._parameters, self._config.max_grad_norm))
+            if finite
+            else math.nan
+        )
         if not math.isfinite(norm):
             return self._skip(norm)
         for group in self._adam.param_groups:

@@ -1,8 +1,8 @@
 """Floor 5. The warm start: supervised training on mixed-quality demonstrations, up to the learnable band.
 
-Reinforcement learning needs something to select from: a policy that succeeds now and then, and fails in ways it can mend. The
-demonstrators are scripted; only some of them retry errors and read on past near misses. Their messages are trained, prompts
-and tool results are not.
+Reinforcement learning needs something to select from: a policy that succeeds now and then, and fails in
+ways it can mend. The demonstrators are scripted; only some of them retry errors and read on past near
+misses. Their messages are trained, prompts and tool results are not.
 """
 
 from __future__ import annotations
@@ -79,15 +79,27 @@ class WarmStart:
             if step % warmup.check_every and step < warmup.max_steps:
                 continue
             success = self._success()
-            row = {"kind": "warmup", "step": step, "loss": loss, "success": success, "length": tokens / warmup.batch}
+            row = {
+                "kind": "warmup",
+                "step": step,
+                "loss": loss,
+                "success": success,
+                "length": tokens / warmup.batch,
+            }
             metrics.append_row(self._folder / metrics.FILE, row)
-            log.info("warm start step %d: loss %.4f, success %.3f, %.0f s", step, loss, success, time.monotonic() - began)
+            log.info(
+                "warm start step %d: loss %.4f, success %.3f, %.0f s",
+                step,
+                loss,
+                success,
+                time.monotonic() - began,
+            )
             if success >= warmup.target_success or step >= warmup.max_steps:
                 return success, step
         raise AssertionError("itertools.count does not end")
 
     def _step(self, step: int) -> tuple[float, int]:
-        """One optimizer step on fresh demonstrations; returns the mean loss per trained token and the tokens seen."""
+        """Take one step on fresh demonstrations; return the loss per trained token and the tokens seen."""
         warmup = self._config.warmup
         numbers = [(step * warmup.batch + i) % warmup.demonstrations for i in range(warmup.batch)]
         shown = asyncio.run(demonstrations(self._runner, self._config, numbers))

@@ -4,11 +4,13 @@ A trajectory is 9 frames, integers little-endian:
 
     0      header      MessagePack map (`Header`), <= 64 KiB, no extension types
     1      tool calls  MessagePack array of maps, <= 256 KiB
-    2..7   arrays      token_ids i32[T], loss_mask u8[T], behavior_logprobs f32[T], versions i32[T], turns i16[T],
+    2..7   arrays      token_ids i32[T], loss_mask u8[T], behavior_logprobs f32[T], versions i32[T],
+                       turns i16[T],
                        turn_rewards f32[U]
     8      check       u32: CRC-32C of frames 0..7 in order
 
-A record (logs, spools, batches) is the same in one piece: u32 number of frames, u32 length of each, then the frames.
+A record (logs, spools, batches) is the same in one piece: u32 number of frames, u32 length of each, then
+the frames.
 """
 
 from __future__ import annotations
@@ -40,6 +42,8 @@ from slipstream.types import (
 )
 
 MAX_TOOL_CALL_BYTES: Final = 256 << 10
+MAX_META_BYTES: Final = MAX_HEADER_BYTES + MAX_TOOL_CALL_BYTES + 256
+"""Most that a record adds to the bytes of its arrays."""
 MAX_TOKENS: Final = 1 << 22
 ARRAYS: Final[tuple[tuple[str, np.dtype[Any]], ...]] = (
     ("token_ids", np.dtype("<i4")),
@@ -105,10 +109,12 @@ def encode_trajectory(trajectory: Trajectory) -> list[Buffer]:
     header = _header(trajectory)
     _check(header, arrays)
     frames: list[Buffer] = [_ENCODER.encode(header), _encode_tool_calls(trajectory.tool_calls)]
-    frames += [memoryview(np.ascontiguousarray(a)).cast("B") if a.size else b"" for a in arrays]
+    frames += [np.ascontiguousarray(array).data.cast("B") if array.size else b"" for array in arrays]
     if len(frames[0]) > MAX_HEADER_BYTES or len(frames[1]) > MAX_TOOL_CALL_BYTES:
-        raise FrameError(f"header and tool calls: expected at most {MAX_HEADER_BYTES} and {MAX_TOOL_CALL_BYTES} "
-                         f"bytes, got {len(frames[0])} and {len(frames[1])}")  # fmt: skip
+        raise FrameError(
+            f"header and tool calls: expected at most {MAX_HEADER_BYTES} and {MAX_TOOL_CALL_BYTES} "
+            f"bytes, got {len(frames[0])} and {len(frames[1])}"
+        )
     frames.append(_U32.pack(crc32c(frames)))
     return frames
 
@@ -119,7 +125,9 @@ def decode_trajectory(frames: Sequence[Buffer]) -> Trajectory:
     Raises FrameError naming the field, what was expected and what was got.
     """
     header = decode_header(frames)
-    calls = decode_struct(frames[1], _TOOL_CALLS, what="tool calls", limit=MAX_TOOL_CALL_BYTES)
+    calls = decode_struct(
+        frames[1], _TOOL_CALLS, what="tool calls", limit=MAX_TOOL_CALL_BYTES, free_form=True
+    )
     arrays = [
         _array(frame, name, dtype, header) for frame, (name, dtype) in zip(frames[2:-1], ARRAYS, strict=True)
     ]
@@ -196,11 +204,19 @@ def from_bytes(record: Buffer) -> Trajectory:
 
 def _header(trajectory: Trajectory) -> Header:
     return Header(
-        identity=trajectory.identity, attempt=trajectory.attempt, split=trajectory.split,
-        evaluation=trajectory.evaluation, issue=trajectory.issue, scores=tuple(trajectory.scores),
-        outcome=trajectory.outcome, sampling=trajectory.sampling, timings=trajectory.timings, note=trajectory.note,
-        tokens=trajectory.token_ids.size, turns=trajectory.turn_rewards.size,
-    )  # fmt: skip
+        identity=trajectory.identity,
+        attempt=trajectory.attempt,
+        split=trajectory.split,
+        evaluation=trajectory.evaluation,
+        issue=trajectory.issue,
+        scores=tuple(trajectory.scores),
+        outcome=trajectory.outcome,
+        sampling=trajectory.sampling,
+        timings=trajectory.timings,
+        note=trajectory.note,
+        tokens=trajectory.token_ids.size,
+        turns=trajectory.turn_rewards.size,
+    )
 
 
 def _encode_tool_calls(calls: Sequence[ToolCall]) -> bytes:
@@ -226,20 +242,19 @@ def _check(header: Header, arrays: Sequence[NDArray[Any]]) -> None:
             raise FrameError(f"{name}: expected length {header.tokens}, got {array.size}")
     if tokens.size == 0:
         return
-    if mask.max() > 1:
+    if np.maximum.reduce(mask) > 1:
         raise FrameError(f"loss_mask: expected 0 or 1, got {mask.max()}")
-    if not np.isfinite(logprobs).all():
-        raise FrameError("behavior_logprobs: expected finite values, got NaN or infinity")
-    if not np.isfinite(rewards).all():
-        raise FrameError("turn_rewards: expected finite values, got NaN or infinity")
-    if tokens.min() < 0:
+    for name, array in (("behavior_logprobs", logprobs), ("turn_rewards", rewards)):
+        if not np.isfinite(array).all():
+            raise FrameError(f"{name}: expected finite values, got NaN or infinity")
+    if np.minimum.reduce(tokens) < 0:
         raise FrameError(f"token_ids: expected values >= 0, got {tokens.min()}")
-    sampled = mask.view(np.bool_)
-    if not np.array_equal(versions >= 0, sampled):
+    absent = mask == 0
+    if ((versions < 0) != absent).any():
         raise FrameError(
             "versions: expected a serial where loss_mask is 1 and -1 elsewhere, got another pattern"
         )
-    if not np.array_equal(turns >= 0, sampled) or turns.max() >= max(header.turns, 1):
+    if ((turns < 0) != absent).any() or np.maximum.reduce(turns) >= max(header.turns, 1):
         raise FrameError(f"turns: expected 0 .. {header.turns - 1} where loss_mask is 1 and -1 elsewhere")
     for score in header.scores:
         if not math.isfinite(score.weight) or (score.value is not None and not math.isfinite(score.value)):

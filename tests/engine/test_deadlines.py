@@ -16,7 +16,9 @@ def test_a_deadline_expires_by_its_clock() -> None:
     assert deadline.remaining() == 3.0
     deadline.check()
     assert deadline.expired()
-    with pytest.raises(DeadlineError, match=r"learner waited 5 s for batch 7 \(since \d\d:\d\d:\d\d\)") as caught:
+    with pytest.raises(
+        DeadlineError, match=r"learner waited 5 s for batch 7 \(since \d\d:\d\d:\d\d\)"
+    ) as caught:
         deadline.check()
     assert "test_a_deadline_expires_by_its_clock" in caught.value.__notes__[0]
     assert deadline.remaining() == 0.0
@@ -27,7 +29,7 @@ def test_within_returns_or_names_the_wait() -> None:
         return 7
 
     assert asyncio.run(within(value(), 1.0, "a", "b")) == 7
-    with pytest.raises(DeadlineError, match="actor-0 waited 0.01 s for the hub"):
+    with pytest.raises(DeadlineError, match=r"actor-0 waited 0\.01 s for the hub"):
         asyncio.run(within(asyncio.Event().wait(), 0.01, "actor-0", "the hub"))
 
 

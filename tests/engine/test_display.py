@@ -22,7 +22,7 @@ def run(tmp_path: Path) -> Path:
         append_row(
             tmp_path / FILE,
             {"kind": "train", "step": step, "time": 1000.0 + 2 * step, "success": 0.5, "reward": 0.25,
-             "slip/mean": 1.5, "slip/histogram": [10, 30], "tokens/generated_per_s": 9000.0,
+             "slip/mean": 1.5, "slip/histogram": [10, 30], "actors/tokens_per_s": 9000.0,
              "tokens/trained_per_s": 8000.0, "wait/learner_starved": 0.1},
         )  # fmt: skip
     append_row(tmp_path / FILE, {"kind": "evaluation", "step": 10, "success": 0.75, "tasks": 64})

@@ -26,7 +26,9 @@ def filled(folder: Path, segment_bytes: int = 1 << 20) -> list[int]:
     log = IngestLog(folder, segment_bytes=segment_bytes)
     positions = []
     for event in EVENTS:
-        record = wire.record_frames(wire.encode_trajectory(MADE)) if isinstance(event, events.Received) else ()
+        record = (
+            wire.record_frames(wire.encode_trajectory(MADE)) if isinstance(event, events.Received) else ()
+        )
         positions.append(log.append(event, record))
     log.close()
     return positions
@@ -108,7 +110,7 @@ def test_a_missing_or_cut_segment_is_damage(tmp_path: Path) -> None:
     third = tmp_path / "000002.log"
     data = third.read_bytes()
     third.write_bytes(data[:-1])
-    with pytest.raises(StorageError, match="000002.log is damaged at offset 0"):
+    with pytest.raises(StorageError, match=r"000002\.log is damaged at offset 0"):
         IngestLog(tmp_path)
     third.unlink()
     with pytest.raises(StorageError, match="expected segments 0"):

@@ -1,4 +1,4 @@
-"""The hub's protocol under any order of events: nothing lost, nothing doubled, the gate kept, the books balanced."""
+"""The hub's protocol in any order of events: nothing lost or doubled, the gate kept, the books balanced."""
 
 from __future__ import annotations
 
@@ -102,7 +102,9 @@ class Rig:
 
     def made(self, peer: bytes, lease: Lease, serial: int) -> Trajectory:
         self.seq += 1
-        identity = TrajectoryId(run="run", actor=peer.decode().split("/")[0], epoch=self.epochs[peer], seq=self.seq)
+        identity = TrajectoryId(
+            run="run", actor=peer.decode().split("/")[0], epoch=self.epochs[peer], seq=self.seq
+        )
         return dataclasses.replace(synthetic.answer_to(lease, serial=serial, tokens=8), identity=identity)
 
     def deliver(self, peer: bytes, trajectory: Trajectory) -> None:
@@ -139,7 +141,9 @@ def test_the_gate_opens_whole_groups_and_reopens_with_a_version(rig: Rig) -> Non
     peer, _ = ready(rig)
     leases = rig.want(peer, 100)
     # (max_slip 1 + version 0 + 1) * batch 4 = 8 trajectories: groups 0..3.
-    assert [(x.attempt.group, x.attempt.attempt) for x in leases] == [(g, a) for g in range(4) for a in (0, 1)]
+    assert [(x.attempt.group, x.attempt.attempt) for x in leases] == [
+        (g, a) for g in range(4) for a in (0, 1)
+    ]
     assert {x.attempt.task - x.attempt.group for x in leases} == {0}
     assert rig.want(peer, 100) == []
     rig.publish(1)
@@ -174,6 +178,23 @@ def test_leases_on_the_way_are_not_granted_twice(rig: Rig) -> None:
     assert len(rig.leases[peer]) == 4
 
 
+def test_many_leases_come_in_messages_small_enough(tmp_path: Path) -> None:
+    config = CONFIG.model_copy(update={"batch": BatchConfig(groups=500, group_size=4)})
+    log = IngestLog(tmp_path)
+    ledger = Ledger(config, "run", log, lambda _: "")
+    ledger.handle(b"l", hello("learner", "l", "l"), (), 0.0)
+    announced = synthetic.update(0, step=0)
+    ledger.handle(b"l", m.Publish(update=announced), (), 0.0)
+    ledger.handle(b"a", hello("actor", "a", "a"), (), 0.0)
+    ledger.handle(b"a", m.Proof(proof=synthetic.proof(announced)), (), 0.0)
+    replies = ledger.handle(
+        b"a", m.Want(train=4000, evaluate=0, received_train=0, received_evaluate=0), (), 0.0
+    )
+    grants = [m.decode_message(m.encode_message(reply)) for _, reply, _ in replies]
+    assert sum(len(grant.leases) for grant in grants if isinstance(grant, m.Grant)) == 4000
+    log.close()
+
+
 def test_a_batch_holds_the_oldest_complete_groups_in_order(rig: Rig) -> None:
     peer, announced = ready(rig)
     leases = rig.want(peer, 8)
@@ -205,8 +226,14 @@ def test_resent_duplicate_failed_and_unproven_trajectories_are_booked_apart(rig:
     rig.deliver(peer, rig.made(peer, third, serial + 1))
     books = rig.ledger.books()
     assert {key: value for key, value in books.items() if value} == {
-        "made": 4, "buffered": 1, "duplicate": 1, "failed_infrastructure": 1, "unproven": 1, "leased": 1, "waiting": 2,
-    }  # fmt: skip
+        "made": 4,
+        "buffered": 1,
+        "duplicate": 1,
+        "failed_infrastructure": 1,
+        "unproven": 1,
+        "leased": 1,
+        "waiting": 2,
+    }
     again = rig.want(peer, 2)
     assert [(x.attempt, x.issue) for x in again] == [(second.attempt, 1), (third.attempt, 1)]
 
@@ -344,7 +371,9 @@ def test_an_evaluation_is_pinned_booked_apart_and_told(rig: Rig) -> None:
     serial = announced.version.serial
     one, two = rig.want(peer, 0, 2)
     assert (one.evaluation, one.split, one.attempt.task, two.attempt.task) == (serial, Split.HELDOUT, 0, 1)
-    rig.deliver(peer, dataclasses.replace(rig.made(peer, one, serial), outcome=Outcome.INFRASTRUCTURE_FAILURE))
+    rig.deliver(
+        peer, dataclasses.replace(rig.made(peer, one, serial), outcome=Outcome.INFRASTRUCTURE_FAILURE)
+    )
     (again,) = rig.want(peer, 0, 1)
     assert (again.attempt, again.issue) == (one.attempt, 1)
     rig.deliver(peer, rig.made(peer, again, serial))
@@ -397,7 +426,11 @@ class Interleavings(RuleBasedStateMachine):
     def want(self, name: str, train: int, evaluate: int) -> None:
         self.rig.want(self.peers[name], train, evaluate)
 
-    @rule(name=st.sampled_from("ab"), pick=st.integers(0, 20), fate=st.sampled_from(["ok", "ok", "ok", "fail", "alien"]))
+    @rule(
+        name=st.sampled_from("ab"),
+        pick=st.integers(0, 20),
+        fate=st.sampled_from(["ok", "ok", "ok", "fail", "alien"]),
+    )
     def deliver(self, name: str, pick: int, fate: str) -> None:
         peer = self.peers[name]
         leases = self.rig.leases.get(peer, [])

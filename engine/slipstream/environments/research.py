@@ -1,8 +1,9 @@
 """Floor 4. Deep research over a document store: search, open, answer; near misses and failing tools included.
 
-A *world* is a small company: people stand in a ring, each managed by the next, each living in a city. Every fact is told by
-one true document and several near misses ("left", "was in") under the same title, so that a title never gives the answer
-away and each document must be read. Names recur in every world with other facts: nothing can be learned by heart.
+A *world* is a small company: people stand in a ring, each managed by the next, each living in a city.
+Every fact is told by one true document and several near misses ("left", "was in") under the same title,
+so that a title never gives the answer away and each document must be read. Names recur in every world
+with other facts: nothing can be learned by heart.
 """
 
 from __future__ import annotations
@@ -20,20 +21,30 @@ from slipstream.tools.documents import Document, DocumentStore
 from slipstream.tools.hermes import format_call
 from slipstream.types import Score, ScoreKind, Split, Task, TaskAttempt, ToolCall, ToolStatus
 
-FIRST_NAMES = (
-    "Ada Bela Carl Dora Emil Fay Gus Hana Ivan Jana Karl Lena Milo Nora Otto Pia Quin Rosa Saul Tara Ugo Vera Walt Xena Yuri Zoe "
-    "Abel Beth Cleo Drew Elsa Finn"
-).split()
-LAST_NAMES = (
-    "Adler Brandt Conti Dahl Egan Falk Gruber Holm Ivers Jansen Kline Lund Moss Novak Olsen Payne Quist Reyes Stone Tran Urban "
-    "Vance Weber Xavier Young Zorn Archer Becker Cole Drake Ellis Ford"
-).split()
-CITIES = (
-    "Athens Bern Cairo Delhi Essen Fes Genoa Hanoi Izmir Jena Kyoto Lima Milan Nice Oslo Porto Quito Rome Seoul Turin Ulm Vienna "
-    "Warsaw Xian York Zagreb Accra Basel Cork Dakar Evora Faro"
-).split()
-IDENTIFIERS = [str(number) for number in range(10, 100)]
+
+def _words(text: str) -> list[str]:
+    return text.split()
+
+
+FIRST_NAMES = _words(
+    "Ada Bela Carl Dora Emil Fay Gus Hana Ivan Jana Karl Lena Milo Nora Otto Pia Quin Rosa Saul "
+    "Tara Ugo Vera Walt Xena Yuri Zoe Abel Beth Cleo Drew Elsa Finn"
+)
+LAST_NAMES = _words(
+    "Adler Brandt Conti Dahl Egan Falk Gruber Holm Ivers Jansen Kline Lund Moss Novak Olsen "
+    "Payne Quist Reyes Stone Tran Urban Vance Weber Xavier Young Zorn Archer Becker Cole Drake "
+    "Ellis Ford"
+)
+CITIES = _words(
+    "Athens Bern Cairo Delhi Essen Fes Genoa Hanoi Izmir Jena Kyoto Lima Milan Nice Oslo Porto "
+    "Quito Rome Seoul Turin Ulm Vienna Warsaw Xian York Zagreb Accra Basel Cork Dakar Evora "
+    "Faro"
+)
+FIRST_IDENTIFIER, IDENTIFIERS = 10, 90
+"""Identifiers are numbers from the first one on; two digits while they last."""
 TASKS_PER_WORLD = 8
+LEAST_PEOPLE = 10
+"""So many that each task has its person and each manager enough near misses."""
 FAULTS = ("error: timeout", "error: unavailable", "error: rate limit")
 
 
@@ -67,14 +78,17 @@ class World:
         names = [self.people[(person + hop) % len(self.people)] for hop in range(hops)]
         titles = {f"{name} manager" for name in names[:-1]} | {f"{names[-1]} home"}
         true = (" lives in ", " is the manager of ")
-        return tuple(d.identifier for d in self.documents if d.title in titles and any(verb in d.body for verb in true))
+        return tuple(
+            d.identifier for d in self.documents if d.title in titles and any(verb in d.body for verb in true)
+        )
 
 
 def build_world(split: Split, number: int, config: EnvironmentConfig) -> World:
     """Draw a world; equal arguments give equal worlds."""
     draw = random.Random(f"world {split} {number}")
     kinds = 1 if config.hops == 1 else 2
-    size = len(IDENTIFIERS) // (kinds * config.documents_per_fact)
+    per_person = kinds * config.documents_per_fact
+    size = max(IDENTIFIERS // per_person, LEAST_PEOPLE)
     names = draw.sample([f"{first} {last}" for first in FIRST_NAMES for last in LAST_NAMES], size)
     homes = [draw.choice(CITIES) for _ in names]
     pages: list[tuple[str, str]] = []
@@ -84,8 +98,12 @@ def build_world(split: Split, number: int, config: EnvironmentConfig) -> World:
             boss = names[(person + 1) % size]
             pages += [(f"{name} manager", body) for body in _manager_bodies(name, boss, names, config, draw)]
     draw.shuffle(pages)
-    identifiers = draw.sample(IDENTIFIERS, len(pages))
-    documents = [Document(identifier=i, title=title, body=body) for i, (title, body) in zip(identifiers, pages, strict=True)]
+    numbers = range(FIRST_IDENTIFIER, FIRST_IDENTIFIER + max(IDENTIFIERS, len(pages)))
+    identifiers = [str(number) for number in draw.sample(numbers, len(pages))]
+    documents = [
+        Document(identifier=i, title=title, body=body)
+        for i, (title, body) in zip(identifiers, pages, strict=True)
+    ]
     return World(people=tuple(names), homes=tuple(homes), documents=tuple(documents))
 
 
@@ -100,7 +118,9 @@ def _manager_bodies(
     name: str, boss: str, names: Sequence[str], config: EnvironmentConfig, draw: random.Random
 ) -> Iterator[str]:
     yield f"{boss} is the manager of {name}."
-    others = draw.sample([other for other in names if other not in (name, boss)], config.documents_per_fact - 1)
+    others = draw.sample(
+        [other for other in names if other not in (name, boss)], config.documents_per_fact - 1
+    )
     for other in others:
         yield draw.choice((f"{other} was the manager of {name}.", f"{other} left the team of {name}."))
 
@@ -149,7 +169,9 @@ class ResearchEnvironment:
         """Open the task's world."""
         self._task = task
         _, self._store = self._tasks.world(task.split, task.data["world"])
-        self._faults = random.Random(f"faults {task.split} {attempt.task} {attempt.seed} {attempt.group} {attempt.attempt}")
+        self._faults = random.Random(
+            f"faults {task.split} {attempt.task} {attempt.seed} {attempt.group} {attempt.attempt}"
+        )
         return Observation(system="", user=task.question)
 
     async def step(self, message: AssistantMessage) -> Transition:
@@ -173,14 +195,20 @@ class ResearchEnvironment:
         return Transition(observation=result, done=done, call=call, reward=-self._rewards.step_penalty)
 
     async def score(self) -> Sequence[Score]:
-        """Outcome +1 for the right city, else -1; penalties per turn and per invalid call; shaping by facts read."""
-        right = self._answer is not None and self._answer.strip().casefold() == self._task.data["answer"].casefold()
+        """Outcome +1 or -1, a penalty per turn and per invalid call, shaping by the facts read."""
+        given, expected = self._answer or "", self._task.data["answer"]
+        right = given.strip().casefold() == expected.casefold()
         weights = self._rewards
         found = len(self._opened.intersection(self._task.data["facts"])) / self._config.hops
         return (
             Score(name="outcome", kind=ScoreKind.OUTCOME, weight=1.0, value=1.0 if right else -1.0),
             Score(name="step", kind=ScoreKind.PENALTY, weight=-weights.step_penalty, value=float(self._turn)),
-            Score(name="invalid", kind=ScoreKind.PENALTY, weight=-weights.invalid_penalty, value=float(self._invalid)),
+            Score(
+                name="invalid",
+                kind=ScoreKind.PENALTY,
+                weight=-weights.invalid_penalty,
+                value=float(self._invalid),
+            ),
             Score(name="facts", kind=ScoreKind.SHAPING, weight=weights.shaping, value=found),
         )
 
@@ -200,7 +228,7 @@ class ResearchEnvironment:
 
 
 def corpus(config: EnvironmentConfig, *, worlds: int = 64) -> Iterator[str]:
-    """Yield text as episodes hold it, to train a tokenizer on: questions, calls, listings, documents, errors."""
+    """Yield text as episodes hold it: questions, calls, listings, documents, errors."""
     yield "Tools: search(query), open(document), answer(text)"
     yield from FAULTS
     yield from ("error: no such document", "error: no tool call", "error: call is not JSON", "no results")

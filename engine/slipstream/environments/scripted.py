@@ -1,4 +1,4 @@
-"""Floor 4. Scripted researchers: demonstrators of the warm start and the baselines a trained policy is held against."""
+"""Floor 4. Scripted researchers: demonstrators of the warm start, baselines of a trained policy."""
 
 from __future__ import annotations
 
@@ -55,7 +55,9 @@ class _GaveUp(Exception):
     """Raised inside a script that does not retry."""
 
 
-def _find(query: str, pattern: re.Pattern[str], field: str, true_verb: str, habits: Habits) -> Generator[str, str, str]:
+def _find(
+    query: str, pattern: re.Pattern[str], field: str, true_verb: str, habits: Habits
+) -> Generator[str, str, str]:
     """Search, then open documents until one convinces; return the field it tells."""
     listed = yield from _insist(format_call("search", {"query": query}), habits)
     for identifier in listed.split("\n"):

@@ -1,7 +1,7 @@
 """Floor 4. The key-value cache of continuous batching: one row per live rollout.
 
-Dimensions: R rows (slots), S longest new span of a row, L cached length in use, H query heads, K key-value heads, D head
-size, T packed tokens of one forward pass.
+Dimensions: R rows (slots), S longest new span of a row, L cached length in use, H query heads, K
+key-value heads, D head size, T packed tokens of one forward pass.
 """
 
 from __future__ import annotations
@@ -14,16 +14,17 @@ from transformers import PreTrainedModel
 
 from slipstream.types import Int32Array
 
-# Rounding the attended length keeps the shape, and with it the order of additions, the same for nearby lengths.
+# Rounding the attended length keeps the shape, and with it the order of additions, the same for nearby
+# lengths.
 LENGTH_STEP = 32
 
 
 class SlotCache:
-    """Keys and values of all rows; an attention context of packed tokens of any mix of decoding and prefilling rows."""
+    """Keys and values of all rows; attends any mix of decoding and prefilling rows."""
 
     def __init__(self, model: PreTrainedModel, *, rows: int, max_tokens: int) -> None:
         config = model.config
-        heads = config.num_key_value_heads
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         length = -(-max_tokens // LENGTH_STEP) * LENGTH_STEP
         first = next(model.parameters())
@@ -33,9 +34,9 @@ class SlotCache:
         self._values = torch.zeros_like(self._keys)
 
     def plan(self, rows: Int32Array, starts: Int32Array, lengths: Int32Array) -> tuple[Tensor, Tensor]:
-        """Prepare one forward pass: row rows[i] gets tokens at positions starts[i] .. starts[i] + lengths[i] - 1.
+        """Prepare one forward pass.
 
-        Returns the packed [T] row and position of every token; tokens are packed in the order of `rows`.
+        Row rows[i] gets tokens at positions starts[i] .. starts[i] + lengths[i] - 1. Returns the packed [T] row and position of every token; tokens are packed in the order of `rows`.
         """
         token_row = np.repeat(rows, lengths).astype(np.int64)
         offsets = np.cumsum(lengths) - lengths
@@ -44,10 +45,14 @@ class SlotCache:
         self._rows_T = torch.from_numpy(token_row).to(self._device)
         self._positions_T = torch.from_numpy(token_position.astype(np.int64)).to(self._device)
         single = lengths == 1
-        self._groups = [self._group(rows[mask], starts[mask], lengths[mask], offsets[mask]) for mask in (single, ~single)]
+        self._groups = [
+            self._group(rows[mask], starts[mask], lengths[mask], offsets[mask]) for mask in (single, ~single)
+        ]
         return self._rows_T, self._positions_T
 
-    def attend(self, layer: int, query_THD: Tensor, key_TKD: Tensor, value_TKD: Tensor, scale: float) -> Tensor:
+    def attend(
+        self, layer: int, query_THD: Tensor, key_TKD: Tensor, value_TKD: Tensor, scale: float
+    ) -> Tensor:
         """Store the new keys and values, then attend each token to its row up to its own position."""
         keys_RLKD, values_RLKD = self._keys[layer], self._values[layer]
         keys_RLKD[self._rows_T, self._positions_T] = key_TKD
@@ -59,7 +64,9 @@ class SlotCache:
                 group.attend(query_THD, keys_RLKD, values_RLKD, scale, grouped, output_THD)
         return output_THD
 
-    def _group(self, rows: Int32Array, starts: Int32Array, lengths: Int32Array, offsets: Int32Array) -> _Group | None:
+    def _group(
+        self, rows: Int32Array, starts: Int32Array, lengths: Int32Array, offsets: Int32Array
+    ) -> _Group | None:
         if len(rows) == 0:
             return None
         return _Group(rows, starts, lengths, offsets, self._device)
@@ -69,7 +76,12 @@ class _Group:
     """Rows that attend together, padded to their longest span."""
 
     def __init__(
-        self, rows: Int32Array, starts: Int32Array, lengths: Int32Array, offsets: Int32Array, device: torch.device
+        self,
+        rows: Int32Array,
+        starts: Int32Array,
+        lengths: Int32Array,
+        offsets: Int32Array,
+        device: torch.device,
     ) -> None:
         span = int(lengths.max())
         self._length = -(-int((starts + lengths).max()) // LENGTH_STEP) * LENGTH_STEP
@@ -83,7 +95,9 @@ class _Group:
         valid_BS = columns_S < lengths[:, None]
         if self._view is not None:
             slots = last + 1 - first
-            source_BS, position_BS, valid_BS = (self._spread(x, rows - first, slots) for x in (source_BS, position_BS, valid_BS))
+            source_BS, position_BS, valid_BS = (
+                self._spread(x, rows - first, slots) for x in (source_BS, position_BS, valid_BS)
+            )
         self._rows = torch.from_numpy(rows.astype(np.int64)).to(device)
         self._source_BS = torch.from_numpy(source_BS.astype(np.int64)).to(device)
         visible_B1SL = np.arange(self._length) <= position_BS[:, None, :, None]
@@ -98,7 +112,13 @@ class _Group:
         return spread
 
     def attend(
-        self, query_THD: Tensor, keys_RLKD: Tensor, values_RLKD: Tensor, scale: float, grouped: bool, output_THD: Tensor
+        self,
+        query_THD: Tensor,
+        keys_RLKD: Tensor,
+        values_RLKD: Tensor,
+        scale: float,
+        grouped: bool,
+        output_THD: Tensor,
     ) -> None:
         """Write the group's attention output to its places in `output_THD`."""
         chosen = self._rows if self._view is None else self._view

@@ -1,11 +1,12 @@
 """Floor 4. Inference inside the actor process: continuous batching with a key-value cache, on CPU or GPU.
 
-    generate()  ──▶ waiting ──▶ a free row ──▶ [ one forward pass for all rows: new spans and single tokens, packed ] ──▶ draw
-       ▲   waits for: a free row, then its stop token or length limit      released by: the loop, or DeadlineError │
-       └──────────────────────────── completion ◀──────────────────────────────────────────────────────────────────┘
+    generate() ──▶ waiting ──▶ a free row ──▶ [ one pass: all rows' new tokens, packed ] ──▶ draw
+       ▲   waits for: a free row, then its message      released by: stop token or length limit │
+       └──────────────────────────── completion ◀───────────────────────────────────────────────┘
 
-New rollouts join at the next pass. New weights are taken between two passes; every row's cached length then falls to zero, so
-that its keys and values are rebuilt from its tokens before its next token is drawn.
+New rollouts join at the next pass. New weights are taken between two passes; every row's cached length
+then falls to zero, so that its keys and values are rebuilt from its tokens before its next token is
+drawn.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import torch
 from transformers import PreTrainedModel
 
 from slipstream.attention import run_decoder
+from slipstream.errors import NumericsError
 from slipstream.inference.cache import SlotCache
 from slipstream.inference.sampling import draw, uniforms
 from slipstream.interfaces import WeightSubscriber
@@ -42,8 +44,8 @@ class _Request:
 class EmbeddedBackend:
     """An `InferenceBackend` over a Hugging Face model in this process.
 
-    Example: ``EmbeddedBackend(model, stop_token=4, rows=128, max_tokens=256, subscriber=subscriber)``; start it by keeping
-    ``asyncio.create_task(backend.run())``.
+    Example: ``EmbeddedBackend(model, stop_token=4, rows=128, max_tokens=256, subscriber=subscriber)``;
+    start it by keeping ``asyncio.create_task(backend.run())``.
     """
 
     def __init__(
@@ -87,13 +89,16 @@ class EmbeddedBackend:
         return len(self._length)
 
     async def generate(self, token_ids: Int32Array, sampling: Sampling, *, rollout_id: int) -> Completion:
-        """Sample one message; the first `length` tokens must be those of the rollout's last call and completion."""
+        """Sample one message after the [T] tokens of a rollout; cached are those it shares with the last call.
+
+        Raises ValueError when the tokens leave no room for another.
+        """
+        if not 0 < len(token_ids) < self._max_tokens:
+            raise ValueError(f"generate: expected 1 to {self._max_tokens - 1} tokens, got {len(token_ids)}")
         row = self._row_of.get(rollout_id)
         if row is None:
             row = await self._take_row(rollout_id)
-        known = int(self._length[row])
-        self._tokens[row, known : len(token_ids)] = token_ids[known:]
-        self._length[row] = len(token_ids)
+        self._feed(row, token_ids)
         request = _Request(
             sampling=sampling,
             start=len(token_ids),
@@ -105,14 +110,19 @@ class EmbeddedBackend:
         self._temperature[row], self._top_p[row] = sampling.temperature, sampling.top_p
         self._active[row] = True
         self._work.set()
-        return await request.future
+        try:
+            return await request.future
+        finally:
+            # Only a cancelled call leaves its request here: nobody waits for its tokens any more.
+            if self._requests.get(row) is request:
+                self._retire(row)
 
     def release(self, rollout_id: int) -> None:
-        """Give the rollout's row back."""
+        """Give the rollout's row back; a message still being sampled is cancelled."""
         row = self._row_of.pop(rollout_id, None)
         if row is not None:
-            self._active[row] = False
-            self._requests.pop(row, None)
+            if row in self._requests:
+                self._retire(row).future.cancel()
             self._free.append(row)
             # The lowest row is taken first, so that a thin batch stays together.
             self._free.sort(reverse=True)
@@ -148,10 +158,12 @@ class EmbeddedBackend:
 
     @torch.no_grad()
     def _step(self) -> None:
-        """One forward pass: feed every active row's new tokens, draw a token in each row that is then up to date."""
+        """Feed the new tokens of active rows; draw a token in each row that is then up to date."""
         rows, spans = self._chosen_rows()
         starts = self._cached[rows]
-        token_ids = np.concatenate([self._tokens[r, c : c + n] for r, c, n in zip(rows, starts, spans, strict=True)])
+        token_ids = np.concatenate(
+            [self._tokens[r, c : c + n] for r, c, n in zip(rows, starts, spans, strict=True)]
+        )
         _, positions_T = self._cache.plan(rows, starts, spans)
         tokens_T = torch.from_numpy(token_ids).to(self._device)
         hidden_TH = run_decoder(self._model, tokens_T, positions_T, self._cache)
@@ -181,9 +193,11 @@ class EmbeddedBackend:
             top_p_R=torch.from_numpy(top_p).to(self._device) if (top_p < 1).any() else None,
             uniform_R=uniform,
         )
-        tokens = token_R.cpu().numpy().astype(np.int32)
+        tokens, logprobs = token_R.cpu().numpy().astype(np.int32), logprob_R.cpu().numpy()
+        if not np.isfinite(logprobs).all():
+            raise NumericsError(f"weights of serial {self.serial} give log-probabilities that are not finite")
         self._tokens[rows, lengths] = tokens
-        self._logprobs[rows, lengths] = logprob_R.cpu().numpy()
+        self._logprobs[rows, lengths] = logprobs
         self._versions[rows, lengths] = self.serial
         self._length[rows] += 1
         self.tokens_generated += len(rows)
@@ -192,8 +206,7 @@ class EmbeddedBackend:
             self._finish(row, stopped=token == self._stop_token)
 
     def _finish(self, row: int, *, stopped: bool) -> None:
-        self._active[row] = False
-        request = self._requests.pop(row)
+        request = self._retire(row)
         span = slice(request.start, int(self._length[row]))
         if not request.future.done():
             request.future.set_result(
@@ -204,6 +217,21 @@ class EmbeddedBackend:
                     stopped=stopped,
                 )
             )
+
+    def _retire(self, row: int) -> _Request:
+        """Take a row out of the passes; its cache stays until its rollout is released."""
+        self._active[row] = False
+        return self._requests.pop(row)
+
+    def _feed(self, row: int, token_ids: Int32Array) -> None:
+        """Set a row's tokens; what differs from those it holds is no longer cached."""
+        shared = min(int(self._length[row]), len(token_ids))
+        differs = np.flatnonzero(self._tokens[row, :shared] != token_ids[:shared])
+        shared = int(differs[0]) if differs.size else shared
+        self._tokens[row, shared : len(token_ids)] = token_ids[shared:]
+        self._length[row] = len(token_ids)
+        # The last token is always fed: the next one is drawn from its hidden state.
+        self._cached[row] = min(int(self._cached[row]), shared, len(token_ids) - 1)
 
     async def _take_row(self, rollout_id: int) -> int:
         await self._room.acquire()

@@ -31,14 +31,18 @@ def uniforms(keys_R: UInt64Array, positions_R: UInt64Array) -> NDArray[np.float6
         mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         mixed = mixed ^ (mixed >> np.uint64(31))
-    return (mixed >> np.uint64(11)).astype(np.float64) * 2.0**-53
+    uniform_R: NDArray[np.float64] = (mixed >> np.uint64(11)).astype(np.float64) * 2.0**-53
+    return uniform_R
 
 
-def draw(logits_RV: Tensor, *, temperature_R: Tensor, top_p_R: Tensor | None, uniform_R: Tensor) -> tuple[Tensor, Tensor]:
+def draw(
+    logits_RV: Tensor, *, temperature_R: Tensor, top_p_R: Tensor | None, uniform_R: Tensor
+) -> tuple[Tensor, Tensor]:
     """Draw one token per row by inverting the distribution function.
 
-    Returns [R] int64 tokens and their [R] fp32 log-probabilities under the distribution drawn from: softmax(logits /
-    temperature), renormalised over the nucleus where `top_p_R` is below 1. A temperature of 0 takes the likeliest token.
+    Returns [R] int64 tokens and their [R] fp32 log-probabilities under the distribution drawn from:
+    softmax(logits / temperature), renormalised over the nucleus where `top_p_R` is below 1. A
+    temperature of 0 takes the likeliest token.
     """
     greedy_R = temperature_R == 0
     scale_R = torch.where(greedy_R, 1.0, temperature_R)
@@ -47,7 +51,9 @@ def draw(logits_RV: Tensor, *, temperature_R: Tensor, top_p_R: Tensor | None, un
         logprob_RV = _nucleus(logprob_RV, top_p_R)
     cumulative_RV = torch.cumsum(logprob_RV.exp().double(), dim=-1)
     target_R1 = (uniform_R * cumulative_RV[:, -1])[:, None]
-    token_R = torch.searchsorted(cumulative_RV, target_R1, right=True)[:, 0].clamp_(max=logits_RV.shape[-1] - 1)
+    token_R = torch.searchsorted(cumulative_RV, target_R1, right=True)[:, 0].clamp_(
+        max=logits_RV.shape[-1] - 1
+    )
     if bool(greedy_R.any()):
         token_R = torch.where(greedy_R, logprob_RV.argmax(dim=-1), token_R)
     return token_R, logprob_RV.gather(1, token_R[:, None])[:, 0]

@@ -15,7 +15,9 @@ from slipstream.types import Lease, Sampling, Split, TaskAttempt, Trajectory
 def lease_key(lease: Lease) -> int:
     """Return the key of all random numbers of a leased episode; a lease given again draws the same."""
     attempt = lease.attempt
-    return rollout_key(lease.split, lease.evaluation, attempt.task, attempt.seed, attempt.group, attempt.attempt)
+    return rollout_key(
+        lease.split, lease.evaluation, attempt.task, attempt.seed, attempt.group, attempt.attempt
+    )
 
 
 def held_trial(

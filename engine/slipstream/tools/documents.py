@@ -26,11 +26,17 @@ class DocumentStore:
     def __init__(self, documents: Iterable[Document]) -> None:
         """Build the index; identifiers must be unique."""
         self._connection = sqlite3.connect(":memory:", check_same_thread=False)
-        self._connection.execute("CREATE TABLE pages (identifier TEXT PRIMARY KEY, body TEXT NOT NULL) WITHOUT ROWID")
+        self._connection.execute(
+            "CREATE TABLE pages (identifier TEXT PRIMARY KEY, body TEXT NOT NULL) WITHOUT ROWID"
+        )
         self._connection.execute("CREATE VIRTUAL TABLE titles USING fts5(identifier UNINDEXED, title)")
         kept = list(documents)
-        self._connection.executemany("INSERT INTO pages VALUES (?, ?)", [(d.identifier, d.body) for d in kept])
-        self._connection.executemany("INSERT INTO titles VALUES (?, ?)", [(d.identifier, d.title) for d in kept])
+        self._connection.executemany(
+            "INSERT INTO pages VALUES (?, ?)", [(d.identifier, d.body) for d in kept]
+        )
+        self._connection.executemany(
+            "INSERT INTO titles VALUES (?, ?)", [(d.identifier, d.title) for d in kept]
+        )
         self._connection.commit()
         self._connection.execute("PRAGMA query_only = 1")
 
@@ -50,5 +56,7 @@ class DocumentStore:
 
     def open(self, identifier: str) -> str | None:
         """Return a document's text, or None when there is none of that name."""
-        row = self._connection.execute("SELECT body FROM pages WHERE identifier = ?", (identifier,)).fetchone()
+        row = self._connection.execute(
+            "SELECT body FROM pages WHERE identifier = ?", (identifier,)
+        ).fetchone()
         return None if row is None else str(row[0])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,15 +11,20 @@ from slipstream.interfaces import AssistantMessage, ToolSpec
 
 OPEN = "<tool_call>"
 CLOSE = "</tool_call>"
+# JSON can escape half a character; no database and no wire format takes that.
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def format_call(name: str, arguments: Mapping[str, Any]) -> str:
-    """Return the text of one call, e.g. ``<tool_call>{"name": "open", "arguments": {"document": "17"}}</tool_call>``."""
+    """Return the text of one call.
+
+    Example: ``<tool_call>{"name": "open", "arguments": {"document": "17"}}</tool_call>``.
+    """
     return f"{OPEN}{json.dumps({'name': name, 'arguments': dict(arguments)}, ensure_ascii=False)}{CLOSE}"
 
 
 def parse_call(text: str, tools: Sequence[ToolSpec]) -> AssistantMessage:
-    """Read the one call in `text`; whatever is wrong is said in `error`, in the words the policy will be shown."""
+    """Read the one call in `text`; `error` says what is wrong in the words the policy is shown."""
     start, end = text.find(OPEN), text.find(CLOSE)
     if start < 0 or end < start:
         return AssistantMessage(text=text, error="no tool call")
@@ -50,4 +56,6 @@ def _fault(call: Any, tools: Mapping[str, ToolSpec]) -> str:
         return "unknown argument"
     if not all(isinstance(value, str) for value in arguments.values()):
         return "argument is not a string"
+    if any(_SURROGATE.search(value) for value in arguments.values()):
+        return "argument is not valid text"
     return ""

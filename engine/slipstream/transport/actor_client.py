@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import secrets
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from typing import Final
+from typing import Any, Final
 
 from slipstream.deadlines import Deadline, Deadlines, within
 from slipstream.errors import ProtocolError, RefusedError, SlipstreamError
@@ -34,7 +35,14 @@ from slipstream.messages import (
 from slipstream.spool import Spool
 from slipstream.transport.channel import AsyncChannel
 from slipstream.types import Lease, Trajectory, TrajectoryId, WeightProof
-from slipstream.wire import encode_trajectory, record_frames, schema_hash, split_record
+from slipstream.wire import (
+    ARRAYS,
+    MAX_META_BYTES,
+    encode_trajectory,
+    record_frames,
+    schema_hash,
+    split_record,
+)
 
 UNASSIGNED: Final = TrajectoryId(run="", actor="", epoch=-1, seq=-1)
 """Identity of a trajectory that its client has not sent yet."""
@@ -44,7 +52,8 @@ _KEPT_PROOFS: Final = 16
 class ActorClient:
     """Keeps one actor joined to the hub.
 
-    Example: ``welcome = await client.connect(); await client.want(128, 128); grant = await client.receive()``.
+    Example: ``welcome = await client.connect(); await client.want(128, 128); grant = await
+    client.receive()``.
     """
 
     def __init__(
@@ -56,6 +65,7 @@ class ActorClient:
         self._session = secrets.token_hex(8)
         self._epoch, self._credit = -1, 0
         self._on_the_way: dict[int, int] = {}
+        self._bytes_on_the_way = 0
         self._held: set[Lease] = set()
         self._sent_leases: dict[int, Lease] = {}
         self._received = [0, 0]
@@ -67,6 +77,7 @@ class ActorClient:
         self._failure: SlipstreamError | None = None
         self._welcome: asyncio.Future[Welcome] | None = None
         self._tasks: list[asyncio.Task[None]] = []
+        self._receiving: asyncio.Future[list[Buffer]] | None = None
 
     @property
     def epoch(self) -> int:
@@ -96,10 +107,8 @@ class ActorClient:
 
         Raises DeadlineError naming the hub when credit or room in the spool does not come.
         """
-        size = sum(map(len, encode_trajectory(trajectory)))
-        await self._wait(
-            lambda: self._spool.has_room(size + 4096), self._limits.credit_s, "room in the spool"
-        )
+        most = MAX_META_BYTES + sum(getattr(trajectory, name).nbytes for name, _ in ARRAYS)
+        await self._wait(lambda: self._spool.has_room(most), self._limits.credit_s, "room in the spool")
         seq = self._spool.next_seq
         identity = TrajectoryId(run=self._run, actor=self._name, epoch=self._epoch, seq=seq)
         frames = encode_trajectory(dataclasses.replace(trajectory, identity=identity))
@@ -135,9 +144,13 @@ class ActorClient:
 
     async def close(self) -> None:
         """Drop the connection; unacknowledged trajectories stay in the spool."""
-        for task in self._tasks:
+        ending: list[asyncio.Future[Any]] = [
+            *self._tasks,
+            *([self._receiving] if self._receiving is not None else []),
+        ]
+        for task in ending:
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*ending, return_exceptions=True)
         self._channel.close()
         self._spool.close()
 
@@ -165,18 +178,23 @@ class ActorClient:
                          f"credit for {size} bytes")  # fmt: skip
         if seq in self._spool and seq not in self._on_the_way:
             self._on_the_way[seq] = size
+            self._bytes_on_the_way += size
             await self._send(Deliver(seq=seq), frames)
 
     def _has_credit(self, size: int) -> bool:
         # One trajectory may exceed the whole credit, or it could never leave.
-        return not self._on_the_way or sum(self._on_the_way.values()) + size <= self._credit
+        return not self._on_the_way or self._bytes_on_the_way + size <= self._credit
 
     async def _wait(self, ready: Callable[[], bool], seconds: float, what: str) -> None:
         if self._failure is None and ready():
             return
         async with self._changed:
-            await within(self._changed.wait_for(lambda: self._failure is not None or ready()), seconds, self._who,
-                         f"{what} from the {self._hub}")  # fmt: skip
+            await within(
+                self._changed.wait_for(lambda: self._failure is not None or ready()),
+                seconds,
+                self._who,
+                f"{what} from the {self._hub}",
+            )
         if self._failure is not None:
             raise self._failure
 
@@ -197,17 +215,16 @@ class ActorClient:
     async def _next(self) -> list[Buffer]:
         """Return the next message; asks for a sign of life in between."""
         silence = Deadline(self._limits.silence_s, self._who, f"a sign of life of the {self._hub}")
-        while True:
-            try:
-                async with asyncio.timeout(self._limits.ping_s):
-                    return await self._channel.receive()
-            except TimeoutError:
-                silence.check()
-            try:
+        # One receive for all turns: cancelling it as the message comes would lose the message.
+        if self._receiving is None:
+            self._receiving = asyncio.ensure_future(self._channel.receive())
+        while not (await asyncio.wait({self._receiving}, timeout=self._limits.ping_s))[0]:
+            silence.check()
+            with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(self._limits.ping_s):
                     await self._channel.send([encode_message(Ping())])
-            except TimeoutError:
-                silence.check()
+        received, self._receiving = self._receiving, None
+        return received.result()
 
     async def _take(self, message: AnyMessage) -> None:
         match message:
@@ -244,7 +261,7 @@ class ActorClient:
     async def _acknowledged(self, message: Ack) -> None:
         self._spool.acknowledge(message.seqs)
         for seq in message.seqs:
-            self._on_the_way.pop(seq, None)
+            self._bytes_on_the_way -= self._on_the_way.pop(seq, 0)
             lease = self._sent_leases.pop(seq, None)
             if lease is not None:
                 self._held.discard(lease)
@@ -255,6 +272,7 @@ class ActorClient:
         """Start over with a hub that has just let this actor in, for the first time or again."""
         self._epoch, self._credit = message.epoch, message.credit_bytes
         self._on_the_way.clear()
+        self._bytes_on_the_way = 0
         self._received = [0, 0]
         again = self._welcome is None or self._welcome.done()
         for proof in self._proofs:
@@ -265,7 +283,7 @@ class ActorClient:
             self._newest_serial = max(self._newest_serial, message.update.version.serial)
         if self._welcome is not None and not self._welcome.done():
             self._welcome.set_result(message)
-        self._tasks.append(asyncio.create_task(self._resend(tuple(seq for seq, _ in self._spool.pending()))))
+        self._tasks.append(asyncio.create_task(self._resend(self._spool.pending_seqs())))
 
     async def _resend(self, seqs: Sequence[int]) -> None:
         for seq in seqs:

@@ -33,7 +33,7 @@ class AsyncChannel(Protocol):
         """Hand one message over; waits while the hub takes none."""
 
     async def receive(self) -> list[Buffer]:
-        """Return the next message; cancelling the wait loses nothing."""
+        """Return the next message."""
 
     def close(self) -> None:
         """Drop the connection."""

@@ -2,7 +2,7 @@
 
 who          waits for                         released by
 send         byte credit, room in the spool    Ack
-receive      Grant, Weights, Stop              the hub, or DeadlineError after `silence_s` without a sign of life
+receive      Grant, Weights, Stop              the hub, or DeadlineError after `silence_s` of silence
 pull         a whole batch                     Batch
 """
 
@@ -11,4 +11,4 @@ from __future__ import annotations
 from slipstream.transport.actor_client import UNASSIGNED, ActorClient
 from slipstream.transport.learner_client import LearnerClient, PulledBatch
 
-__all__ = ["UNASSIGNED", "ActorClient", "LearnerClient", "PulledBatch"]
+__all__ = ["ActorClient", "LearnerClient", "PulledBatch", "UNASSIGNED"]  # noqa: RUF022 - plainly sorted

@@ -1,6 +1,7 @@
 """Floor 4. ZeroMQ between hub and clients: ROUTER at the hub, DEALER at each client, both ends here.
 
-ZeroMQ promises nothing across a disconnect; spool, acknowledgements and Hello do. Every option and its reason:
+ZeroMQ promises nothing across a disconnect; spool, acknowledgements and Hello do. Every option and its
+reason:
 
     LINGER 0             closing never waits: what is unacknowledged is on disk
     IMMEDIATE 1          no queue for a hub that is not there; sending waits instead
@@ -84,8 +85,11 @@ class RouterServer:
             self._socket.bind(address)
         except zmq.ZMQError as error:
             self._context.destroy(linger=0)
-            raise AddressError(f"hub.address: cannot bind {address} ({error.strerror}); stop whoever uses it, or set "
-                               f"another address (tcp://127.0.0.1:* takes a free port)") from error  # fmt: skip
+            raise AddressError(
+                f"hub.address: cannot bind {address} ({zmq.strerror(error.errno or 0)}); stop whoever "
+                f"uses it, or set "
+                f"another address (tcp://127.0.0.1:* takes a free port)"
+            ) from error
         return self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
 
     def _take_all(self) -> list[Reply]:
@@ -127,7 +131,7 @@ class DealerChannel:
         self.address = address
         self._context = zmq.asyncio.Context()
         self._socket = self._context.socket(zmq.DEALER)
-        _connect(self._socket, address)
+        _connect(self._context, self._socket, address)
 
     async def send(self, frames: Sequence[Buffer]) -> None:
         """Hand one message over; waits while no hub is connected."""
@@ -151,7 +155,7 @@ class SyncDealerChannel:
         self.address = address
         self._context = zmq.Context()
         self._socket: zmq.Socket[bytes] = self._context.socket(zmq.DEALER)
-        _connect(self._socket, address)
+        _connect(self._context, self._socket, address)
 
     def send(self, frames: Sequence[Buffer], timeout_s: float) -> bool:
         """Hand one message over; returns False when no hub was connected in time."""
@@ -172,7 +176,7 @@ class SyncDealerChannel:
 
 
 def receive_frames(socket: zmq.Socket[Any]) -> list[Buffer]:
-    """Return one message without waiting; large frames are not copied. Raises zmq.Again when there is none."""
+    """Return one message, large frames not copied; raises zmq.Again when there is none."""
     frames: list[Buffer] = []
     for frame in socket.recv_multipart(zmq.NOBLOCK, copy=False):
         frames.append(frame.bytes if len(frame) < _COPY_BELOW else frame.buffer)
@@ -196,7 +200,7 @@ def _is_small(frames: Sequence[Buffer]) -> bool:
     return sum(map(len, frames)) < _COPY_BELOW * len(frames)
 
 
-def _connect(socket: zmq.Socket[Any], address: str) -> None:
+def _connect(context: zmq.Context[Any], socket: zmq.Socket[Any], address: str) -> None:
     for option, value in (
         (zmq.LINGER, 0),
         (zmq.IMMEDIATE, 1),
@@ -210,5 +214,9 @@ def _connect(socket: zmq.Socket[Any], address: str) -> None:
     try:
         socket.connect(address)
     except zmq.ZMQError as error:
-        raise AddressError(f"cannot connect to a hub at {address} ({error.strerror}); expected tcp://HOST:PORT or "
-                           f"ipc://PATH") from error  # fmt: skip
+        context.destroy(linger=0)
+        raise AddressError(
+            f"cannot connect to a hub at {address} ({zmq.strerror(error.errno or 0)}); expected "
+            f"tcp://HOST:PORT or "
+            f"ipc://PATH"
+        ) from error

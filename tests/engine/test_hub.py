@@ -1,0 +1,147 @@
+"""The hub as a process: killed in mid-stream, started again, and stopped."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from slipstream import config as configuration
+from slipstream import events, synthetic
+from slipstream import messages as m
+from slipstream.config import BatchConfig, EvaluationConfig, RunConfig
+from slipstream.deadlines import Deadline, Deadlines
+from slipstream.ingest import read_events
+from slipstream.rendezvous import hub_address, run_id
+from slipstream.spool import Spool
+from slipstream.transport.client import ActorClient, LearnerClient
+from slipstream.transport.zeromq import DealerChannel, SyncDealerChannel
+from slipstream.wire import from_bytes
+
+CONFIG = RunConfig(
+    steps=100,
+    max_slip=8,
+    batch=BatchConfig(groups=8, group_size=4),
+    evaluation=EvaluationConfig(every=100, tasks=1),
+)
+QUICK = Deadlines(ping_s=0.1, silence_s=30.0, credit_s=30.0, drain_s=30.0)
+PROGRAM = (
+    "import sys; from pathlib import Path; from slipstream import config, hub; "
+    "folder = Path(sys.argv[1]); sys.exit(hub.main(config.read(folder / 'config.toml'), folder))"
+)
+
+
+@contextlib.contextmanager
+def hub_process(folder: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """Start a hub and wait until it listens."""
+    folder.mkdir(exist_ok=True)
+    configuration.save(CONFIG, folder / "config.toml")
+    process = subprocess.Popen([sys.executable, "-c", PROGRAM, str(folder)])
+    deadline = Deadline(30.0, "test", "the hub to listen")
+    while listening_pid(folder) != process.pid:
+        deadline.check()
+        assert process.poll() is None
+        time.sleep(0.01)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+def listening_pid(folder: Path) -> int:
+    try:
+        return int(json.loads((folder / "hub.json").read_text())["pid"])
+    except FileNotFoundError:
+        return -1
+
+
+def test_stops_cleanly_and_writes_what_it_knows(tmp_path: Path) -> None:
+    with hub_process(tmp_path) as process:
+        address = hub_address(tmp_path)
+        learner = LearnerClient(SyncDealerChannel(address), run_id(tmp_path), "learner", deadlines=QUICK)
+        learner.connect(0)
+        learner.publish(synthetic.update(0, step=0))
+        learner.report("train", {"step": 3, "loss": 0.5})
+        assert learner.pull(0, 0.2) is None
+        learner.close()
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(10) == 0
+    (row,) = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert (row["step"], row["loss"], row["hub/made"]) == (3, 0.5, 0)
+    assert row["time"] > 0
+    status = json.loads((tmp_path / "status.json").read_text())
+    assert status["version"] == 0
+    assert status["gate_room"] == (CONFIG.max_slip + 1) * CONFIG.batch.trajectories
+    assert [type(e.event) for e in read_events(tmp_path / "trajectories")] == [
+        events.Incarnation,
+        events.Published,
+    ]
+
+
+def test_never_imports_torch(tmp_path: Path) -> None:
+    code = "import sys, slipstream.hub; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False, cwd=tmp_path).returncode == 0
+
+
+@pytest.mark.parametrize("kills", [3])
+def test_kill_9_in_mid_stream_loses_nothing_and_doubles_nothing(tmp_path: Path, kills: int) -> None:
+    asyncio.run(asyncio.wait_for(stream_through_kills(tmp_path, kills), 100))
+    received = [
+        entry for entry in read_events(tmp_path / "trajectories") if isinstance(entry.event, events.Received)
+    ]
+    identities = [entry.event.identity for entry in received if isinstance(entry.event, events.Received)]
+    attempts = [
+        entry.event.attempt
+        for entry in received
+        if isinstance(entry.event, events.Received) and entry.event.verdict == "buffered"
+    ]
+    made = set((tmp_path / "made").read_text().split())
+    assert len(identities) == len(set(identities))
+    assert len(attempts) == len(set(attempts))
+    # What a trajectory says of itself is what its maker wrote down before sending it.
+    assert {
+        f"{t.attempt.group}.{t.attempt.attempt}" for t in (from_bytes(e.record) for e in received)
+    } == made
+    assert len(made) == (CONFIG.max_slip + 1) * CONFIG.batch.trajectories
+
+
+async def stream_through_kills(folder: Path, kills: int) -> None:
+    total = (CONFIG.max_slip + 1) * CONFIG.batch.trajectories
+    with contextlib.ExitStack() as stack, (folder / "made").open("w") as made:
+        process = stack.enter_context(hub_process(folder))
+        learner = LearnerClient(
+            SyncDealerChannel(hub_address(folder)), run_id(folder), "learner", deadlines=QUICK
+        )
+        learner.connect(0)
+        announced = synthetic.update(0, step=0)
+        learner.publish(announced)
+        spool = Spool(folder / "a.spool")
+        actor = ActorClient(DealerChannel(hub_address(folder)), spool, run_id(folder), "a", deadlines=QUICK)
+        await actor.connect()
+        await actor.prove(synthetic.proof(announced))
+        await actor.want(8, 0)
+        done = 0
+        while done < total:
+            word = await actor.receive()
+            for lease in word.leases if isinstance(word, m.Grant) else ():
+                made.write(f"{lease.attempt.group}.{lease.attempt.attempt}\n")
+                await actor.send(synthetic.answer_to(lease, serial=0, tokens=2048, seed=done))
+                done += 1
+                if done % (total // (kills + 1)) == 0 and done < total:
+                    process.kill()
+                    process.wait()
+                    process = stack.enter_context(hub_process(folder))
+            await actor.want(8, 0)
+        await actor.drain()
+        await actor.close()
+        learner.close()
+        assert not (folder / "a.spool").exists()
