@@ -2,22 +2,24 @@
 
     slipstream bench asynchrony [-- --rounds N --target S --output FILE key=value ...]
 
-Both arms start from copies of one warm start and share every setting but max_slip, threads and live episodes. A sweep first
-trains every split of threads once to the target; then the best split of each arm is trained again, in alternation, once per
-round and with the round's seed in both arms. Reported are medians over these rounds alone, so that choosing the best split
-favours neither arm.
+Both arms start from copies of one warm start and share every setting but max_slip, threads and live
+episodes. A sweep trains every split of threads once to the target; then the best split of each arm is
+trained again, in alternation, once per round and with the round's seed in both arms. The figures are
+medians over these rounds alone: the sweep only chooses.
 
-*Time to target* runs from the learner's start, actors still loading, to the end of the first step at which the mean success
-of the training episodes of the last WINDOW steps reaches the target. Training episodes, not held-out ones: every task is
-posed once and the temperatures are equal, so each step is a held-out measurement of 128 episodes that costs neither arm
-anything, while evaluations every few steps would set the resolution of the clock. The asynchronous arm's episodes are up to
-max_slip versions old: its success is seen late, to its disadvantage. The policies reached are then evaluated on fresh tasks.
+*Time to target* runs from the learner's start, while the actor still loads, to the end of the first step
+at which the mean success of the training episodes of the last --window steps reaches the target. Training
+episodes and not held-out ones, because each task is posed to one group only and sampled like the held-out
+ones: every step measures success on tasks never trained on, at no cost, where an evaluation every k steps
+would set the resolution of the clock. An asynchronous arm's episodes are up to max_slip versions old, so
+its success is seen late, to its disadvantage. The policies reached are evaluated on fresh tasks, to show
+that both arms reached the same success.
 
-Closed form, for one step: T_gen and T_train are the seconds one batch takes to generate and to train, t_sync those of a
-weight publication.
+Closed form of one step, with T_gen and T_train the seconds in which a batch is generated and trained and
+t_sync those of a weight publication:
 
-    synchronous step   =  T_gen + T_train + t_sync          T_gen with the wait for the batch's longest episode
-    asynchronous step >=  max(T_gen, T_train) + t_sync      T_gen of an actor that is never short of episodes
+    synchronous step   =  T_gen + T_train + t_sync        T_gen with the wait for the longest episode
+    asynchronous step >=  max(T_gen, T_train) + t_sync    T_gen of an actor never short of episodes
 """
 
 from __future__ import annotations
@@ -25,242 +27,177 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
-import signal
 import statistics
-import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final
 
-from slipstream import config as configuration
-from slipstream.checkpoint import load_latest
-from slipstream.config import RunConfig
-from slipstream.metrics import read_rows, rows_of
-from slipstream.run_folder import read_json, write_config, write_json
+from _training_runs import Measured, Plan, RunError, Split, generation_seconds, measure, warm_start
 
-PROGRAM: Final = (sys.executable, "-m", "slipstream")
-TARGET_RATIO: Final = 0.7
-POLL_S: Final = 0.1
-STOP_S: Final = 60.0
-COMMON: Final = (
-    # At the recipe's learning rate a dozen steps reach the target: too few to time.
+AIM: Final = 0.7
+SHARED: Final = (
+    # At the recipe's own learning rate a dozen steps reach the target: too few to time.
     "optim.learning_rate=2e-4",
     # Held-out evaluations would take time from both arms and decide nothing here.
     "evaluation.tasks=1",
 )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Split:
-    """How one arm shares the machine."""
-
-    arm: str
-    max_slip: int
-    actor_threads: int
-    learner_threads: int
-    concurrency: int
-    """Live episodes of the actor. A synchronous actor never has more than one batch of them."""
-
-    @property
-    def name(self) -> str:
-        """Return "async 1+1 threads, 256 live"."""
-        return f"{self.arm} {self.actor_threads}+{self.learner_threads} threads, {self.concurrency} live"
-
-    def overrides(self) -> tuple[str, ...]:
-        """Return the settings that make the split."""
-        return (
-            f"max_slip={self.max_slip}",
-            f"actor.threads={self.actor_threads}",
-            f"learner.threads={self.learner_threads}",
-            f"actor.concurrency={self.concurrency}",
-        )
-
-
 SPLITS: Final = (
     Split(arm="sync", max_slip=0, actor_threads=1, learner_threads=1, concurrency=128),
     Split(arm="async", max_slip=4, actor_threads=1, learner_threads=1, concurrency=128),
-    Split(arm="sync", max_slip=0, actor_threads=2, learner_threads=2, concurrency=128),
-    Split(arm="async", max_slip=4, actor_threads=1, learner_threads=1, concurrency=256),
     Split(arm="sync", max_slip=0, actor_threads=1, learner_threads=2, concurrency=128),
+    Split(arm="async", max_slip=4, actor_threads=1, learner_threads=1, concurrency=256),
+    Split(arm="sync", max_slip=0, actor_threads=2, learner_threads=2, concurrency=128),
     Split(arm="async", max_slip=4, actor_threads=1, learner_threads=2, concurrency=256),
 )
-"""Every split the sweep tries: three of each arm, in alternation."""
+"""What the sweep tries. Synchronous roles alternate, so each may use both cores."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Measured:
-    """One training run up to the target."""
-
-    split: Split
-    seed: int
-    seconds: float
-    """Learner's start to target."""
-    steps: int
-    step_s: float
-    """Mean over the steps after the second, as are the next four."""
-    wait_s: float
-    """The learner's wait for a batch."""
-    train_s: float
-    sync_s: float
-    tokens: float
-    """Sampled tokens of a batch."""
-    slip_mean: float
-    slip_max: int
-    fresh_success: float | None = None
-    """Success of the policy reached, on fresh tasks."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Plan:
-    """What is compared and how often."""
-
-    recipe: str
-    overrides: tuple[str, ...]
-    latency_s: float
-    target: float
-    window: int
-    rounds: int
-    seed: int
-    fresh_tasks: int
-    limit_s: float
-    """Most seconds of one training run."""
-    splits: tuple[Split, ...] = SPLITS
-    work: Path = field(default_factory=lambda: Path(tempfile.mkdtemp(prefix="asynchrony-")))
-
-    def config(self, *more: str) -> RunConfig:
-        """Return the configuration all runs share, with `more` laid over it."""
-        return configuration.load_config(self.recipe, [*COMMON, *self.overrides, f"seed={self.seed}", *more])
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure, print the tables and write the figures; 1 when a run does not reach the target."""
-    plan, warm, output = _parsed(arguments)
-    try:
-        figures = compare(plan, warm or warm_start(plan))
-    except RunError as error:
-        sys.stderr.write(f"asynchrony: {error}\n")
-        return 1
-    finally:
-        shutil.rmtree(plan.work, ignore_errors=True)
-    if output is not None:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
-    return 0
-
-
-class RunError(Exception):
-    """A run that failed or did not reach the target."""
-
-
-def compare(plan: Plan, warm: Path) -> dict[str, Any]:
-    """Sweep the splits, then alternate the best of each arm; print as results come and return the figures."""
-    _say(f"tools of {plan.latency_s * 1000:.0f} ms, to training success {plan.target} over {plan.window} steps, "
-         f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}\n")  # fmt: skip
-    sweep = [_shown(measure(plan, warm, split, plan.seed), "sweep") for split in plan.splits]
-    best = {arm: min((run for run in sweep if run.split.arm == arm), key=lambda run: run.seconds)
+def compare(plan: Plan, warm: Path, *, splits: Sequence[Split], rounds: int, seed: int) -> dict[str, Any]:
+    """Sweep the splits, then alternate the best of each arm; print each run and return the figures."""
+    _say(HEADER)
+    sweep = [_shown("sweep", measure(plan, warm, split, seed)) for split in splits]
+    best = {arm: min((run for run in sweep if run.split.arm == arm), key=lambda run: run.seconds).split
             for arm in ("sync", "async")}  # fmt: skip
-    runs = [_shown(measure(plan, warm, best[arm].split, plan.seed + number), f"round {number}")
-            for number in range(1, plan.rounds + 1) for arm in _order(number)]  # fmt: skip
-    arms = {arm: [run for run in runs if run.split.arm == arm] for arm in best}
-    bound = closed_form(plan, sweep, arms)
-    ratios = [ours.seconds / theirs.seconds for ours, theirs in zip(arms["async"], arms["sync"], strict=True)]
-    seconds = {arm: statistics.median(run.seconds for run in those) for arm, those in arms.items()}
-    figures = {
+    pairs = [_pair(plan, warm, best, number, seed + number) for number in range(1, rounds + 1)]
+    runs = {arm: [pair[arm] for pair in pairs] for arm in best}
+    seconds = {arm: statistics.median(run.seconds for run in runs[arm]) for arm in best}
+    return {
+        "machine": {"cores": os.cpu_count(), "load_at_end": os.getloadavg()[0]},
         "latency_s": plan.latency_s,
         "target": plan.target,
         "window": plan.window,
-        "settings": [*COMMON, *plan.overrides],
-        "cores": os.cpu_count(),
-        "best": {arm: run.split.name for arm, run in best.items()},
+        "overrides": plan.overrides,
+        "best": {arm: split.name for arm, split in best.items()},
         "seconds": seconds,
         "ratio": seconds["async"] / seconds["sync"],
-        "ratio_of_rounds": statistics.median(ratios),
-        "closed_form": bound,
-        "rounds": [asdict(run) for run in runs],
+        "ratio_of_rounds": [pair["async"].seconds / pair["sync"].seconds for pair in pairs],
+        "fresh_success": {arm: statistics.median(run.success for run in runs[arm]) for arm in best},
+        "closed_form": closed_form(plan, warm, sweep, runs, seed),
+        "rounds": [asdict(run) for pair in pairs for run in pair.values()],
         "sweep": [asdict(run) for run in sweep],
     }
-    _report(figures, arms)
-    return figures
 
 
-def warm_start(plan: Plan) -> Path:
-    """Train the common warm start, without latency, and return its run folder."""
-    folder = plan.work / "warm"
-    config = plan.config()
-    write_config(folder, config)
-    _say("warm start ...\n")
-    _run([*PROGRAM, "warmup", "--output", str(folder)])
-    return folder
-
-
-def measure(plan: Plan, warm: Path, split: Split, seed: int) -> Measured:
-    """Train from the warm start until the target is reached and return the figures of the run."""
-    config = plan.config(f"seed={seed}", f"environment.tool_latency_s={plan.latency_s}", *split.overrides())
-    folder = Path(tempfile.mkdtemp(prefix=f"{split.arm}-", dir=plan.work))
-    write_config(folder, config)
-    shutil.copytree(warm / "checkpoints" / "warmup", folder / "checkpoints" / "warmup")
-    _train(folder, plan)
-    rows = rows_of(read_rows(folder), "train")
-    reached = _reached(rows, plan)
-    if reached is None:
-        raise RunError(f"{split.name}: success {plan.target} not reached in {len(rows)} steps; lower --target")
-    until = rows[: reached + 1]
-    # The first two steps wait for actors that load and fill their rows.
-    steady = until[2:] or until
-    step_s = _mean(steady, "seconds/step")
-    wait_s = statistics.fmean(row["seconds/step"] * row["wait/learner_starved"] for row in steady)
-    sync_s = _mean(steady, "sync/seconds")
-    result = Measured(
-        split=split,
-        seed=seed,
-        seconds=until[-1]["time"] - until[0]["time"] + until[0]["seconds/step"],
-        steps=len(until),
-        step_s=step_s,
-        wait_s=wait_s,
-        train_s=step_s - wait_s - sync_s,
-        sync_s=sync_s,
-        tokens=_mean(steady, "tokens/trained"),
-        slip_mean=_mean(until, "slip/mean"),
-        slip_max=int(max(row["slip/max"] for row in until)),
-        fresh_success=_fresh_success(folder, plan),
-    )
-    shutil.rmtree(folder)
-    return result
-
-
-def generation_seconds(plan: Plan, split: Split, warm: Path, tokens: float) -> float:
-    """Return T_gen: seconds in which an actor alone on its threads, always full, samples `tokens` tokens."""
-    config = plan.config(f"environment.tool_latency_s={plan.latency_s}", *split.overrides())
-    folder = Path(tempfile.mkdtemp(prefix="generation-", dir=plan.work))
-    write_config(folder, config)
-    out = _run([sys.executable, __file__, "--generate", str(folder), str(warm / "checkpoints" / "warmup")])
-    return tokens / float(out)
-
-
-def closed_form(plan: Plan, sweep: Sequence[Measured], arms: dict[str, list[Measured]]) -> dict[str, float]:
-    """Return the bound of the asynchronous step beside the measured steps of both arms, in seconds."""
-    split = arms["async"][0].split
-    tokens = statistics.median(run.tokens for run in arms["async"])
-    # Training undisturbed by generation is what the synchronous arm does, if on the same threads.
-    alone = [run for run in sweep if run.split.arm == "sync" and run.split.learner_threads == split.learner_threads]
-    train_s = min(run.train_s for run in alone or arms["sync"])
-    sync_s = statistics.median(run.sync_s for run in arms["async"])
-    generate_s = generation_seconds(plan, split, plan.work / "warm" if plan.work else plan.work, tokens)
-    sync_step = statistics.median(run.step_s for run in arms["sync"])
-    bound = max(generate_s, train_s) + sync_s
-    async_step = statistics.median(run.step_s for run in arms["async"])
+def closed_form(
+    plan: Plan, warm: Path, sweep: Sequence[Measured], runs: dict[str, list[Measured]], seed: int
+) -> dict[str, float]:
+    """Return the bound of the asynchronous step and the measured steps of both arms, in seconds."""
+    split = runs["async"][0].split
+    tokens = _median(runs["async"], "tokens")
+    # The synchronous learner trains while nothing else runs: T_train, if it has as many threads.
+    alone = [run for run in (*sweep, *runs["sync"])
+             if run.split.arm == "sync" and run.split.learner_threads == split.learner_threads]  # fmt: skip
+    train_s = _median(alone or runs["sync"], "train_s")
+    generate_s = generation_seconds(plan, warm, split, seed, tokens)
+    sync_s = _median(runs["async"], "sync_s")
+    bound_s = max(generate_s, train_s) + sync_s
+    sync_step_s, async_step_s = (_median(runs[arm], "step_s") for arm in ("sync", "async"))
     return {
         "T_gen_s": generate_s,
         "T_train_s": train_s,
         "t_sync_s": sync_s,
-        "async_step_bound_s": bound,
-        "async_step_s": async_step,
-        "sync_step_s": sync_step,
-        "ratio_bound": bound / sync_step,
-        "ratio_of_steps": async_step / sync_step,
+        "async_bound_s": bound_s,
+        "async_step_s": async_step_s,
+        "sync_step_s": sync_step_s,
+        "step_ratio_bound": bound_s / sync_step_s,
+        "step_ratio": async_step_s / sync_step_s,
     }
+
+
+def _pair(plan: Plan, warm: Path, best: dict[str, Split], number: int, seed: int) -> dict[str, Measured]:
+    """Train both arms, the one that begins changing from round to round."""
+    order = ("sync", "async") if number % 2 else ("async", "sync")
+    return {arm: _shown(f"round {number}", measure(plan, warm, best[arm], seed)) for arm in order}
+
+
+def _median(runs: Sequence[Measured], name: str) -> float:
+    return statistics.median(float(getattr(run, name)) for run in runs)
+
+
+HEADER: Final = (
+    f"{'':<9}{'arm':<7}{'actor+learner':<24}{'to target':>10}{'steps':>7}{'step':>9}"
+    f"{'waiting':>9}{'training':>10}{'sync':>9}{'slip':>6}{'fresh':>8}"
+)
+
+
+def _shown(label: str, run: Measured) -> Measured:
+    _say(
+        f"{label:<9}{run.split.arm:<7}{run.split.name:<24}{run.seconds:>8.1f} s{run.steps:>7}"
+        f"{run.step_s:>7.3f} s{run.wait_s:>7.3f} s{run.train_s:>8.3f} s{run.sync_s:>7.3f} s"
+        f"{run.slip_mean:>6.2f}{run.success:>8.3f}"
+    )
+    return run
+
+
+def _report(figures: dict[str, Any]) -> None:
+    form, rounds = figures["closed_form"], len(figures["ratio_of_rounds"])
+    tools = f"tools of {figures['latency_s'] * 1000:.0f} ms"
+    _say(f"\nmedians of {rounds} rounds, {tools}, success {figures['target']}:")
+    for arm in ("sync", "async"):
+        seconds, fresh = figures["seconds"][arm], figures["fresh_success"][arm]
+        _say(f"  {arm:<6}{seconds:>7.1f} s to target at {figures['best'][arm]}; {fresh:.3f} on fresh tasks")
+    _say(f"  ratio {figures['ratio']:.2f}   aim at most {AIM}")
+    _say(
+        f"a step: sync {form['sync_step_s']:.3f} s; async {form['async_step_s']:.3f} s >= "
+        f"max(T_gen {form['T_gen_s']:.3f}, T_train {form['T_train_s']:.3f}) + "
+        f"t_sync {form['t_sync_s']:.3f} = {form['async_bound_s']:.3f} s\n"
+        f"  ratio of steps {form['step_ratio']:.2f}, at best {form['step_ratio_bound']:.2f}"
+    )
+
+
+def _say(text: str) -> None:
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
+def _parser() -> argparse.ArgumentParser:
+    about = "Asynchronous against synchronous training."
+    parser = argparse.ArgumentParser(prog="slipstream bench asynchrony --", description=about)
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings of all runs")
+    parser.add_argument("--recipe", default="research")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--target", type=float, default=0.85, help="success that ends a run")
+    parser.add_argument("--window", type=int, default=8, help="steps success is averaged over")
+    parser.add_argument("--latency", type=float, default=0.05, help="seconds added to each tool call")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--fresh-tasks", type=int, default=1024)
+    parser.add_argument("--limit", type=float, default=900.0, help="most seconds of one run")
+    parser.add_argument("--first-splits", type=int, default=len(SPLITS), help="splits to sweep, at least 2")
+    parser.add_argument("--warm-start", type=Path, help="policy folder, such as RUN/checkpoints/warmup")
+    parser.add_argument("--output", type=Path, help="JSON file for the figures")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure, print and write the figures; 1 when a run failed or did not reach the target."""
+    chosen = _parser().parse_intermixed_args(arguments)
+    with tempfile.TemporaryDirectory(prefix="asynchrony-") as work:
+        plan = Plan(
+            recipe=chosen.recipe,
+            overrides=(*SHARED, *chosen.overrides),
+            latency_s=chosen.latency,
+            target=chosen.target,
+            window=chosen.window,
+            fresh_tasks=chosen.fresh_tasks,
+            limit_s=chosen.limit,
+            work=Path(work),
+        )
+        try:
+            warm = chosen.warm_start or warm_start(plan, chosen.seed)
+            splits = SPLITS[: max(2, chosen.first_splits)]
+            figures = compare(plan, warm, splits=splits, rounds=chosen.rounds, seed=chosen.seed)
+        except RunError as error:
+            sys.stderr.write(f"asynchrony: {error}\n")
+            return 1
+    _report(figures)
+    if chosen.output is not None:
+        chosen.output.parent.mkdir(parents=True, exist_ok=True)
+        chosen.output.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -103,8 +103,9 @@ class Actor:
             self._start(loop)
         if welcome.update is not None:
             await self._load(self._train, welcome.update)
-        stopping = asyncio.create_task(self._stopping.wait())
-        await asyncio.wait([stopping, self._failed], return_when=asyncio.FIRST_COMPLETED)
+        stopping: asyncio.Future[bool] = asyncio.create_task(self._stopping.wait())
+        ends: list[asyncio.Future[Any]] = [stopping, self._failed]
+        await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
         stopping.cancel()
         for task in list(self._tasks):
             task.cancel()
@@ -145,10 +146,12 @@ class Actor:
         while True:
             match await self._client.receive():
                 case Weights(update=update):
-                    await self._load(self._train, update)
+                    # Behind an actor that was busy for long, older versions may be gone from disk already.
+                    if update.version.serial == self._client.newest_serial:
+                        await self._load(self._train, update)
                 case Grant(leases=leases, pinned=None):
                     self._begin(leases, self._train)
-                case Grant(leases=leases, pinned=update):
+                case Grant(leases=leases, pinned=WeightUpdate() as update):
                     self._begin(leases, await self._pinned_backend(update))
                 case Stop():
                     self.stop()

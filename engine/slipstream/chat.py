@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jinja2.exceptions import TemplateError
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
@@ -30,6 +31,9 @@ CHAT_TEMPLATE = (
 # space, so that a name is the same token in a question and in a query; a lone symbol or a run of spaces
 # is a piece of its own.
 PIECES = r'\{"name": "\w+", "arguments": \{"\w+": "|"\}\}|\w+ ?|[^\w\s] ?|\s+'
+
+PROBE = "probe-of-the-template"
+"""Content by which a rendered message is found again."""
 
 
 def train_tokenizer(texts: Iterable[str], *, vocabulary: int) -> PreTrainedTokenizerFast:
@@ -54,11 +58,16 @@ def train_tokenizer(texts: Iterable[str], *, vocabulary: int) -> PreTrainedToken
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """Load a tokenizer with its chat template from a model folder."""
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{folder}: cannot load the tokenizer: {str(error).splitlines()[0]}") from error
     if not tokenizer.chat_template:
         raise CheckpointError(
             f"{folder}: its tokenizer has no chat template; choose an instruction-tuned model"
         )
+    if tokenizer.eos_token is None:
+        raise CheckpointError(f"{folder}: its tokenizer has no eos_token, which must end each message")
     return tokenizer
 
 
@@ -76,7 +85,8 @@ class Chat:
         self._encoder = tokenizer.backend_tokenizer
         self.stop_token = int(tokenizer.eos_token_id)
         self._stop_text = str(tokenizer.eos_token)
-        self._tool_role = "tool" if self._renders_tools() else "user"
+        self._tool_role = "tool" if self._shows("user", "tool") else "user"
+        self._system_role = self._shows("system", "user")
         self.bridge = lru_cache(maxsize=65536)(self._bridge)
 
     def prompt(self, observation: Observation, tools: Sequence[ToolSpec]) -> Int32Array:
@@ -106,15 +116,32 @@ class Chat:
 
     def _prompt(self, system: str, user: str) -> Int32Array:
         messages = [{"role": "system", "content": system}, {"role": "user", "content": user}]
+        if not self._system_role:
+            messages = [{"role": "user", "content": f"{system}\n\n{user}"}]
         return self.encode(self._render(messages, generate=True))
 
     def _bridge(self, result: str) -> Int32Array:
-        """Return the tokens that follow the policy's stop token when a tool answers `result`."""
-        history = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
-        before = self._render(history, generate=False)
-        after = self._render([*history, {"role": self._tool_role, "content": result}], generate=True)
-        stop_end = before.rindex(self._stop_text) + len(self._stop_text)
-        tokens = self.encode(after[stop_end:])
+        """Return the tokens that follow the policy's stop token when a tool answers `result`.
+
+        They are read off a rendered conversation: what stands after the stop token of the message
+        before. Raises CheckpointError when the template does not end messages with that token.
+        """
+        rendered = self._render(
+            [
+                {"role": "user", "content": "?"},
+                {"role": "assistant", "content": PROBE},
+                {"role": self._tool_role, "content": result},
+            ],
+            generate=True,
+        )
+        _, _, after = rendered.partition(PROBE)
+        before_stop, stop, bridge = after.partition(self._stop_text)
+        if not stop or before_stop.strip():
+            raise CheckpointError(
+                f"the chat template does not end an assistant message with the tokenizer's eos_token "
+                f"{self._stop_text!r}; set eos_token to the token that ends a message"
+            )
+        tokens = self.encode(bridge)
         tokens.setflags(write=False)
         return tokens
 
@@ -124,12 +151,11 @@ class Chat:
         )
         return str(rendered)
 
-    def _renders_tools(self) -> bool:
-        """Tell whether the template shows messages of role "tool"; some drop or refuse them."""
-        probe = "probe-of-the-template"
+    def _shows(self, *roles: str) -> bool:
+        """Tell whether the template shows messages of these roles; some drop one, some refuse it."""
+        messages = [{"role": role, "content": f"{PROBE}{i}"} for i, role in enumerate(roles)]
         try:
-            return probe in self._render(
-                [{"role": "user", "content": "?"}, {"role": "tool", "content": probe}], generate=True
-            )
-        except ValueError:
+            rendered = self._render(messages, generate=True)
+        except (TemplateError, ValueError):
             return False
+        return all(message["content"] in rendered for message in messages)

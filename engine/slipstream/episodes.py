@@ -8,45 +8,70 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Generator, Iterator
+from collections.abc import Awaitable, Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TypedDict
 
 import numpy as np
 
 from slipstream.chat import Chat
 from slipstream.config import EnvironmentConfig, RewardConfig
 from slipstream.environments import EnvironmentFactory
-from slipstream.interfaces import Environment, InferenceBackend
+from slipstream.errors import InfrastructureError
+from slipstream.interfaces import Environment, InferenceBackend, Transition
 from slipstream.rewards import turn_rewards
 from slipstream.tools.hermes import parse_call
 from slipstream.types import (
     Completion,
+    Float32Array,
+    Int16Array,
     Int32Array,
     Lease,
     Outcome,
     Sampling,
+    Score,
     Timings,
     ToolCall,
     Trajectory,
     TrajectoryId,
+    UInt8Array,
 )
 
 UNSENT = TrajectoryId(run="", actor="", epoch=0, seq=0)
 """Identity of a trajectory nobody has sent yet; the actor's client assigns the real one."""
 
+MAX_NOTE = 500
+"""Most characters of a trajectory's note."""
+
 Speaker = Callable[[Int32Array, str], Awaitable[Completion]]
 """Says the next message, given all tokens so far and the last observation's text."""
 
 
-class Recorder:
-    """Grows one rollout's tokens; holds exactly what a trajectory needs."""
+class TokenArrays(TypedDict):
+    """The per-token members of a `Trajectory`, [T] each."""
 
-    def __init__(self, prompt: Int32Array) -> None:
-        self._tokens = [prompt]
+    token_ids: Int32Array
+    loss_mask: UInt8Array
+    behavior_logprobs: Float32Array
+    versions: Int32Array
+    turns: Int16Array
+
+
+class Recorder:
+    """Grows one rollout's tokens and books what happens; holds exactly what a trajectory needs."""
+
+    def __init__(self) -> None:
+        self._tokens: list[Int32Array] = [np.zeros(0, dtype=np.int32)]
         self._completions: list[tuple[int, Completion]] = []
-        self.length = len(prompt)
-        self.turns = 0
+        self._earned: list[float] = []
+        self.calls: list[ToolCall] = []
+        self.length = 0
+
+    @property
+    def turns(self) -> int:
+        """Messages of the policy so far."""
+        return len(self._completions)
 
     def tokens(self) -> Int32Array:
         """Return the [T] tokens so far."""
@@ -57,14 +82,24 @@ class Recorder:
     def say(self, completion: Completion) -> None:
         """Append a sampled message."""
         self._completions.append((self.length, completion))
-        self._append(completion.token_ids)
-        self.turns += 1
+        self.show(completion.token_ids)
 
-    def observe(self, bridge: Int32Array) -> None:
-        """Append tokens the policy did not sample."""
-        self._append(bridge)
+    def show(self, tokens: Int32Array) -> None:
+        """Append tokens as they are; those that no message brought were not sampled by the policy."""
+        self._tokens.append(tokens)
+        self.length += len(tokens)
 
-    def arrays(self) -> dict[str, np.ndarray]:
+    def book(self, transition: Transition) -> None:
+        """Note what the last message led to."""
+        self._earned.append(transition.reward)
+        if transition.call is not None:
+            self.calls.append(transition.call)
+
+    def earned(self) -> list[float]:
+        """Return what each turn earned; one that was cut before its result earned nothing."""
+        return self._earned + [0.0] * (self.turns - len(self._earned))
+
+    def arrays(self) -> TokenArrays:
         """Return the per-token arrays of a `Trajectory`."""
         mask = np.zeros(self.length, dtype=np.uint8)
         logprobs = np.zeros(self.length, dtype=np.float32)
@@ -74,17 +109,13 @@ class Recorder:
             span = slice(start, start + len(completion.token_ids))
             mask[span], turns[span] = 1, turn
             logprobs[span], versions[span] = completion.logprobs, completion.versions
-        return {
-            "token_ids": self.tokens().astype(np.int32),
-            "loss_mask": mask,
-            "behavior_logprobs": logprobs,
-            "versions": versions,
-            "turns": turns,
-        }
-
-    def _append(self, tokens: Int32Array) -> None:
-        self._tokens.append(tokens)
-        self.length += len(tokens)
+        return TokenArrays(
+            token_ids=self.tokens().astype(np.int32),
+            loss_mask=mask,
+            behavior_logprobs=logprobs,
+            versions=versions,
+            turns=turns,
+        )
 
 
 class _Clock:
@@ -135,7 +166,7 @@ class EpisodeRunner:
         finally:
             backend.release(rollout_id)
 
-    async def scripted(self, lease: Lease, script: Generator[str, str, str | None]) -> Trajectory:
+    async def scripted(self, lease: Lease, script: Generator[str, str, None]) -> Trajectory:
         """Run one episode with a script in the policy's place."""
         opening = next(script)
 
@@ -150,21 +181,18 @@ class EpisodeRunner:
         return await self.run(lease, speak, Sampling(max_tokens=self.environment.max_tokens))
 
     async def run(self, lease: Lease, speak: Speaker, sampling: Sampling) -> Trajectory:
-        """Run one episode with any speaker."""
-        clock = _Clock()
-        environment = self.factory.make()
-        calls: list[ToolCall] = []
-        earned: list[float] = []
-        task = self.factory.tasks.task(lease.split, lease.attempt.task)
-        recorder = Recorder(self.chat.prompt(await environment.reset(task, lease.attempt), environment.tools))
+        """Run one episode with any speaker.
+
+        When the environment's ground fails (InfrastructureError, OSError) the trajectory holds what
+        happened until then and no scores: a failure that says nothing about the policy is no reward.
+        """
+        clock, recorder, environment = _Clock(), Recorder(), self.factory.make()
+        scores: Sequence[Score] = ()
         try:
-            async with asyncio.timeout(self.environment.timeout_s):
-                outcome = await self._converse(environment, recorder, speak, calls, earned, clock)
-        except TimeoutError:
-            outcome = Outcome.TIMED_OUT
-        scores = await environment.score()
-        # A time-out can fall between a message and its result: that turn earned nothing.
-        earned += [0.0] * (recorder.turns - len(earned))
+            outcome, note = await self._played(lease, environment, recorder, speak, clock)
+            scores = await self._scored(environment)
+        except InfrastructureError as error:
+            outcome, note = Outcome.INFRASTRUCTURE_FAILURE, one_line(error)
         return Trajectory(
             identity=UNSENT,
             attempt=lease.attempt,
@@ -172,47 +200,81 @@ class EpisodeRunner:
             evaluation=lease.evaluation,
             issue=lease.issue,
             **recorder.arrays(),
-            turn_rewards=turn_rewards(earned, scores, self.rewards),
+            turn_rewards=turn_rewards(recorder.earned(), scores, self.rewards),
             scores=scores,
             outcome=outcome,
-            tool_calls=calls,
+            tool_calls=recorder.calls,
             sampling=sampling,
             timings=clock.timings(),
+            note=note,
         )
 
+    async def _played(
+        self, lease: Lease, environment: Environment, recorder: Recorder, speak: Speaker, clock: _Clock
+    ) -> tuple[Outcome, str]:
+        """Play an episode to its end or its time-out; return the outcome and a note on it."""
+        limit_s = self.environment.timeout_s
+        try:
+            async with asyncio.timeout(limit_s):
+                task = self.factory.tasks.task(lease.split, lease.attempt.task)
+                with _failing_as_infrastructure("reset"):
+                    opening = await environment.reset(task, lease.attempt)
+                recorder.show(self.chat.prompt(opening, environment.tools))
+                return await self._converse(environment, recorder, speak, clock), ""
+        except TimeoutError as error:
+            note = f"no end within environment.timeout_s = {limit_s:g} s, {recorder.turns} turns done"
+            if not recorder.length:
+                raise InfrastructureError(f"reset: {note}") from error
+            return Outcome.TIMED_OUT, note
+
+    async def _scored(self, environment: Environment) -> Sequence[Score]:
+        limit_s = self.environment.timeout_s
+        with _failing_as_infrastructure("score"):
+            async with asyncio.timeout(limit_s):
+                return await environment.score()
+
     async def _converse(
-        self,
-        environment: Environment,
-        recorder: Recorder,
-        speak: Speaker,
-        calls: list[ToolCall],
-        earned: list[float],
-        clock: _Clock,
+        self, environment: Environment, recorder: Recorder, speak: Speaker, clock: _Clock
     ) -> Outcome:
         """Alternate messages and tool results until the episode ends."""
         invalid, observation = 0, ""
-        while True:
+        # A message needs room for at least one token beside the stop token.
+        while recorder.length + 2 <= self.environment.max_tokens:
             with clock.spending("generate"):
                 completion = await speak(recorder.tokens(), observation)
             recorder.say(completion)
             message = parse_call(self.chat.text(completion.token_ids), environment.tools)
-            with clock.spending("tools"):
+            with clock.spending("tools"), _failing_as_infrastructure("step"):
                 transition = await environment.step(message)
-            earned.append(transition.reward)
-            if transition.call is not None:
-                calls.append(transition.call)
+            recorder.book(transition)
             invalid += bool(message.error)
             if transition.done:
                 return Outcome.COMPLETED
             if invalid > self.environment.max_invalid:
                 return Outcome.INVALID_ACTION
+            if recorder.turns >= self.environment.max_turns:
+                return Outcome.TRUNCATED
             observation = transition.observation
             bridge = self.chat.bridge(observation)
             if not completion.stopped:
                 bridge = np.concatenate([np.array([self.chat.stop_token], np.int32), bridge])
-            if recorder.turns >= self.environment.max_turns:
-                return Outcome.TRUNCATED
-            # A message needs room for at least one token beside the stop token.
             if recorder.length + len(bridge) + 2 > self.environment.max_tokens:
                 return Outcome.TRUNCATED
-            recorder.observe(bridge)
+            recorder.show(bridge)
+        return Outcome.TRUNCATED
+
+
+@contextmanager
+def _failing_as_infrastructure(what: str) -> Iterator[None]:
+    """Name what failed; a tool's own time-out is an OSError too, the episode's ends outside of here."""
+    try:
+        yield
+    except InfrastructureError as error:
+        raise InfrastructureError(f"{what}: {error}") from error
+    except OSError as error:
+        raise InfrastructureError(f"{what}: {type(error).__name__} {error}") from error
+
+
+def one_line(error: Exception) -> str:
+    """Return an error's message as one line of at most MAX_NOTE characters."""
+    return " ".join(str(error).split())[:MAX_NOTE]

@@ -112,6 +112,7 @@ class Learner:
         """Join the hub and publish the current weights as a new serial."""
         welcome = self._client.connect(self.step)
         self._incarnation, self._fork_step = welcome.epoch, welcome.fork_step
+        self._publisher.pin_all()
         self._next_serial = max(welcome.next_serial, self._publisher.newest_serial() + 1)
         self._publish()
         self._row_began = time.monotonic()
@@ -220,7 +221,8 @@ class Learner:
                 lambda folder: write_policy(folder, self._policy, tensors),
                 asdict(self.best),
             )
-        self._publisher.unpin(event.serial)
+        # Evaluations run in the order of their serials: nobody asks for an older one any more.
+        self._publisher.unpin_up_to(event.serial)
 
     def _await_last_evaluation(self, timeout_s: float) -> None:
         """Wait for the evaluation of the last step; then end the run for everybody."""

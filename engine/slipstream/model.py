@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -22,12 +23,13 @@ from slipstream import checkpoint
 from slipstream.attention import PackedSegments, install, run_decoder
 from slipstream.chat import Chat, load_tokenizer, train_tokenizer
 from slipstream.config import ModelConfig, RunConfig
-from slipstream.errors import CheckpointError
+from slipstream.errors import CheckpointError, ConfigurationError
 from slipstream_kernels import linear_logprob
 
 WEIGHTS = "model.safetensors"
 VOCABULARY = 2048
 """Most entries of a tokenizer trained here; the text of small environments needs fewer."""
+CHECKED_TOKENS = 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -43,6 +45,10 @@ def choose_device(name: str) -> torch.device:
     """Return the named device; "auto" is a GPU where there is one."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise ConfigurationError(
+            f'device must be "auto" or "cpu" on this machine, got "{name}": no GPU is usable'
+        )
     return torch.device(name)
 
 
@@ -50,7 +56,9 @@ def first_policy(config: RunConfig, corpus: Iterable[str]) -> Policy:
     """Load the configured model folder, or train a tokenizer on `corpus` and build a small Llama."""
     device = choose_device(config.device)
     if config.model.path:
-        return load_policy(Path(config.model.path), config=config.model, device=device)
+        policy = load_policy(Path(config.model.path), config=config.model, device=device)
+        check_decoder(policy.model, name=config.model.path, max_tokens=config.environment.max_tokens)
+        return policy
     tokenizer = train_tokenizer(corpus, vocabulary=VOCABULARY)
     chat = Chat(tokenizer)
     model = build_model(
@@ -60,7 +68,7 @@ def first_policy(config: RunConfig, corpus: Iterable[str]) -> Policy:
         max_tokens=config.environment.max_tokens,
         seed=config.seed,
     )
-    return Policy(model=model.to(device), tokenizer=tokenizer, chat=chat)
+    return Policy(model=_on(device, model), tokenizer=tokenizer, chat=chat)
 
 
 def build_model(
@@ -100,10 +108,16 @@ def load_model(
         model = AutoModelForCausalLM.from_pretrained(
             folder, local_files_only=True, dtype=getattr(torch, dtype), use_safetensors=True
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise CheckpointError(f"{folder}: cannot load the model: {str(error).splitlines()[0]}") from error
     install(model)
-    return model.to(device) if device is not None else model
+    return model if device is None else _on(device, model)
+
+
+def _on(device: torch.device, model: PreTrainedModel) -> PreTrainedModel:
+    # transformers wraps `to` and loses its types.
+    moved: PreTrainedModel = model.to(device)  # type: ignore[arg-type]
+    return moved
 
 
 def load_policy(folder: Path, *, config: ModelConfig, device: torch.device) -> Policy:
@@ -161,3 +175,31 @@ def canary_logprobs(model: PreTrainedModel, token_ids: tuple[int, ...]) -> tuple
     hidden_TH = run_decoder(model, tokens_T, torch.arange(len(token_ids), device=device), segments)
     logprob_N, _, _ = linear_logprob(hidden_TH[:-1], head(model), tokens_T[1:])
     return tuple(float(value) for value in logprob_N)
+
+
+@torch.no_grad()
+def check_decoder(model: PreTrainedModel, *, name: str, max_tokens: int) -> None:
+    """Refuse a model whose logits are more than its head times full causal attention's hidden states.
+
+    Soft-capped, scaled or biased logits, attention sinks and sliding windows shorter than an episode
+    would make the log-probabilities computed here those of another model. Raises CheckpointError.
+    """
+    window = getattr(model.config, "sliding_window", None)
+    if window and window < max_tokens and getattr(model.config, "use_sliding_window", True):
+        raise CheckpointError(
+            f"{name}: attends to {window} tokens only, fewer than environment.max_tokens = {max_tokens}"
+        )
+    vocabulary = model.config.vocab_size
+    tokens_T = torch.linspace(0, vocabulary - 1, CHECKED_TOKENS, device=head(model).device).long()
+    ours = torch.tensor(canary_logprobs(model, tuple(tokens_T.tolist())))
+    training = model.training
+    model.eval().set_attn_implementation("eager")
+    logits_TV = model(input_ids=tokens_T[None], use_cache=False).logits[0, :-1].float()
+    install(model)
+    model.train(training)
+    theirs = torch.log_softmax(logits_TV, dim=-1).gather(1, tokens_T[1:, None])[:, 0].cpu()
+    if float((ours - theirs).abs().max()) > (0.01 if model.dtype == torch.float32 else 0.25):
+        raise CheckpointError(
+            f"{name}: this model's logits are not its head times its hidden states "
+            "(soft-capped, scaled or biased?); choose a model of Llama's or Qwen's kind"
+        )

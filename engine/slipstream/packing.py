@@ -47,13 +47,13 @@ def pack(
 
     `advantages` is [trajectories]; `weights` holds a [T] array each, at most the trajectory's loss
     mask. Trajectories are ordered by length, so that attention, which alone pads, wastes little. A
-    single trajectory longer than the budget gets a micro-batch of its own.
+    single trajectory longer than the budget gets a micro-batch of its own; one without tokens is left out.
     """
     lengths = np.array([len(t.token_ids) for t in trajectories], dtype=np.int64)
     batches: list[PackedBatch] = []
     chosen: list[int] = []
     used = 0
-    for index in np.argsort(-lengths, kind="stable"):
+    for index in np.argsort(-lengths, kind="stable")[: np.count_nonzero(lengths)]:
         if chosen and used + lengths[index] > token_budget:
             batches.append(_packed(trajectories, advantages, weights, chosen))
             chosen, used = [], 0

@@ -39,7 +39,8 @@ class PolicyStep:
 
     def __init__(self, model: PreTrainedModel, reference: PreTrainedModel | None, config: RunConfig) -> None:
         """`reference` is needed while `objective.kl_coefficient` is positive."""
-        self._model = model.train()
+        # Dropout would make the trained policy another than the one that sampled.
+        self._model = model.eval()
         self._reference = reference.eval().requires_grad_(False) if reference is not None else None
         self._config = config
         self._device = head(model).device
@@ -52,9 +53,10 @@ class PolicyStep:
         """Train on whole groups after `step` steps; `slips` holds each trajectory's [T] slip."""
         config = self._config
         worth = advantages(trajectories, config.objective, config.rewards)
+        fresh = [slip <= config.max_slip for slip in slips]
         weights = [
-            _weights(t, slip, config.max_slip, judged=bool(np.isfinite(value)))
-            for t, slip, value in zip(trajectories, slips, worth.rewards, strict=True)
+            (t.loss_mask * young * np.isfinite(value)).astype(np.float32)
+            for t, young, value in zip(trajectories, fresh, worth.rewards, strict=True)
         ]
         parts = [
             self._batches(trajectories, worth.advantages, weights, chosen)
@@ -64,21 +66,25 @@ class PolicyStep:
         proximals = [self._proximals(part) for part in parts]
         kernel_metrics: list[Mapping[str, Tensor]] = []
         updates = [
-            self.optimizer.step(losses, share=share)
-            for losses in (self._losses(part, old, kernel_metrics) for part, old in zip(parts, proximals, strict=True))
-            if losses
+            self.optimizer.step(self._losses(part, proximal, kernel_metrics), share=share)
+            for part, proximal in zip(parts, proximals, strict=True)
+            if part
         ]
         sampled = sum(int(t.loss_mask.sum()) for t in trajectories)
-        trained = int(sum(int((w > 0).sum()) for w in weights))
+        over_age = sum(int(t.loss_mask[~young].sum()) for t, young in zip(trajectories, fresh, strict=True))
         metrics = {
             **_readable(kernel_metrics),
             **(updates[-1] if updates else {}),
             **describe(trajectories),
             "reward": float(np.nanmean(worth.rewards)) if np.isfinite(worth.rewards).any() else 0.0,
             "groups/zero_variance": worth.zero_variance_share,
-            "masked/over_age": 1.0 - trained / max(sampled, 1),
+            "masked/over_age": over_age / max(sampled, 1),
         }
-        return StepResult(metrics=metrics, tokens_trained=trained, skipped=any(u["skipped"] for u in updates))
+        return StepResult(
+            metrics=metrics,
+            tokens_trained=int(sum(weight.sum() for weight in weights)),
+            skipped=any(update["skipped"] for update in updates),
+        )
 
     def _minibatches(self, trajectories: Sequence[Trajectory]) -> list[list[int]]:
         """Split trajectory indices into whole groups, one list per optimizer update."""
@@ -181,9 +187,3 @@ def describe(trajectories: Sequence[Trajectory]) -> dict[str, float]:
         key = f"outcome/{trajectory.outcome}"
         means[key] = means.get(key, 0.0) + 1.0 / len(trajectories)
     return means
-
-
-def _weights(trajectory: Trajectory, slip: Int32Array, max_slip: int, *, judged: bool) -> Float32Array:
-    """Return the [T] training weight: sampled, judged, and no older than `max_slip`."""
-    fresh = slip <= max_slip
-    return (trajectory.loss_mask.astype(np.float32) * fresh * judged).astype(np.float32)

@@ -12,16 +12,18 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from slipstream.attention import PackedSegments, run_decoder
 from slipstream.config import OptimConfig
-from slipstream.errors import NumericsError
-from slipstream.model import head, named_weights
+from slipstream.errors import CheckpointError, NumericsError
+from slipstream.model import head
 from slipstream.packing import PackedBatch
 from slipstream_kernels import linear_logprob
 
@@ -49,7 +51,7 @@ class DeviceBatch:
         trained = np.flatnonzero(batch.weight > 0)
         counts = np.add.reduceat(batch.weight > 0, batch.cu_seqlens[:-1], dtype=np.int64)
 
-        def put(array: np.ndarray, kind: torch.dtype) -> Tensor:
+        def put(array: NDArray[Any], kind: torch.dtype) -> Tensor:
             return torch.from_numpy(np.ascontiguousarray(array)).to(device=device, dtype=kind)
 
         return cls(
@@ -80,7 +82,7 @@ def score(model: PreTrainedModel, batch: DeviceBatch, *, temperature: float) -> 
 
 
 def schedule(step: int, *, steps: int, config: OptimConfig) -> float:
-    """Return the share of the learning rate at `step`: a linear rise, times a linear fall to `final_share`."""
+    """Return the learning rate's share at `step`: a linear rise times a linear fall to `final_share`."""
     rise = min((step + 1) / (config.warmup_steps + 1), 1.0)
     progress = min(step / max(steps, 1), 1.0)
     return rise * (1.0 - (1.0 - config.final_share) * progress)
@@ -92,8 +94,8 @@ class Optimizer:
     def __init__(self, model: PreTrainedModel, config: OptimConfig) -> None:
         self._model = model
         self._config = config
-        self._names = list(named_weights(model))
-        self._parameters = [p for p in model.parameters() if p.requires_grad]
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self._names, self._parameters = list(trained), list(trained.values())
         self._adam = torch.optim.AdamW(
             self._parameters,
             lr=config.learning_rate,
@@ -119,11 +121,9 @@ class Optimizer:
             if not finite:
                 break
             value.backward()
-        norm = (
-            float(torch.nn.utils.clip_grad_norm_(self._parameters, self._config.max_grad_norm))
-            if finite
-            else math.nan
-        )
+        norm = math.nan
+        if finite:
+            norm = float(torch.nn.utils.clip_grad_norm_(self._parameters, self._config.max_grad_norm))
         if not math.isfinite(norm):
             return self._skip(norm)
         for group in self._adam.param_groups:
@@ -137,8 +137,8 @@ class Optimizer:
         self.skipped_in_a_row += 1
         if self.skipped_in_a_row >= self._config.max_skips:
             raise NumericsError(
-                f"loss or gradient was not finite {self.skipped_in_a_row} steps in a row; lower optim.learning_rate or look "
-                "at the quarantined batches"
+                f"loss or gradient was not finite {self.skipped_in_a_row} steps in a row; "
+                "lower optim.learning_rate or look at the quarantined batches"
             )
         return {"grad_norm": norm, "learning_rate": 0.0, "skipped": 1.0}
 
@@ -151,7 +151,14 @@ class Optimizer:
         return tensors
 
     def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Restore what `state_tensors` gave."""
+        """Restore what `state_tensors` gave; raises CheckpointError when it belongs to another model."""
+        states: dict[str, dict[str, Tensor]] = {}
+        for key, value in tensors.items():
+            # Kinds hold no dot, names do.
+            kind, _, name = key.partition(".")
+            states.setdefault(name, {})[kind] = value.clone()
+        odd = sorted(states.keys() ^ set(self._names))
+        if states and odd:
+            raise CheckpointError(f"optimizer state does not fit the model: {odd[0]} is on one side only")
         for name, parameter in zip(self._names, self._parameters, strict=True):
-            kinds = [key.removesuffix(f".{name}") for key in tensors if key.endswith(f".{name}")]
-            self._adam.state[parameter] = {kind: tensors[f"{kind}.{name}"].clone() for kind in kinds}
+            self._adam.state[parameter] = states.get(name, {})

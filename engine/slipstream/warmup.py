@@ -24,7 +24,7 @@ from slipstream.demonstrations import demonstrations, play
 from slipstream.environments import environment_factory
 from slipstream.environments.scripted import DO_NOTHING, EXPERT, WITHOUT_RETRY, Habits
 from slipstream.episodes import EpisodeRunner
-from slipstream.errors import WarmStartError
+from slipstream.errors import ConfigurationError, WarmStartError
 from slipstream.inference.trial import held_trial
 from slipstream.model import Policy, first_policy, head, publish_policy
 from slipstream.packing import PackedBatch, pack
@@ -35,6 +35,8 @@ from slipstream_kernels import linear_logprob
 
 FOLDER = "warmup"
 BASELINE_TASKS = 1024
+ROW_EVERY = 10
+"""Steps between rows of the loss alone."""
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +55,9 @@ def main(config: RunConfig, folder: Path) -> int:
         environment=config.environment,
         rewards=config.rewards,
     )
-    write_json(folder / "baselines.json", baselines(runner, config))
+    scripted = baselines(runner, config)
+    _check_solvable(float(scripted["scripted_expert"]["success"]), config)
+    write_json(folder / "baselines.json", scripted)
     success, step = WarmStart(policy, runner, config, folder).run()
     _check_band(success, step, config)
     publish_policy(folder / "checkpoints" / FOLDER, policy, {"step": step, "success": success})
@@ -75,31 +79,22 @@ class WarmStart:
         warmup, began = self._config.warmup, time.monotonic()
         success = 0.0
         for step in itertools.count(1):
-            loss, tokens = self._step(step - 1)
+            loss = self._step(step - 1)
+            row = {"kind": "warmup", "step": step, "loss": loss}
             if step % warmup.check_every and step < warmup.max_steps:
+                if step % ROW_EVERY == 0:
+                    metrics.append_row(self._folder / metrics.FILE, row)
                 continue
             success = self._success()
-            row = {
-                "kind": "warmup",
-                "step": step,
-                "loss": loss,
-                "success": success,
-                "length": tokens / warmup.batch,
-            }
-            metrics.append_row(self._folder / metrics.FILE, row)
-            log.info(
-                "warm start step %d: loss %.4f, success %.3f, %.0f s",
-                step,
-                loss,
-                success,
-                time.monotonic() - began,
-            )
+            metrics.append_row(self._folder / metrics.FILE, {**row, "success": success})
+            seconds = time.monotonic() - began
+            log.info("warm start step %d: loss %.4f, success %.3f, %.0f s", step, loss, success, seconds)
             if success >= warmup.target_success or step >= warmup.max_steps:
                 return success, step
         raise AssertionError("itertools.count does not end")
 
-    def _step(self, step: int) -> tuple[float, int]:
-        """Take one step on fresh demonstrations; return the loss per trained token and the tokens seen."""
+    def _step(self, step: int) -> float:
+        """Take one step on fresh demonstrations; return the loss per trained token."""
         warmup = self._config.warmup
         numbers = [(step * warmup.batch + i) % warmup.demonstrations for i in range(warmup.batch)]
         shown = asyncio.run(demonstrations(self._runner, self._config, numbers))
@@ -108,9 +103,9 @@ class WarmStart:
         packed = pack(shown, ones, masks, token_budget=self._config.batch.token_budget)
         count = sum(float(batch.weight.sum()) for batch in packed)
         values: list[float] = []
-        losses = [self._loss(batch, count, values) for batch in packed]
+        losses = [self._loss(batch, count, values) for batch in packed if batch.weight.any()]
         self._optimizer.step(losses, share=schedule(step, steps=warmup.max_steps, config=self._optim))
-        return sum(values), sum(len(t.token_ids) for t in shown)
+        return sum(values)
 
     def _loss(self, batch: PackedBatch, count: float, sink: list[float]) -> Callable[[], Tensor]:
         """Cross-entropy of the demonstrated tokens: minus the mean of their log-probabilities."""
@@ -158,17 +153,28 @@ def baselines(runner: EpisodeRunner, config: RunConfig) -> dict[str, dict[str, f
     }
 
 
+def _check_solvable(expert: float, config: RunConfig) -> None:
+    """Refuse limits under which not even the demonstrator succeeds."""
+    if expert < config.warmup.min_success:
+        limits = config.environment
+        raise ConfigurationError(
+            f"environment.max_tokens = {limits.max_tokens} and environment.max_turns = {limits.max_turns} "
+            f"let the scripted expert solve only {expert:.2f} of the tasks; raise them"
+        )
+
+
 def _check_band(success: float, step: int, config: RunConfig) -> None:
     warmup = config.warmup
     if success < warmup.min_success:
         raise WarmStartError(
-            f"warm start: held-out success is {success:.2f} after {step} steps, expected at least {warmup.min_success:.2f}; "
-            "give more demonstrations (warmup.max_steps, warmup.careful_share), an easier stage (environment.hops, "
-            "environment.tool_failure_rate) or a larger model (model.hidden_size, model.layers)"
+            f"warm start: held-out success is {success:.2f} after {step} steps, expected at least "
+            f"{warmup.min_success:.2f}; give more demonstrations (warmup.max_steps, warmup.careful_share), an "
+            "easier stage (environment.hops, environment.tool_failure_rate) or a larger model "
+            "(model.hidden_size, model.layers)"
         )
     if success > warmup.max_success:
         log.warning(
-            "warm start: held-out success is %.2f, above the learnable band (%.2f); there is little left to learn",
+            "warm start: held-out success is %.2f, above the learnable band (%.2f); little is left to learn",
             success,
             warmup.max_success,
         )

@@ -51,6 +51,20 @@ def test_retention_keeps_the_newest_and_the_pinned(tmp_path: Path) -> None:
     assert FilesystemPublisher(tmp_path / "none").newest_serial() == -1
 
 
+def test_a_restarted_learner_keeps_what_may_still_be_evaluated(tmp_path: Path) -> None:
+    before = FilesystemPublisher(tmp_path, keep=2)
+    for serial in range(2):
+        before.publish(tensors(serial), serial=serial)
+    after = FilesystemPublisher(tmp_path, keep=2)
+    after.pin_all()
+    for serial in range(2, 6):
+        after.publish(tensors(serial), serial=serial)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"serial-{n:08d}" for n in (0, 1, 4, 5)]
+    after.unpin_up_to(0)
+    after.publish(tensors(6), serial=6)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"serial-{n:08d}" for n in (1, 5, 6)]
+
+
 def test_a_serial_is_never_published_twice(tmp_path: Path) -> None:
     publisher = FilesystemPublisher(tmp_path)
     publisher.publish(tensors(1), serial=1)

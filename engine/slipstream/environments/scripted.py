@@ -34,7 +34,7 @@ HASTY = Habits(retries=False, reads_on=False)
 DO_NOTHING = Habits(retries=False, reads_on=False, acts=False)
 
 
-def research(task: Task, hops: int, habits: Habits) -> Generator[str, str, str]:
+def research(task: Task, hops: int, habits: Habits) -> Generator[str, str, None]:
     """Play one episode as a generator: yields messages, is sent each tool result.
 
     Example: ``player = research(task, 1, EXPERT); next(player); player.send("17\\n42\\n63")``.

@@ -36,7 +36,8 @@ class SlotCache:
     def plan(self, rows: Int32Array, starts: Int32Array, lengths: Int32Array) -> tuple[Tensor, Tensor]:
         """Prepare one forward pass.
 
-        Row rows[i] gets tokens at positions starts[i] .. starts[i] + lengths[i] - 1. Returns the packed [T] row and position of every token; tokens are packed in the order of `rows`.
+        Row rows[i] gets tokens at positions starts[i] .. starts[i] + lengths[i] - 1. Returns the packed
+        [T] row and position of every token; tokens are packed in the order of `rows`.
         """
         token_row = np.repeat(rows, lengths).astype(np.int64)
         offsets = np.cumsum(lengths) - lengths
@@ -55,9 +56,10 @@ class SlotCache:
     ) -> Tensor:
         """Store the new keys and values, then attend each token to its row up to its own position."""
         keys_RLKD, values_RLKD = self._keys[layer], self._values[layer]
-        keys_RLKD[self._rows_T, self._positions_T] = key_TKD
-        values_RLKD[self._rows_T, self._positions_T] = value_TKD
-        output_THD = torch.empty_like(query_THD)
+        planned = len(self._rows_T)  # the pass may be padded behind them
+        keys_RLKD[self._rows_T, self._positions_T] = key_TKD[:planned]
+        values_RLKD[self._rows_T, self._positions_T] = value_TKD[:planned]
+        output_THD = torch.zeros_like(query_THD)
         grouped = query_THD.shape[1] != key_TKD.shape[1]
         for group in self._groups:
             if group is not None:

@@ -27,6 +27,10 @@ from slipstream.model import canary_logprobs, copy_weights, head, named_weights
 from slipstream.types import Completion, Int32Array, Sampling, WeightProof, WeightUpdate
 from slipstream_kernels import checksum64_named
 
+# Matrix products of 1 to 3 rows round otherwise than those of more rows (measured with MKL), and then
+# an episode's bits would depend on who is sampled beside it.
+LEAST_ROWS = 8
+
 # Tokens of one forward pass; longer rebuilds are spread over several passes so that memory stays bounded.
 PASS_TOKENS = 8192
 
@@ -89,7 +93,7 @@ class EmbeddedBackend:
         return len(self._length)
 
     async def generate(self, token_ids: Int32Array, sampling: Sampling, *, rollout_id: int) -> Completion:
-        """Sample one message after the [T] tokens of a rollout; cached are those it shares with the last call.
+        """Sample one message after the [T] tokens of a rollout; those of its last call are cached.
 
         Raises ValueError when the tokens leave no room for another.
         """
@@ -165,8 +169,8 @@ class EmbeddedBackend:
             [self._tokens[r, c : c + n] for r, c, n in zip(rows, starts, spans, strict=True)]
         )
         _, positions_T = self._cache.plan(rows, starts, spans)
-        tokens_T = torch.from_numpy(token_ids).to(self._device)
-        hidden_TH = run_decoder(self._model, tokens_T, positions_T, self._cache)
+        tokens_T = _thick(torch.from_numpy(token_ids).to(self._device))
+        hidden_TH = run_decoder(self._model, tokens_T, _thick(positions_T), self._cache)
         self._cached[rows] += spans
         last_T = np.cumsum(spans) - 1
         ready = self._cached[rows] == self._length[rows]
@@ -183,7 +187,7 @@ class EmbeddedBackend:
 
     def _draw(self, rows: Int32Array, hidden_RH: torch.Tensor) -> None:
         """Draw the next token of `rows` and finish those that stopped or reached their limit."""
-        logits_RV = hidden_RH @ head(self._model).T
+        logits_RV = (_thick(hidden_RH) @ head(self._model).T)[: len(rows)]
         lengths = self._length[rows]
         uniform = torch.from_numpy(uniforms(self._keys[rows], lengths.astype(np.uint64))).to(self._device)
         top_p = self._top_p[rows]
@@ -240,3 +244,11 @@ class EmbeddedBackend:
         self._keys[row] = rollout_id
         self._length[row] = self._cached[row] = 0
         return row
+
+
+def _thick(values_T: torch.Tensor) -> torch.Tensor:
+    """Return the values with zeros appended up to LEAST_ROWS rows."""
+    missing = LEAST_ROWS - len(values_T)
+    if missing <= 0:
+        return values_T
+    return torch.cat([values_T, values_T.new_zeros(missing, *values_T.shape[1:])])

@@ -84,6 +84,11 @@ class ActorClient:
         """The epoch the hub gave this connection, or -1."""
         return self._epoch
 
+    @property
+    def newest_serial(self) -> int:
+        """The newest serial the hub has announced, or -1."""
+        return self._newest_serial
+
     async def connect(self) -> Welcome:
         """Join the hub; sends again what the spool still holds.
 

@@ -67,6 +67,14 @@ class FilesystemPublisher:
         """Let retention remove a version again."""
         self._pinned.discard(serial)
 
+    def unpin_up_to(self, serial: int) -> None:
+        """Let retention remove every version up to `serial` again."""
+        self._pinned = {pinned for pinned in self._pinned if pinned > serial}
+
+    def pin_all(self) -> None:
+        """Keep every version now on disk: after a restart nobody knows which are still to be evaluated."""
+        self._pinned.update(self._serials())
+
     def _remove_old(self) -> None:
         serials = self._serials()
         kept = {*sorted(serials)[-self._keep :], *self._pinned}

@@ -1,0 +1,56 @@
+"""Small policies that tests share: a tokenizer of the research recipe and models of a few thousand weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+from slipstream.attention import install
+from slipstream.chat import Chat, train_tokenizer
+from slipstream.config import EnvironmentConfig
+from slipstream.environments.research import corpus
+
+ModelMaker = Callable[..., PreTrainedModel]
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """The research recipe's tokenizer, of fewer worlds."""
+    return train_tokenizer(corpus(EnvironmentConfig(), worlds=16), vocabulary=768)
+
+
+@pytest.fixture(scope="session")
+def chat(tokenizer: PreTrainedTokenizerFast) -> Chat:
+    """Its chat format."""
+    return Chat(tokenizer)
+
+
+@pytest.fixture(scope="session")
+def make_model() -> ModelMaker:
+    """Return a maker of tiny Llamas; weights are wide, so that probabilities differ clearly."""
+
+    def make(
+        *, vocabulary: int = 37, kv_heads: int = 2, seed: int = 0, installed: bool = True, max_tokens: int = 128
+    ) -> PreTrainedModel:
+        sizes = LlamaConfig(
+            vocab_size=vocabulary,
+            hidden_size=16,
+            intermediate_size=24,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=kv_heads,
+            max_position_embeddings=max_tokens,
+            tie_word_embeddings=True,
+            initializer_range=0.4,
+        )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = LlamaForCausalLM(sizes)
+        if installed:
+            install(model)
+        return model
+
+    return make

@@ -1,0 +1,84 @@
+"""Packing: every token once, in its place, within the budget."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from slipstream import synthetic
+from slipstream.packing import PackedBatch, pack
+from slipstream.training import DeviceBatch
+from slipstream.types import Float32Array, Trajectory
+
+BUDGET = 32
+
+
+def made(lengths: list[int]) -> tuple[list[Trajectory], Float32Array, list[Float32Array]]:
+    trajectories = [synthetic.trajectory(n, seed=i) for i, n in enumerate(lengths)]
+    return (
+        trajectories,
+        np.arange(1, len(lengths) + 1, dtype=np.float32),
+        [t.loss_mask.astype(np.float32) for t in trajectories],
+    )
+
+
+def segments(batch: PackedBatch) -> list[tuple[int, slice]]:
+    bounds = batch.cu_seqlens.tolist()
+    return [(int(i), slice(*bounds[k : k + 2])) for k, i in enumerate(batch.source)]
+
+
+@given(st.lists(st.integers(1, BUDGET + 1), min_size=1, max_size=40))
+def test_every_token_once_with_what_belongs_to_it(lengths: list[int]) -> None:
+    trajectories, advantages, weights = made(lengths)
+    batches = pack(trajectories, advantages, weights, token_budget=BUDGET)
+    seen = []
+    for batch in batches:
+        assert len(batch.token_ids) <= BUDGET or len(batch.source) == 1
+        assert batch.cu_seqlens[-1] == len(batch.token_ids)
+        for index, span in segments(batch):
+            seen.append(index)
+            one = trajectories[index]
+            weight = weights[index].copy()
+            weight[0] = 0
+            np.testing.assert_array_equal(batch.token_ids[span], one.token_ids)
+            np.testing.assert_array_equal(batch.positions[span], np.arange(lengths[index]))
+            np.testing.assert_array_equal(batch.weight[span], weight)
+            np.testing.assert_array_equal(batch.behavior_logprobs[span], one.behavior_logprobs * weight)
+            np.testing.assert_array_equal(batch.advantages[span], np.full(lengths[index], index + 1))
+    assert sorted(seen) == list(range(len(lengths)))
+
+
+def test_batches_are_filled_longest_first() -> None:
+    batches = pack(*made([1, 33, 16, 7, 16, 25, 32]), token_budget=BUDGET)
+    assert [batch.source.tolist() for batch in batches] == [[1], [6], [5], [2, 4], [3, 0]]
+
+
+def test_a_trajectory_without_tokens_is_left_out() -> None:
+    trajectories, advantages, weights = made([3, 4])
+    empty = {
+        name: getattr(trajectories[0], name)[:0]
+        for name in ("token_ids", "loss_mask", "behavior_logprobs", "versions", "turns")
+    }
+    trajectories[0] = dataclasses.replace(trajectories[0], **empty)
+    weights[0] = weights[0][:0]
+    (batch,) = pack(trajectories, advantages, weights, token_budget=BUDGET)
+    assert batch.source.tolist() == [1]
+    assert pack(trajectories[:1], advantages[:1], weights[:1], token_budget=BUDGET) == []
+
+
+@pytest.mark.parametrize("lengths", [[1], [1, 1, 2], [5, 9, 1]])
+def test_device_rows_predict_the_trained_tokens(lengths: list[int]) -> None:
+    (batch,) = pack(*made(lengths), token_budget=BUDGET)
+    rows = DeviceBatch.of(batch, torch.device("cpu"))
+    trained = np.flatnonzero(batch.weight)
+    assert rows.rows_N.tolist() == (trained - 1).tolist()
+    assert rows.labels_N.tolist() == batch.token_ids[trained].tolist()
+    assert rows.advantage_N.tolist() == batch.advantages[trained].tolist()
+    assert rows.behavior_N.tolist() == batch.behavior_logprobs[trained].tolist()
+    counts = [int((batch.weight[span] > 0).sum()) for _, span in segments(batch)]
+    assert rows.cu_seqlens_B.tolist() == [0, *np.cumsum(counts).tolist()]

@@ -1,0 +1,163 @@
+"""An independent reading of a run's log: what became of every trajectory, by identity."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from slipstream import events
+from slipstream.config import RunConfig
+from slipstream.ingest import read_events
+from slipstream.metrics import read_rows, rows_of
+from slipstream.spool import Spool
+from slipstream.types import Trajectory, TrajectoryId
+from slipstream.wire import from_bytes
+
+UNUSABLE = {"duplicate", "failed_infrastructure", "unproven"}
+
+
+@dataclass
+class Books:
+    """The fates of a log's trajectories, evaluations apart."""
+
+    received: dict[TrajectoryId, events.Received] = field(default_factory=dict)
+    records: dict[TrajectoryId, bytes] = field(default_factory=dict)
+    batches: dict[int, tuple[TrajectoryId, ...]] = field(default_factory=dict)
+    """The living line: what a rollback undid is not in it."""
+    dropped: dict[TrajectoryId, str] = field(default_factory=dict)
+    quarantined: int = 0
+    opened: list[int] = field(default_factory=list)
+    rollbacks: list[int] = field(default_factory=list)
+    steps: dict[int, int] = field(default_factory=dict)
+    """serial -> optimizer steps."""
+    evaluated: set[TrajectoryId] = field(default_factory=set)
+
+    @property
+    def made(self) -> set[TrajectoryId]:
+        """Every training trajectory that arrived."""
+        return {identity for identity, event in self.received.items() if event.evaluation < 0}
+
+    @property
+    def trained(self) -> list[TrajectoryId]:
+        """Every trajectory of the living line, in order."""
+        return [identity for step in sorted(self.batches) for identity in self.batches[step]]
+
+    @property
+    def unusable(self) -> set[TrajectoryId]:
+        """Refused on arrival."""
+        return {identity for identity in self.made if self.received[identity].verdict in UNUSABLE}
+
+    @property
+    def buffered(self) -> set[TrajectoryId]:
+        """Waiting for their batch."""
+        return self.made - set(self.trained) - set(self.dropped) - self.unusable
+
+    def trajectory(self, identity: TrajectoryId) -> Trajectory:
+        """Return what was sampled."""
+        return from_bytes(self.records[identity])
+
+    def by_attempt(self) -> dict[tuple[int, int], Trajectory]:
+        """Return the trained trajectories by (group, attempt)."""
+        found = {}
+        for identity in self.trained:
+            attempt = self.received[identity].attempt
+            found[attempt.group, attempt.attempt] = self.trajectory(identity)
+        return found
+
+    def take(self, event: events.AnyEvent, record: bytes) -> None:
+        """Follow one event."""
+        match event:
+            case events.Received(identity=identity):
+                assert identity not in self.received, f"{identity} is in the log twice"
+                self.received[identity], self.records[identity] = event, record
+                assert from_bytes(record).identity == identity
+            case events.Trained(step=step, identities=identities):
+                assert step == len(self.batches), f"batch {step} follows batch {len(self.batches) - 1}"
+                self.batches[step] = identities
+            case events.RolledBack(step=step):
+                self.rollbacks.append(step)
+                self.batches = {n: batch for n, batch in self.batches.items() if n < step}
+            case events.Dropped(identities=identities, reason=reason):
+                self.dropped.update(dict.fromkeys(identities, reason))
+            case events.Quarantined():
+                self.quarantined += 1
+            case events.GroupOpened(group=group, task=task):
+                assert group == task
+                self.opened.append(group)
+            case events.Published(update=update):
+                self.steps[update.version.serial] = update.version.step
+
+
+def read_books(folder: Path) -> Books:
+    """Read the log of a run folder."""
+    books = Books()
+    for entry in read_events(folder / "trajectories"):
+        books.take(entry.event, entry.record)
+    return books
+
+
+def check_books(books: Books, config: RunConfig) -> None:
+    """Nothing received is lost, nothing is trained twice, no task is skipped or repeated."""
+    trained, size = books.trained, config.batch.group_size
+    assert len(trained) == len(set(trained)), "a trajectory was trained twice"
+    assert set(trained) <= books.made, "something was trained that never arrived"
+    assert not set(trained) & set(books.dropped), "a dropped trajectory was trained"
+    assert not set(trained) & books.unusable, "a refused trajectory was trained"
+    fates = [set(trained), books.buffered, set(books.dropped), books.unusable]
+    assert len(books.made) == sum(map(len, fates))
+    attempts = [books.received[identity].attempt for identity in trained]
+    slots = {(attempt.group, attempt.attempt) for attempt in attempts}
+    assert len(slots) == len(trained), "an attempt was trained twice"
+    for step, batch in books.batches.items():
+        groups = Counter(books.received[identity].attempt.group for identity in batch)
+        whole = [size] * config.batch.groups
+        assert list(groups.values()) == whole, f"batch {step} is not of whole groups: {groups}"
+    assert books.opened == list(range(len(books.opened))), "a task was skipped when groups were opened"
+    for identity in books.made:
+        attempt = books.received[identity].attempt
+        assert attempt.task == attempt.group < len(books.opened)
+    _check_senders(books)
+
+
+def _check_senders(books: Books) -> None:
+    """An actor numbers its trajectories one by one: a hole would be one that was made and lost."""
+    numbers: dict[tuple[str, int], list[int]] = {}
+    for identity in books.received:
+        numbers.setdefault((identity.actor, identity.epoch), []).append(identity.seq)
+    if books.quarantined == 0:
+        for sender, seqs in numbers.items():
+            assert sorted(seqs) == list(range(min(seqs), max(seqs) + 1)), f"{sender} lost some of {seqs}"
+
+
+def check_finished(folder: Path, config: RunConfig) -> Books:
+    """Check a run that has ended well: books, summary, rows, spools; return its books."""
+    books = read_books(folder)
+    check_books(books, config)
+    assert sorted(books.batches) == list(range(config.steps))
+    groups = {books.received[identity].attempt.group for identity in books.trained}
+    status = json.loads((folder / "status.json").read_text())["books"]
+    kept = {books.received[identity].attempt.group for identity in books.buffered}
+    owed = (len(books.opened) - len(groups)) * config.batch.group_size - len(books.buffered)
+    assert status["leased"] + status["waiting"] == owed, "an opened task is neither trained, kept nor owed"
+    assert not groups & kept
+    assert status["made"] == len(books.made) + books.quarantined
+    assert status["trained"] == len(books.trained) == config.steps * config.batch.trajectories
+    assert status["buffered"] == len(books.buffered)
+    assert status["dropped_by_slip"] + status["filtered"] == len(books.dropped)
+    assert status["quarantined"] == books.quarantined
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["steps"] == config.steps
+    assert summary["trajectories"] == len(books.trained)
+    assert (folder / "learning_curve.png").stat().st_size > 0
+    rows = rows_of(read_rows(folder), "train")
+    assert [row["step"] for row in rows] == list(range(1, config.steps + 1))
+    due = {step for step in range(config.steps + 1) if step % config.evaluation.every == 0} | {config.steps}
+    assert {int(row["step"]) for row in rows_of(read_rows(folder), "evaluation")} == due
+    for path in folder.glob("spool/*.log"):
+        spool = Spool(path)
+        left = {from_bytes(payload).identity for _, payload in spool.pending()}
+        spool.close()
+        assert left <= set(books.received), "a spool holds what never arrived"
+    return books
