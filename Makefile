@@ -3,7 +3,7 @@
 # make test-all   all tests that run without a GPU
 # make test-slow  the slow part of test-all
 # make check      ruff, mypy --strict, floors of the architecture
-# make bench      benchmarks
+# make bench      benchmarks (BENCH=dataflow runs one of them, ARGS="--rounds 3" passes on)
 .PHONY: train test test-all test-slow check bench clean
 .DELETE_ON_ERROR:
 
@@ -12,6 +12,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 INPUTS := pyproject.toml setup.py constraints.txt $(shell find csrc -type f 2>/dev/null)
 OUTPUT ?= runs/research
+BENCH ?= dataflow asynchrony
 ARGS ?=
 
 train: .venv/installed
@@ -33,7 +34,7 @@ check: .venv/installed-check .venv/installed-test
 	@$(BIN)/python -m pytest -q tests/test_architecture.py
 
 bench: .venv/installed
-	@$(BIN)/slipstream bench $(ARGS)
+	@for name in $(BENCH); do $(BIN)/slipstream bench $$name -- $(ARGS) || exit 1; done
 
 clean:
 	rm -rf .venv build *.egg-info engine/*.egg-info kernels/slipstream_kernels/*.so

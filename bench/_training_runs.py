@@ -172,7 +172,9 @@ def _train(folder: Path, plan: Plan) -> list[Row]:
     output = folder / "train.txt"
     with output.open("wb") as file:
         training = subprocess.Popen(
-            [*PROGRAM, "train", "--output", str(folder), "--resume"], stdout=file, stderr=subprocess.STDOUT
+            [*PROGRAM, "train", "--output", str(folder), "--resume", "--parent", str(os.getpid())],
+            stdout=file,
+            stderr=subprocess.STDOUT,
         )
     end = time.monotonic() + plan.limit_s
     try:

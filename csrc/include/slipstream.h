@@ -22,13 +22,14 @@ extern "C" {
 #endif
 
 // Grows by one whenever a function below changes its arguments or its meaning.
-enum { SLIPSTREAM_ABI_VERSION = 1 };
+enum { SLIPSTREAM_ABI_VERSION = 2 };
 
 enum slipstream_status {
     SLIPSTREAM_OK = 0,
     SLIPSTREAM_NULL_POINTER = 1,
     SLIPSTREAM_NEGATIVE_SIZE = 2,
     SLIPSTREAM_BAD_SEGMENTS = 3,
+    SLIPSTREAM_BAD_MSGPACK = 4,
 };
 
 // Returns SLIPSTREAM_ABI_VERSION of the library, so that a loader can refuse another one.
@@ -57,6 +58,41 @@ SLIPSTREAM_EXPORT int32_t slipstream_segment_scan_f32(const float* decay, const 
 // words. It detects corruption and mistaken identity; it does not resist a forger.
 SLIPSTREAM_EXPORT int32_t slipstream_checksum64(const void* data, int64_t size_bytes, int32_t threads,
                                                 uint64_t* checksum);
+
+// CRC-32C (Castagnoli) of `size_bytes` bytes at `data` (any alignment), continuing from `start`, the CRC-32C of what
+// came before (0 for nothing). Returns the value itself; without data, `start`. Uses the processor's instruction where
+// there is one, unless `portable` is not 0: both ways give the same value.
+SLIPSTREAM_EXPORT uint32_t slipstream_crc32c(const void* data, int64_t size_bytes, uint32_t start, int32_t portable);
+
+// CRC-32C of two blocks in a row, from that of each and the size of the second. Returns the value itself.
+SLIPSTREAM_EXPORT uint32_t slipstream_crc32c_combine(uint32_t first, uint32_t second, int64_t second_bytes);
+
+// Fields of a trajectory, in the order in which its faults are named.
+enum slipstream_field {
+    SLIPSTREAM_FIELD_NONE = 0,
+    SLIPSTREAM_FIELD_MASK = 1,
+    SLIPSTREAM_FIELD_LOGPROBS = 2,
+    SLIPSTREAM_FIELD_REWARDS = 3,
+    SLIPSTREAM_FIELD_TOKENS = 4,
+    SLIPSTREAM_FIELD_VERSIONS = 5,
+    SLIPSTREAM_FIELD_TURNS = 6,
+};
+
+// Checks the arrays of one trajectory: mask is 0 or 1; logprobs and rewards are finite; tokens >= 0; versions and turns
+// are >= 0 exactly where mask is not 0; turns < max(reward_count, 1).
+//
+// tokens, mask, logprobs, versions, turns: [length]; rewards: [reward_count]; null allowed where they hold no element.
+// summary, [4]: first field at fault (slipstream_field); tokens with a mask that is not 0; smallest and largest version
+// that is not negative, or -1. The last three mean something only without a fault.
+SLIPSTREAM_EXPORT int32_t slipstream_check_trajectory(const int32_t* tokens, const uint8_t* mask, const float* logprobs,
+                                                      const int32_t* versions, const int16_t* turns, int64_t length,
+                                                      const float* rewards, int64_t reward_count, int64_t* summary);
+
+// Returns SLIPSTREAM_OK when the bytes are exactly one MessagePack value that holds at most `most_items` items, itself
+// included, nests at most `most_depth` levels (a plain value is one; at most 64) and has no extension types;
+// SLIPSTREAM_BAD_MSGPACK otherwise. Strings are not decoded.
+SLIPSTREAM_EXPORT int32_t slipstream_check_msgpack(const void* data, int64_t size_bytes, int32_t most_depth,
+                                                   int64_t most_items);
 
 #ifdef __cplusplus
 }

@@ -58,13 +58,14 @@ class ModelConfig(Part):
 class WarmupConfig(Part):
     """Supervised warm start on demonstrations of a scripted expert."""
 
-    demonstrations: int = Field(default=4096, ge=1)
+    demonstrations: int = Field(default=65536, ge=1)
+    """Different demonstrations; they are shown in order, again from the first after the last."""
     careful_share: Share = 0.3
     """Share of demonstrations that retry errors and read on past near misses; the others do not."""
     batch: int = Field(default=64, ge=1)
     learning_rate: float = Field(default=3e-3, gt=0.0)
     max_steps: int = Field(default=600, ge=1)
-    check_every: int = Field(default=100, ge=1)
+    check_every: int = Field(default=50, ge=1)
     """Steps between held-out evaluations."""
     target_success: Share = 0.40
     """Stop as soon as held-out success reaches this."""
@@ -138,7 +139,7 @@ class RewardConfig(Part):
 class OptimConfig(Part):
     """AdamW and its guards."""
 
-    learning_rate: float = Field(default=1e-3, gt=0.0)
+    learning_rate: float = Field(default=1.5e-4, gt=0.0)
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = Field(default=0.0, ge=0.0)
     max_grad_norm: float = Field(default=1.0, gt=0.0)
@@ -160,7 +161,7 @@ class LearnerConfig(Part):
 class EvaluationConfig(Part):
     """Held-out evaluation, each pinned to one version."""
 
-    every: int = Field(default=25, ge=1)
+    every: int = Field(default=10, ge=1)
     tasks: int = Field(default=256, ge=1)
     final_tasks: int = Field(default=1024, ge=1)
     temperature: float = Field(default=1.0, ge=0.0)
@@ -170,7 +171,7 @@ class EvaluationConfig(Part):
 class CheckpointConfig(Part):
     """When the learner saves itself."""
 
-    every: int = Field(default=25, ge=1)
+    every: int = Field(default=20, ge=1)
     keep: int = Field(default=2, ge=1)
 
 

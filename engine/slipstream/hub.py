@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Final
 
 from slipstream.config import RunConfig
-from slipstream.errors import AddressError, StorageError
+from slipstream.errors import AddressError, RunFolderError, StorageError
 from slipstream.ingest import IngestLog
 from slipstream.ledger import Ledger
 from slipstream.messages import Buffer
@@ -34,15 +34,14 @@ _STATUS_EVERY_S: Final = 0.5
 def main(config: RunConfig, folder: Path) -> int:
     """Serve a run until SIGTERM or SIGINT; returns 0.
 
-    Raises AddressError (port in use), RunFolderError (another hub), StorageError (a damaged log).
+    Raises AddressError (port in use), RunFolderError (another hub, a damaged log).
     """
     stopping = _stop_signals()
     _limit_memory(config.hub.memory_limit_bytes)
     run = run_id(folder)
-    log = IngestLog(folder / "trajectories", config.hub.durability, config.hub.segment_bytes)
+    log, ledger = open_ledger(config, folder, run)
     for note in log.notes:
         sys.stderr.write(note + "\n")
-    ledger = Ledger(config, run, log, quarantine_in(folder / "quarantine"))
     server = _serve(ledger, config.hub.address, folder / "hub.json")
     write_json(folder / "hub.json", {"address": server.address, "pid": os.getpid(), "run": run})
     books = Bookkeeper(ledger, folder)
@@ -53,6 +52,15 @@ def main(config: RunConfig, folder: Path) -> int:
         log.close()
         server.close()
     return 0
+
+
+def open_ledger(config: RunConfig, folder: Path, run: str) -> tuple[IngestLog, Ledger]:
+    """Return a run's log and what it adds up to; raises RunFolderError when the log is damaged."""
+    try:
+        log = IngestLog(folder / "trajectories", config.hub.durability, config.hub.segment_bytes)
+        return log, Ledger(config, run, log, quarantine_in(folder / "quarantine"))
+    except StorageError as error:
+        raise RunFolderError(str(error)) from error
 
 
 class Bookkeeper:

@@ -28,6 +28,7 @@ from slipstream.errors import RunFolderError, StorageError
 from slipstream.events import AnyEvent, Event
 from slipstream.messages import Buffer
 from slipstream.records import HEAD, Scan, pack, payload, scan, sync, write_all
+from slipstream.wire import record_prefix
 
 _U32: Final = struct.Struct("<I")
 _ENCODER: Final = msgspec.msgpack.Encoder()
@@ -76,13 +77,17 @@ class IngestLog:
             os.close(self._lock)
             raise
 
-    def append(self, event: Event, record: Sequence[Buffer] = ()) -> int:
-        """Add an event and a trajectory's record, and return its position; durable after `flush`."""
+    def append(self, event: Event, checked: Sequence[Buffer] = ()) -> int:
+        """Add an event, and the checked frames of a trajectory as its record, and return its position.
+
+        It is durable after `flush`.
+        """
         if self._size >= self._segment_bytes:
             self._next_segment()
         position = self._segment << _OFFSET_BITS | self._size
-        head = _ENCODER.encode(event)
-        buffers = pack(self._seq, [_U32.pack(len(head)), head, *record])
+        body = _ENCODER.encode(event)
+        head: list[Buffer] = [_U32.pack(len(body)), body]
+        buffers = pack(self._seq, [*head, *record_prefix(checked)], checked)
         size = sum(map(len, buffers))
         self._buffered += buffers
         self._buffered_bytes += size

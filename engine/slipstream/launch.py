@@ -85,6 +85,7 @@ class _Run:
         """Run what is still to be done."""
         with self._stage("warm start"):
             self._warm_start()
+        self._check_checkpoints()
         with self._stage("training"):
             self._train_serially() if serial else self._train()
         with self._stage("final evaluation"):
@@ -102,11 +103,26 @@ class _Run:
         try:
             verify(warm)
         except CheckpointError as error:
+            if (self._folder / "trajectories").exists():
+                raise CheckpointError(
+                    f"the warm start that this run began with is damaged: {error}; restore "
+                    f"{warm} from a copy, or choose another --output"
+                ) from None
             if warm.exists():
                 self._screen.event(f"the warm start is made again: {error}")
             threads = self._config.actor.threads + self._config.learner.threads
             self.supervisor.supervise([self._spec("warmup", threads=threads)])
             verify(warm)
+
+    def _check_checkpoints(self) -> None:
+        """Refuse to go on when every checkpoint is damaged; say so when only the newest are."""
+        checkpoints = self._folder / "checkpoints"
+        newest = max(checkpoints.glob("step-*"), default=None)
+        if newest is None:
+            return
+        found = load_latest(checkpoints).path
+        if found != newest:
+            self._screen.event(f"{newest} is damaged; going on from {found.name}")
 
     def _train(self) -> None:
         (self._folder / "hub.json").unlink(missing_ok=True)  # an old address must find nobody
@@ -130,8 +146,10 @@ class _Run:
     def _evaluate(self) -> None:
         checkpoints, config = self._folder / "checkpoints", self._config
         targets = [(load_latest(checkpoints).path, summary.FINAL_LAST, config.learner.threads)]
-        if (checkpoints / "best").exists():
-            targets.append((checkpoints / "best", summary.FINAL_BEST, config.actor.threads))
+        best = checkpoints / "best"
+        if best.exists():
+            verify(best)
+            targets.append((best, summary.FINAL_BEST, config.actor.threads))
         specs = [
             RoleSpec(
                 role="eval",

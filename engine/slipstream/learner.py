@@ -11,6 +11,7 @@ import json
 import logging
 import signal
 import time
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,7 +24,7 @@ from slipstream.config import RunConfig
 from slipstream.deadlines import Deadline
 from slipstream.errors import CheckpointError
 from slipstream.messages import Evaluated, Stop
-from slipstream.metrics import slip_statistics
+from slipstream.metrics import read_rows, slip_statistics
 from slipstream.model import (
     WEIGHTS,
     Policy,
@@ -47,6 +48,8 @@ CANARY_TOKENS = 16
 OPTIMIZER = "optimizer.safetensors"
 STATE = "state.json"
 LAST_EVALUATION_S = 600.0
+KEPT_ROWS = 8
+"""Rows of metrics kept in a checkpoint, for a hub that died before it wrote them."""
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +66,8 @@ def main(config: RunConfig, folder: Path) -> int:
     while not learner.done and not stopping:
         learner.advance(timeout_s=0.5)
     if stopping:
-        learner.save()
+        # The hub may be gone; whoever resumes says Hello with this step.
+        learner.save(announce=False)
     client.close()
     return 0
 
@@ -97,8 +101,9 @@ class Learner:
         self._publisher = FilesystemPublisher(folder / "weights", keep=4)
         self._versions = VersionTable()
         self.step = 0
-        self.best = Best()
+        self.best = self._best_on_disk()
         self._last_evaluated = -1
+        self._rows: deque[dict[str, float | list[float]]] = deque(maxlen=KEPT_ROWS)
         self._starved_s = 0.0
         if newest is not None:
             self._restore(newest)
@@ -116,6 +121,11 @@ class Learner:
         self._next_serial = max(welcome.next_serial, self._publisher.newest_serial() + 1)
         self._publish()
         self._row_began = time.monotonic()
+        # A hub that died may have taken rows with it.
+        self._written = {(row.get("kind"), int(row["step"])) for row in read_rows(self._folder)}
+        for row in self._rows:
+            if ("train", row["step"]) not in self._written:
+                self._client.report("train", row)
 
     def advance(self, *, timeout_s: float) -> None:
         """Hear what the hub has to say, then take one batch if it is there within `timeout_s`."""
@@ -130,12 +140,13 @@ class Learner:
         if batch is not None:
             self._take(batch)
 
-    def save(self) -> None:
-        """Publish a checkpoint of the current step, whole or not at all."""
+    def save(self, *, announce: bool = True) -> None:
+        """Publish a checkpoint of the current step, whole or not at all, and tell the hub."""
         checkpoint.save_checkpoint(
             self._checkpoints, self.step, self._write_checkpoint, keep=self._config.checkpoint.keep
         )
-        self._client.checkpointed(self.step)
+        if announce:
+            self._client.checkpointed(self.step)
 
     def _take(self, batch: PulledBatch) -> None:
         """Train on one batch, publish, report, and save when it is due."""
@@ -169,7 +180,8 @@ class Learner:
             "wait/learner_starved": min(starved / seconds, 1.0),
             "tokens/trained_per_s": float(row["tokens/trained"]) / seconds,  # type: ignore[arg-type]
         }
-        self._client.report("train", {"step": float(self.step), **row, **rates})
+        self._rows.append({"step": float(self.step), "time": time.time(), **row, **rates})
+        self._client.report("train", self._rows[-1])
 
     def _publish(self) -> None:
         """Write the weights under the next serial and announce them with a canary."""
@@ -208,7 +220,7 @@ class Learner:
         """Keep the evaluated version if it is the best so far, by held-out success."""
         self._last_evaluated = max(self._last_evaluated, event.step)
         better = event.success > self.best.success
-        if not event.replayed:
+        if not event.replayed or ("evaluation", event.step) not in self._written:
             row = {"step": float(event.step), "serial": float(event.serial), "success": event.success,
                    "tasks": float(event.count), "best": float(better), **event.metrics}  # fmt: skip
             self._client.report("evaluation", row)
@@ -249,7 +261,8 @@ class Learner:
     def _write_checkpoint(self, folder: Path) -> None:
         write_policy(folder, self._policy)
         checkpoint.write_tensors(folder / OPTIMIZER, self._step.optimizer.state_tensors())
-        state = {"step": self.step, "best": asdict(self.best), "skipped": self._step.optimizer.skipped}
+        rows = [{key: value for key, value in row.items() if _is_finite(value)} for row in self._rows]
+        state = {"step": self.step, "skipped": self._step.optimizer.skipped, "rows": rows}
         checkpoint.write_state(folder / STATE, state)
 
     def _newest(self) -> Path | None:
@@ -261,7 +274,24 @@ class Learner:
         state = checkpoint.read_state(folder / STATE)
         self._step.optimizer.load_state_tensors(checkpoint.read_tensors(folder / OPTIMIZER))
         self._step.optimizer.skipped = int(state["skipped"])
-        self.step, self.best = int(state["step"]), Best(**state["best"])
+        self.step = int(state["step"])
+        self._rows.extend(state["rows"])
+
+    def _best_on_disk(self) -> Best:
+        """Return what checkpoints/best is: it outlives the branch that made it."""
+        folder = self._checkpoints / "best"
+        if not folder.exists():
+            return Best()
+        try:
+            notes = checkpoint.verify(folder)
+        except CheckpointError as error:
+            log.warning("the best checkpoint is damaged and will be replaced: %s", error)
+            return Best()
+        return Best(**{key: notes[key] for key in asdict(Best())})
+
+
+def _is_finite(value: float | list[float]) -> bool:
+    return bool(np.isfinite(value).all())
 
 
 def canary_tokens(policy: Policy) -> tuple[int, ...]:

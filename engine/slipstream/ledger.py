@@ -29,7 +29,7 @@ from slipstream.peers import Peer, Pulling, metrics_rows, snapshot
 from slipstream.receiving import check_sender, describe, refuse_proof, verdict_on
 from slipstream.transport.channel import Reply
 from slipstream.types import Lease
-from slipstream.wire import decode_trajectory, record_frames, schema_hash
+from slipstream.wire import inspect_trajectory, record_frames, schema_hash
 
 CANARY_TOLERANCE: Final = 1e-3
 """Most that two float32 back ends may differ in a canary log-probability, in nats."""
@@ -42,8 +42,8 @@ _LEASES_PER_GRANT: Final = 256
 class Journal(Protocol):
     """Where events go; `ingest.IngestLog` on disk."""
 
-    def append(self, event: events.Event, record: Sequence[m.Buffer] = ()) -> int:
-        """Add an event and return its position."""
+    def append(self, event: events.Event, checked: Sequence[m.Buffer] = ()) -> int:
+        """Add an event, with a trajectory's checked frames, and return its position."""
 
     def flush(self) -> None:
         """Make everything appended durable."""
@@ -194,8 +194,8 @@ class Ledger:
         """Return a snapshot for display."""
         return snapshot(self.state, self._peers.values(), self._pulling, self.refused_proofs, now)
 
-    def _log(self, event: events.AnyEvent, record: Sequence[m.Buffer] = ()) -> None:
-        self.state.apply(event, self._journal.append(event, record))
+    def _log(self, event: events.AnyEvent, checked: Sequence[m.Buffer] = ()) -> None:
+        self.state.apply(event, self._journal.append(event, checked))
 
     def _hello(self, peer: bytes, hello: m.Hello, now: float) -> list[Reply]:
         reason = self._refuse_hello(hello)
@@ -272,11 +272,12 @@ class Ledger:
     def _deliver(self, peer: bytes, who: Peer, message: m.Deliver, frames: Sequence[m.Buffer]) -> Reply:
         ack = m.Ack(seqs=(message.seq,), bytes=sum(map(len, frames)))
         try:
-            trajectory = decode_trajectory(frames)
-            check_sender(trajectory, run=self._run, actor=who.name, epoch=self.state.epochs[who.name])
-            if trajectory.identity not in self.state.items:
-                event = describe(trajectory, verdict_on(trajectory, self.state, self._config))
-                self._log(event, record_frames(frames))
+            arrival = inspect_trajectory(frames)
+            identity = arrival.header.identity
+            check_sender(identity, run=self._run, actor=who.name, epoch=self.state.epochs[who.name])
+            if identity not in self.state.items:
+                event = describe(arrival, verdict_on(arrival, self.state, self._config))
+                self._log(event, frames)
         except FrameError as error:
             file = self._quarantine(record_frames(frames))
             self._log(events.Quarantined(actor=who.name, file=file, reason=str(error)))
@@ -355,6 +356,8 @@ class Ledger:
         yield pulling.peer, m.Batch(step=pulling.step, counters=counters, versions=versions), records
 
     def _give_leases(self, now: float) -> Iterator[Reply]:
+        if not any(any(who.wants) for who in self._peers.values()):
+            return
         names = {peer: who.name for peer, who in self._peers.items()
                  if self.state.proven.get((who.name, who.session))}  # fmt: skip
         for kind, give in enumerate((self._dispatcher.train, self._dispatcher.evaluate)):

@@ -14,6 +14,7 @@ from __future__ import annotations
 from typing import Any, Final, TypeVar
 
 import msgspec
+from slipstream_kernels.delivery import load
 
 from slipstream.errors import FrameError
 from slipstream.types import Lease, Version, WeightProof, WeightUpdate
@@ -233,6 +234,15 @@ def check_nesting(frame: Buffer, *, what: str) -> None:
 
     msgspec decodes recursively: deep nesting overflows a small C stack before Python can raise.
     """
+    native = load()
+    if native is None or not native.is_plain_msgpack(
+        bytes(frame), most_depth=MAX_DEPTH, most_items=MAX_ITEMS
+    ):
+        check_nesting_in_python(frame, what=what)
+
+
+def check_nesting_in_python(frame: Buffer, *, what: str) -> None:
+    """Do what `check_nesting` does, without the native library."""
     position, end, items = 0, len(frame), 0
     open_items = [1]
     while open_items:

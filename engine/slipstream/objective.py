@@ -5,6 +5,7 @@ Dimensions: G trajectories of one batch.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -67,4 +68,4 @@ def advantages(
 
 
 def _or_nan(value: float | None) -> float:
-    return float("nan") if value is None else value
+    return value if value is not None and math.isfinite(value) else math.nan

@@ -11,64 +11,64 @@ from slipstream import events
 from slipstream.config import RunConfig
 from slipstream.errors import FrameError
 from slipstream.ledger_state import LedgerState
-from slipstream.types import Outcome, Split, TaskAttempt, Trajectory, WeightProof, WeightUpdate
+from slipstream.types import (
+    Outcome,
+    Split,
+    TaskAttempt,
+    TrajectoryId,
+    WeightProof,
+    WeightUpdate,
+    succeeded,
+)
+from slipstream.wire import Arrival, Header
 
 Verdict = Literal["buffered", "evaluated", "duplicate", "failed_infrastructure", "unproven"]
 
 
-def describe(trajectory: Trajectory, verdict: Verdict) -> events.Received:
+def describe(arrival: Arrival, verdict: Verdict) -> events.Received:
     """Return the event that tells what the hub needs to know of a trajectory."""
+    header = arrival.header
     return events.Received(
-        identity=trajectory.identity,
-        attempt=trajectory.attempt,
-        split=trajectory.split,
-        evaluation=trajectory.evaluation,
-        issue=trajectory.issue,
-        outcome=trajectory.outcome,
-        success=trajectory.success,
-        reward=float(trajectory.turn_rewards.sum()),
-        turns=trajectory.turn_rewards.size,
-        tokens=int(np.count_nonzero(trajectory.loss_mask)),
-        serials=sampled_serials(trajectory),
+        identity=header.identity,
+        attempt=header.attempt,
+        split=header.split,
+        evaluation=header.evaluation,
+        issue=header.issue,
+        outcome=header.outcome,
+        success=succeeded(header.scores),
+        reward=arrival.reward,
+        turns=header.turns,
+        tokens=arrival.sampled,
+        serials=arrival.serials,
         verdict=verdict,
     )
 
 
-def sampled_serials(trajectory: Trajectory) -> tuple[int, ...]:
-    """Return the distinct serials of a trajectory's sampled tokens, ascending."""
-    serials = trajectory.versions[trajectory.loss_mask.view(np.bool_)]
-    if serials.size == 0:
-        return ()
-    least, most = int(serials.min()), int(serials.max())
-    return (most,) if least == most else tuple(np.unique(serials).tolist())
-
-
-def check_sender(trajectory: Trajectory, *, run: str, actor: str, epoch: int) -> None:
+def check_sender(identity: TrajectoryId, *, run: str, actor: str, epoch: int) -> None:
     """Raise FrameError when a trajectory's identity is not the sender's, of this epoch or an older one."""
-    identity = trajectory.identity
     if (identity.run, identity.actor) != (run, actor) or not 0 <= identity.epoch <= epoch or identity.seq < 0:
         raise FrameError(f"identity: expected run {run}, actor {actor}, epoch <= {epoch}, got {identity}")
 
 
-def verdict_on(trajectory: Trajectory, state: LedgerState, config: RunConfig) -> Verdict:
+def verdict_on(arrival: Arrival, state: LedgerState, config: RunConfig) -> Verdict:
     """Return what becomes of a new trajectory; raises FrameError when it answers no lease of this run."""
-    attempt, evaluation = trajectory.attempt, trajectory.evaluation
-    _check_attempt(trajectory, state, config)
+    header, serials = arrival.header, arrival.serials
+    attempt, evaluation = header.attempt, header.evaluation
+    _check_attempt(header, state, config)
     desk = state.heldout if evaluation >= 0 else state.training
     if (evaluation, attempt.group, attempt.attempt) not in desk:
         return "duplicate"
-    if trajectory.outcome is Outcome.INFRASTRUCTURE_FAILURE:
+    if header.outcome is Outcome.INFRASTRUCTURE_FAILURE:
         return "failed_infrastructure"
-    serials = sampled_serials(trajectory)
     pinned = evaluation < 0 or not set(serials) - {evaluation}
-    if not pinned or not state.is_proven(trajectory.identity, serials):
+    if not pinned or not state.is_proven(header.identity, serials):
         return "unproven"
     return "evaluated" if evaluation >= 0 else "buffered"
 
 
-def _check_attempt(trajectory: Trajectory, state: LedgerState, config: RunConfig) -> None:
+def _check_attempt(header: Header, state: LedgerState, config: RunConfig) -> None:
     """Raise FrameError unless the attempt is one that was leased at some time."""
-    attempt, evaluation = trajectory.attempt, trajectory.evaluation
+    attempt, evaluation = header.attempt, header.evaluation
     if evaluation >= 0:
         split, known = Split.HELDOUT, evaluation in state.versions
         groups, attempts = config.evaluation.tasks, 1
@@ -77,9 +77,9 @@ def _check_attempt(trajectory: Trajectory, state: LedgerState, config: RunConfig
         groups, attempts = state.next_group, config.batch.group_size
     expected = TaskAttempt(task=attempt.group, seed=config.seed, group=attempt.group, attempt=attempt.attempt)
     inside = 0 <= attempt.group < groups and 0 <= attempt.attempt < attempts
-    if not (known and inside and attempt == expected and trajectory.split is split):
+    if not (known and inside and attempt == expected and header.split is split):
         raise FrameError(
-            f"attempt: expected one that was leased, got {attempt} of {trajectory.split} for evaluation "
+            f"attempt: expected one that was leased, got {attempt} of {header.split} for evaluation "
             f"{evaluation}"
         )
 

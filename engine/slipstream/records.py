@@ -18,8 +18,8 @@ from typing import Final
 import numpy as np
 
 from slipstream.errors import StorageError
+from slipstream.integrity import crc32c, crc32c_of_checked
 from slipstream.messages import Buffer
-from slipstream.wire import crc32c
 
 HEAD: Final = struct.Struct("<IIQ")
 _SEQ: Final = struct.Struct("<Q")
@@ -53,10 +53,16 @@ class Scan:
     """Bytes of an unfinished record at the end."""
 
 
-def pack(seq: int, payload: Sequence[Buffer]) -> list[Buffer]:
-    """Return the buffers of one record; the payload is not copied."""
-    check = crc32c(payload, crc32c([_SEQ.pack(seq)]))
-    return [HEAD.pack(sum(map(len, payload)), check, seq), *payload]
+def pack(seq: int, payload: Sequence[Buffer], checked: Sequence[Buffer] = ()) -> list[Buffer]:
+    """Return the buffers of one record; the payload, which ends in `checked`, is not copied.
+
+    `checked` are frames whose last is the CRC-32C of the others, as the caller has just verified: that is
+    not computed again.
+    """
+    check = crc32c([_SEQ.pack(seq), *payload])
+    if checked:
+        check = crc32c_of_checked(checked, check)
+    return [HEAD.pack(sum(map(len, payload)) + sum(map(len, checked)), check, seq), *payload, *checked]
 
 
 def scan(data: Buffer) -> Scan:
@@ -89,15 +95,16 @@ def payload(data: Buffer, record: Record) -> memoryview:
 
 def write_all(file: int, buffers: Sequence[Buffer], path: object) -> int:
     """Write buffers at the end of a file and return their bytes; raises StorageError (disk full, I/O)."""
-    pending = [memoryview(buffer) for buffer in buffers if len(buffer)]
-    total = sum(map(len, pending))
+    total = sum(map(len, buffers))
     try:
+        done = os.writev(file, buffers[:_MOST_BUFFERS])
+        pending = list(buffers) if done < total else []
         while pending:
-            done = os.writev(file, pending[:_MOST_BUFFERS])
             while pending and done >= len(pending[0]):
                 done -= len(pending.pop(0))
-            if done:
-                pending[0] = pending[0][done:]
+            if pending:
+                pending[0] = memoryview(pending[0])[done:]
+                done = os.writev(file, pending[:_MOST_BUFFERS])
     except OSError as error:
         raise StorageError(
             f"{path}: writing failed ({error.strerror}); free space or repair the disk"

@@ -14,10 +14,8 @@ import torch
 
 from slipstream.actor import Actor
 from slipstream.config import RunConfig
-from slipstream.hub import Bookkeeper, quarantine_in
-from slipstream.ingest import IngestLog
+from slipstream.hub import Bookkeeper, open_ledger
 from slipstream.learner import Learner
-from slipstream.ledger import Ledger
 from slipstream.rendezvous import run_id
 from slipstream.spool import Spool
 from slipstream.transport.client import ActorClient, LearnerClient
@@ -32,8 +30,7 @@ def run(config: RunConfig, folder: Path) -> None:
 
 async def _run(config: RunConfig, folder: Path) -> None:
     identity = run_id(folder)
-    log = IngestLog(folder / "trajectories", config.hub.durability, config.hub.segment_bytes)
-    ledger = Ledger(config, identity, log, quarantine_in(folder / "quarantine"))
+    log, ledger = open_ledger(config, folder, identity)
     hub, books = MemoryHub(ledger), Bookkeeper(ledger, folder)
     spool = Spool(folder / "spool" / "actor-0.log", durability=config.hub.durability)
     actor = Actor(config, folder, ActorClient(hub.channel("actor-0"), spool, identity, "actor-0"))

@@ -49,13 +49,13 @@ class Spool:
         self._recover()
         self._live = sum(HEAD.size + record.length for record in self._pending.values())
 
-    def append(self, seq: int, payload: Sequence[Buffer]) -> int:
-        """Make one record durable and return its `seq`.
+    def append(self, seq: int, payload: Sequence[Buffer], checked: Sequence[Buffer] = ()) -> int:
+        """Make one record durable and return its `seq`; `checked` frames (records.pack) end its payload.
 
         Raises StorageError when the cap would be exceeded (nothing is written) or the disk fails.
         """
         assert seq == self.next_seq, "the spool numbers its records itself"
-        size = HEAD.size + sum(map(len, payload))
+        size = HEAD.size + sum(map(len, payload)) + sum(map(len, checked))
         if not self.has_room(size - HEAD.size):
             raise StorageError(
                 f"{self.path}: the spool holds {self._size} of {self._limit} bytes and cannot take "
@@ -63,7 +63,7 @@ class Spool:
             )
         if self._size + size > self._limit:
             self._compact()
-        write_all(self._file, pack(seq, payload), self.path)
+        write_all(self._file, pack(seq, payload, checked), self.path)
         if self._durability == "power":
             sync(self._file, self.path)
         self._pending[seq] = Record(offset=self._size, seq=seq, length=size - HEAD.size)

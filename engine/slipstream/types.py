@@ -202,8 +202,13 @@ class Trajectory:
     @property
     def success(self) -> bool:
         """True when every outcome score is positive."""
-        outcomes = [s.value for s in self.scores if s.kind is ScoreKind.OUTCOME]
-        return bool(outcomes) and all(value is not None and value > 0 for value in outcomes)
+        return succeeded(self.scores)
+
+
+def succeeded(scores: Sequence[Score]) -> bool:
+    """Return whether there are outcome scores and all of them are positive."""
+    outcomes = [score.value for score in scores if score.kind is ScoreKind.OUTCOME]
+    return bool(outcomes) and all(value is not None and value > 0 for value in outcomes)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

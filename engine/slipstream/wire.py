@@ -22,12 +22,13 @@ import struct
 from collections.abc import Sequence
 from typing import Any, Final
 
-import google_crc32c
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
+from slipstream_kernels.delivery import Summary
 
 from slipstream.errors import FrameError
+from slipstream.integrity import check_values, crc32c
 from slipstream.messages import MAX_HEADER_BYTES, PROTOCOL, Buffer, decode_struct, message_schema
 from slipstream.types import (
     Outcome,
@@ -54,6 +55,8 @@ ARRAYS: Final[tuple[tuple[str, np.dtype[Any]], ...]] = (
     ("turn_rewards", np.dtype("<f4")),
 )
 FRAMES: Final = 2 + len(ARRAYS) + 1
+_NEAR_SERIALS: Final = 32
+"""So few serials are looked for one by one faster than by sorting."""
 
 
 class Header(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -95,10 +98,22 @@ def schema_hash() -> str:
     return hashlib.sha256(msgspec.json.encode(parts, order="sorted")).hexdigest()[:16]
 
 
-def encode_trajectory(trajectory: Trajectory) -> list[Buffer]:
-    """Return the 9 frames of a trajectory; array frames share its memory.
+class Arrival(msgspec.Struct, frozen=True, kw_only=True):
+    """What the hub needs to know of a trajectory; its arrays stay bytes."""
 
-    Raises FrameError for a trajectory that its reader would refuse.
+    header: Header
+    reward: float
+    """Sum of its turns' rewards."""
+    sampled: int
+    """Tokens whose loss_mask is 1."""
+    serials: tuple[int, ...]
+    """Distinct serials of its sampled tokens, ascending."""
+
+
+def encode_trajectory(trajectory: Trajectory, identity: TrajectoryId | None = None) -> list[Buffer]:
+    """Return the 9 frames of a trajectory, under another identity if one is given.
+
+    Array frames share its memory. Raises FrameError for a trajectory that its reader would refuse.
     """
     arrays: list[NDArray[Any]] = [getattr(trajectory, name) for name, _ in ARRAYS]
     for (name, dtype), array in zip(ARRAYS, arrays, strict=True):
@@ -106,7 +121,7 @@ def encode_trajectory(trajectory: Trajectory) -> list[Buffer]:
             raise FrameError(
                 f"{name}: expected one dimension of {dtype}, got {array.dtype} of shape {array.shape}"
             )
-    header = _header(trajectory)
+    header = _header(trajectory, identity or trajectory.identity)
     _check(header, arrays)
     frames: list[Buffer] = [_ENCODER.encode(header), _encode_tool_calls(trajectory.tool_calls)]
     frames += [np.ascontiguousarray(array).data.cast("B") if array.size else b"" for array in arrays]
@@ -124,6 +139,37 @@ def decode_trajectory(frames: Sequence[Buffer]) -> Trajectory:
 
     Raises FrameError naming the field, what was expected and what was got.
     """
+    header, calls, arrays, _ = _decode(frames)
+    return Trajectory(
+        identity=header.identity, attempt=header.attempt, split=header.split, evaluation=header.evaluation,
+        issue=header.issue, scores=header.scores, outcome=header.outcome, sampling=header.sampling,
+        timings=header.timings, note=header.note, tool_calls=calls, token_ids=arrays[0], loss_mask=arrays[1],
+        behavior_logprobs=arrays[2], versions=arrays[3], turns=arrays[4], turn_rewards=arrays[5],
+    )  # fmt: skip
+
+
+def inspect_trajectory(frames: Sequence[Buffer]) -> Arrival:
+    """Check the 9 frames of a trajectory as `decode_trajectory` does, and return what they add up to."""
+    header, _, arrays, found = _decode(frames)
+    return Arrival(
+        header=header,
+        reward=float(arrays[5].sum()),
+        sampled=found.sampled,
+        serials=_serials(arrays[3], found),
+    )
+
+
+def _serials(versions: NDArray[np.int32], found: Summary) -> tuple[int, ...]:
+    if found.least == found.most:
+        return (found.most,) if found.sampled else ()
+    if found.most - found.least < _NEAR_SERIALS:
+        return tuple(s for s in range(found.least, found.most + 1) if (versions == s).any())
+    return tuple(serial for serial in np.unique(versions).tolist() if serial >= 0)
+
+
+def _decode(
+    frames: Sequence[Buffer],
+) -> tuple[Header, tuple[ToolCall, ...], list[NDArray[Any]], Summary]:
     header = decode_header(frames)
     calls = decode_struct(
         frames[1], _TOOL_CALLS, what="tool calls", limit=MAX_TOOL_CALL_BYTES, free_form=True
@@ -131,13 +177,7 @@ def decode_trajectory(frames: Sequence[Buffer]) -> Trajectory:
     arrays = [
         _array(frame, name, dtype, header) for frame, (name, dtype) in zip(frames[2:-1], ARRAYS, strict=True)
     ]
-    _check(header, arrays)
-    return Trajectory(
-        identity=header.identity, attempt=header.attempt, split=header.split, evaluation=header.evaluation,
-        issue=header.issue, scores=header.scores, outcome=header.outcome, sampling=header.sampling,
-        timings=header.timings, note=header.note, tool_calls=calls, token_ids=arrays[0], loss_mask=arrays[1],
-        behavior_logprobs=arrays[2], versions=arrays[3], turns=arrays[4], turn_rewards=arrays[5],
-    )  # fmt: skip
+    return header, calls, arrays, _check(header, arrays)
 
 
 def decode_header(frames: Sequence[Buffer]) -> Header:
@@ -158,19 +198,14 @@ def decode_header(frames: Sequence[Buffer]) -> Header:
     return header
 
 
-def crc32c(frames: Sequence[Buffer], start: int = 0) -> int:
-    """Return the CRC-32C of some buffers in order, continuing from `start`."""
-    total = start
-    for frame in frames:
-        # google_crc32c reads arrays and bytes, but refuses a memoryview.
-        data = frame if isinstance(frame, bytes) else np.frombuffer(frame, np.uint8)
-        total = google_crc32c.extend(total, data) if len(data) else total
-    return total
+def record_prefix(frames: Sequence[Buffer]) -> list[Buffer]:
+    """Return what a record of these frames begins with; nothing for no frames."""
+    return [struct.pack(f"<{len(frames) + 1}I", len(frames), *map(len, frames))] if frames else []
 
 
 def record_frames(frames: Sequence[Buffer]) -> list[Buffer]:
     """Return the buffers of one record: its prefix, then the frames themselves, not copied."""
-    return [struct.pack(f"<{len(frames) + 1}I", len(frames), *map(len, frames)), *frames]
+    return [*record_prefix(frames), *frames]
 
 
 def to_bytes(trajectory: Trajectory) -> bytes:
@@ -202,9 +237,9 @@ def from_bytes(record: Buffer) -> Trajectory:
     return decode_trajectory(split_record(record))
 
 
-def _header(trajectory: Trajectory) -> Header:
+def _header(trajectory: Trajectory, identity: TrajectoryId) -> Header:
     return Header(
-        identity=trajectory.identity,
+        identity=identity,
         attempt=trajectory.attempt,
         split=trajectory.split,
         evaluation=trajectory.evaluation,
@@ -235,29 +270,14 @@ def _array(frame: Buffer, name: str, dtype: np.dtype[Any], header: Header) -> ND
     return array
 
 
-def _check(header: Header, arrays: Sequence[NDArray[Any]]) -> None:
-    tokens, mask, logprobs, versions, turns, rewards = arrays
+def _check(header: Header, arrays: Sequence[NDArray[Any]]) -> Summary:
     for (name, _), array in zip(ARRAYS[:5], arrays[:5], strict=True):
         if array.size != header.tokens:
             raise FrameError(f"{name}: expected length {header.tokens}, got {array.size}")
-    if tokens.size == 0:
-        return
-    if np.maximum.reduce(mask) > 1:
-        raise FrameError(f"loss_mask: expected 0 or 1, got {mask.max()}")
-    for name, array in (("behavior_logprobs", logprobs), ("turn_rewards", rewards)):
-        if not np.isfinite(array).all():
-            raise FrameError(f"{name}: expected finite values, got NaN or infinity")
-    if np.minimum.reduce(tokens) < 0:
-        raise FrameError(f"token_ids: expected values >= 0, got {tokens.min()}")
-    absent = mask == 0
-    if ((versions < 0) != absent).any():
-        raise FrameError(
-            "versions: expected a serial where loss_mask is 1 and -1 elsewhere, got another pattern"
-        )
-    if ((turns < 0) != absent).any() or np.maximum.reduce(turns) >= max(header.turns, 1):
-        raise FrameError(f"turns: expected 0 .. {header.turns - 1} where loss_mask is 1 and -1 elsewhere")
+    found = check_values(*arrays)
     for score in header.scores:
         if not math.isfinite(score.weight) or (score.value is not None and not math.isfinite(score.value)):
             raise FrameError(
                 f"scores.{score.name}: expected finite numbers, got {score.value} x {score.weight}"
             )
+    return found

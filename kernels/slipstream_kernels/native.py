@@ -13,12 +13,13 @@ from pathlib import Path
 from slipstream_kernels.errors import BackendUnavailableError, NativeError
 
 LIBRARY = Path(__file__).with_name("libslipstream_cpu.so")
-ABI_VERSION = 1
+ABI_VERSION = 2
 
 _STATUS = {
     1: "a pointer is null",
     2: "a size is negative",
     3: "cu_seqlens must begin with 0, never fall and end with the number of tokens",
+    4: "the bytes are no plain MessagePack value within the limits",
 }
 _SIGNATURES: dict[str, list[type]] = {
     "slipstream_segment_scan_f32": [
@@ -31,7 +32,20 @@ _SIGNATURES: dict[str, list[type]] = {
         ctypes.c_void_p,
     ],
     "slipstream_checksum64": [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_void_p],
+    "slipstream_check_trajectory": [
+        *[ctypes.c_void_p] * 5,
+        ctypes.c_int64,
+        ctypes.c_void_p,
+        ctypes.c_int64,
+        ctypes.c_void_p,
+    ],
+    "slipstream_check_msgpack": [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_int64],
 }
+_VALUES: dict[str, list[type]] = {
+    "slipstream_crc32c": [ctypes.c_void_p, ctypes.c_int64, ctypes.c_uint32, ctypes.c_int32],
+    "slipstream_crc32c_combine": [ctypes.c_uint32, ctypes.c_uint32, ctypes.c_int64],
+}
+"""Functions that return a u32 value instead of a status."""
 
 
 @cache
@@ -52,10 +66,10 @@ def library() -> ctypes.CDLL:
             f"the native library {LIBRARY} has ABI version {version}, expected {ABI_VERSION};"
             " install Slipstream again"
         )
-    for name, arguments in _SIGNATURES.items():
-        function = getattr(loaded, name)
-        function.argtypes = arguments
-        function.restype = ctypes.c_int32
+    for signatures, result in ((_SIGNATURES, ctypes.c_int32), (_VALUES, ctypes.c_uint32)):
+        for name, arguments in signatures.items():
+            function = getattr(loaded, name)
+            function.argtypes, function.restype = arguments, result
     return loaded
 
 
@@ -84,6 +98,11 @@ def checksum64(data: int, *, size_bytes: int, threads: int) -> int:
     return result.value
 
 
+def reason(status: int) -> str:
+    """Return what a status code of the library means."""
+    return _STATUS.get(status, f"unknown status {status}")
+
+
 def _load() -> ctypes.CDLL | str:
     try:
         return library()
@@ -94,4 +113,4 @@ def _load() -> ctypes.CDLL | str:
 def _call(name: str, *arguments: object) -> None:
     status = getattr(library(), name)(*arguments)
     if status != 0:
-        raise NativeError(f"{name}: {_STATUS.get(status, f'unknown status {status}')}")
+        raise NativeError(f"{name}: {reason(status)}")

@@ -3,34 +3,45 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import pytest
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from slipstream.attention import install
-from slipstream.chat import Chat, train_tokenizer
-from slipstream.config import EnvironmentConfig
-from slipstream.environments.research import corpus
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-ModelMaker = Callable[..., PreTrainedModel]
+    from slipstream.chat import Chat
+
+    ModelMaker = Callable[..., PreTrainedModel]
+
+# Imports stand inside: most tests of the engine need no torch.
 
 
 @pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerFast:
     """The research recipe's tokenizer, of fewer worlds."""
+    from slipstream.chat import train_tokenizer
+    from slipstream.config import EnvironmentConfig
+    from slipstream.environments.research import corpus
+
     return train_tokenizer(corpus(EnvironmentConfig(), worlds=16), vocabulary=768)
 
 
 @pytest.fixture(scope="session")
 def chat(tokenizer: PreTrainedTokenizerFast) -> Chat:
     """Its chat format."""
+    from slipstream.chat import Chat
+
     return Chat(tokenizer)
 
 
 @pytest.fixture(scope="session")
 def make_model() -> ModelMaker:
     """Return a maker of tiny Llamas; weights are wide, so that probabilities differ clearly."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from slipstream.attention import install
 
     def make(
         *, vocabulary: int = 37, kv_heads: int = 2, seed: int = 0, installed: bool = True, max_tokens: int = 128

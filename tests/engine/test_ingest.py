@@ -17,7 +17,7 @@ MADE = synthetic.trajectory(16)
 EVENTS: list[AnyEvent] = [
     events.Epoch(actor="a", epoch=0, session="s"),
     events.GroupOpened(group=0, task=0, split=Split.TRAIN),
-    describe(MADE, "buffered"),
+    describe(wire.inspect_trajectory(wire.encode_trajectory(MADE)), "buffered"),
     events.Trained(step=0, identities=(MADE.identity,)),
 ]
 
@@ -26,10 +26,8 @@ def filled(folder: Path, segment_bytes: int = 1 << 20) -> list[int]:
     log = IngestLog(folder, segment_bytes=segment_bytes)
     positions = []
     for event in EVENTS:
-        record = (
-            wire.record_frames(wire.encode_trajectory(MADE)) if isinstance(event, events.Received) else ()
-        )
-        positions.append(log.append(event, record))
+        frames = wire.encode_trajectory(MADE) if isinstance(event, events.Received) else ()
+        positions.append(log.append(event, frames))
     log.close()
     return positions
 
@@ -57,7 +55,7 @@ def test_events_and_records_come_back(tmp_path: Path, segment_bytes: int) -> Non
 
 def test_what_is_not_flushed_can_be_read(tmp_path: Path) -> None:
     log = IngestLog(tmp_path)
-    position = log.append(EVENTS[2], wire.record_frames(wire.encode_trajectory(MADE)))
+    position = log.append(EVENTS[2], wire.encode_trajectory(MADE))
     assert wire.from_bytes(log.read(position)).identity == MADE.identity
     log.close()
 

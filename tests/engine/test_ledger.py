@@ -280,6 +280,36 @@ def test_groups_too_old_at_hand_out_are_dropped_and_make_room(rig: Rig) -> None:
     assert batch is not None
     assert {t.attempt.group for t in batch}.isdisjoint({2, 3})
     assert rig.ledger.books()["dropped_by_slip"] == 4
+    again = rig.want(peer, 8)  # no task is skipped: they are owed again, under a new issue
+    assert [lease for lease in again if lease.attempt.group in {2, 3}] == [
+        dataclasses.replace(lease, issue=lease.issue + 1) for lease in late
+    ]
+    rig.ledger.check_books()
+
+
+def test_after_a_rollback_leases_wait_for_their_turn(rig: Rig) -> None:
+    """Episodes of later batches would be too old when they are trained."""
+    peer, announced = ready(rig)
+    done = 0
+    for step in range(4):
+        rig.want(peer, 8)
+        for lease in rig.leases[peer][done:]:
+            rig.deliver(peer, rig.made(peer, lease, announced.version.serial))
+            done += 1
+        assert rig.pull(step) is not None
+        announced = rig.publish(step + 1)
+        rig.say(peer, m.Proof(proof=synthetic.proof(announced)))
+    rig.learner(step=1, session="another life")
+    fresh = rig.publish(1)
+    rig.say(peer, m.Proof(proof=synthetic.proof(fresh)))
+    assert rig.pull(1) is not None  # sampled before the fork
+    assert rig.pull(2) is None
+    assert rig.ledger.books()["dropped_by_slip"] > 0
+    rig.want(peer, 64)
+    leased = {group for _, group, _ in rig.ledger.state.training.leased}
+    assert leased and max(leased) < (CONFIG.max_slip + 1 + 1) * CONFIG.batch.groups
+    assert rig.ledger.state.training.waiting, "groups of later batches are owed, and wait"
+    rig.ledger.check_books()
 
 
 def test_a_learner_that_resumes_gets_its_trajectories_back(rig: Rig) -> None:

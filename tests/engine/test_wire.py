@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from slipstream import messages, synthetic, wire
 from slipstream.errors import FrameError
+from slipstream.integrity import crc32c
 from slipstream.types import Outcome, Trajectory
 
 ARRAYS = [name for name, _ in wire.ARRAYS]
@@ -32,7 +33,7 @@ def assert_same(left: Trajectory, right: Trajectory) -> None:
 
 def with_check(frames: list[messages.Buffer]) -> list[messages.Buffer]:
     """Return frames whose last is right again, so that what is behind it is tested."""
-    return [*frames[:-1], wire.crc32c(frames[:-1]).to_bytes(4, "little")]
+    return [*frames[:-1], crc32c(frames[:-1]).to_bytes(4, "little")]
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 2, 33, 4096])

@@ -9,7 +9,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from runs import Run, make_warm_start  # noqa: E402
+from runs import Run, make_warm_start
 
 
 @pytest.fixture(scope="session")

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import dataclasses
 import secrets
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Any, Final
 
 from slipstream.deadlines import Deadline, Deadlines, within
@@ -39,7 +37,7 @@ from slipstream.wire import (
     ARRAYS,
     MAX_META_BYTES,
     encode_trajectory,
-    record_frames,
+    record_prefix,
     schema_hash,
     split_record,
 )
@@ -73,11 +71,12 @@ class ActorClient:
         self._proofs: deque[WeightProof] = deque(maxlen=_KEPT_PROOFS)
         self._newest_serial = -1
         self._inbox: asyncio.Queue[Grant | Weights | Stop | None] = asyncio.Queue()
-        self._changed = asyncio.Condition()
+        self._changed = asyncio.Event()
         self._failure: SlipstreamError | None = None
         self._welcome: asyncio.Future[Welcome] | None = None
         self._tasks: list[asyncio.Task[None]] = []
-        self._receiving: asyncio.Future[list[Buffer]] | None = None
+        self._heard = 0
+        """Messages of the hub so far."""
 
     @property
     def epoch(self) -> int:
@@ -96,7 +95,7 @@ class ActorClient:
         """
         self._welcome = asyncio.get_running_loop().create_future()
         await self._send(self._hello())
-        self._tasks.append(asyncio.create_task(self._read()))
+        self._tasks += [asyncio.create_task(self._guard(work)) for work in (self._read(), self._watch())]
         return await within(
             asyncio.shield(self._welcome), self._limits.connect_s, self._who, f"Welcome of the {self._hub}"
         )
@@ -116,11 +115,13 @@ class ActorClient:
         await self._wait(lambda: self._spool.has_room(most), self._limits.credit_s, "room in the spool")
         seq = self._spool.next_seq
         identity = TrajectoryId(run=self._run, actor=self._name, epoch=self._epoch, seq=seq)
-        frames = encode_trajectory(dataclasses.replace(trajectory, identity=identity))
-        self._spool.append(seq, record_frames(frames))
+        frames = encode_trajectory(trajectory, identity)
+        self._spool.append(seq, record_prefix(frames), frames)
         self._sent_leases[seq] = Lease(attempt=trajectory.attempt, split=trajectory.split,
                                        evaluation=trajectory.evaluation, issue=trajectory.issue)  # fmt: skip
         await self._deliver(seq, frames)
+        # Sending seldom waits: acknowledgements must get their turn between two of many.
+        await asyncio.sleep(0)
 
     async def prove(self, proof: WeightProof) -> None:
         """Show the hub evidence that this actor holds a version; a wrong proof ends in RefusedError."""
@@ -149,13 +150,9 @@ class ActorClient:
 
     async def close(self) -> None:
         """Drop the connection; unacknowledged trajectories stay in the spool."""
-        ending: list[asyncio.Future[Any]] = [
-            *self._tasks,
-            *([self._receiving] if self._receiving is not None else []),
-        ]
-        for task in ending:
+        for task in self._tasks:
             task.cancel()
-        await asyncio.gather(*ending, return_exceptions=True)
+        await asyncio.gather(*self._tasks, return_exceptions=True)
         self._channel.close()
         self._spool.close()
 
@@ -174,13 +171,16 @@ class ActorClient:
     async def _send(self, message: Message, frames: Sequence[Buffer] = ()) -> None:
         if self._failure is not None:
             raise self._failure
-        await within(self._channel.send([encode_message(message), *frames]), self._limits.send_s, self._who,
-                     f"the {self._hub} to take {type(message).__name__}")  # fmt: skip
+        everything = [encode_message(message), *frames]
+        if not self._channel.send_now(everything):
+            await within(self._channel.send(everything), self._limits.send_s, self._who,
+                         f"the {self._hub} to take {type(message).__name__}")  # fmt: skip
 
     async def _deliver(self, seq: int, frames: Sequence[Buffer]) -> None:
         size = sum(map(len, frames))
-        await self._wait(lambda: self._has_credit(size) or seq not in self._spool, self._limits.credit_s,
-                         f"credit for {size} bytes")  # fmt: skip
+        if self._failure is not None or not self._has_credit(size):
+            await self._wait(lambda: self._has_credit(size) or seq not in self._spool,
+                             self._limits.credit_s, f"credit for {size} bytes")  # fmt: skip
         if seq in self._spool and seq not in self._on_the_way:
             self._on_the_way[seq] = size
             self._bytes_on_the_way += size
@@ -191,50 +191,51 @@ class ActorClient:
         return not self._on_the_way or self._bytes_on_the_way + size <= self._credit
 
     async def _wait(self, ready: Callable[[], bool], seconds: float, what: str) -> None:
-        if self._failure is None and ready():
-            return
-        async with self._changed:
-            await within(
-                self._changed.wait_for(lambda: self._failure is not None or ready()),
-                seconds,
-                self._who,
-                f"{what} from the {self._hub}",
-            )
+        if self._failure is None and not ready():
+            await within(self._until(ready), seconds, self._who, f"{what} from the {self._hub}")
         if self._failure is not None:
             raise self._failure
 
-    async def _read(self) -> None:
-        """Take every message of the hub until something fails; then everybody who waits gets the failure."""
+    async def _until(self, ready: Callable[[], bool]) -> None:
+        while self._failure is None and not ready():
+            self._changed.clear()
+            await self._changed.wait()
+
+    async def _guard(self, work: Coroutine[Any, Any, None]) -> None:
+        """Run until something fails; then everybody who waits gets the failure."""
         try:
-            while True:
-                frames = await self._next()
-                await self._take(decode_message(frames[0]))
+            await work
         except SlipstreamError as error:
             self._failure = error
             self._inbox.put_nowait(None)
             if self._welcome is not None and not self._welcome.done():
                 self._welcome.set_exception(error)
-            async with self._changed:
-                self._changed.notify_all()
+            self._changed.set()
 
-    async def _next(self) -> list[Buffer]:
-        """Return the next message; asks for a sign of life in between."""
-        silence = Deadline(self._limits.silence_s, self._who, f"a sign of life of the {self._hub}")
-        # One receive for all turns: cancelling it as the message comes would lose the message.
-        if self._receiving is None:
-            self._receiving = asyncio.ensure_future(self._channel.receive())
-        while not (await asyncio.wait({self._receiving}, timeout=self._limits.ping_s))[0]:
-            silence.check()
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(self._limits.ping_s):
-                    await self._channel.send([encode_message(Ping())])
-        received, self._receiving = self._receiving, None
-        return received.result()
+    async def _read(self) -> None:
+        while True:
+            frames = await self._channel.receive()
+            self._heard += 1
+            await self._take(decode_message(frames[0]))
+
+    async def _watch(self) -> None:
+        """Ask a silent hub for signs of life, and give it up when `silence_s` worth of them are missing."""
+        missing, heard = 0, self._heard
+        while True:
+            if not missing:
+                silence = Deadline(self._limits.silence_s, self._who, f"a sign of life of the {self._hub}")
+            await asyncio.sleep(self._limits.ping_s)
+            missing, heard = (missing + 1, heard) if heard == self._heard else (0, self._heard)
+            # Counted, not timed: a process that itself stood still has not waited for the hub.
+            if missing * self._limits.ping_s >= self._limits.silence_s:
+                raise silence.error()
+            if missing:
+                self._channel.send_now([encode_message(Ping())])
 
     async def _take(self, message: AnyMessage) -> None:
         match message:
             case Ack():
-                await self._acknowledged(message)
+                self._acknowledged(message)
             case Grant():
                 self._take_leases(message)
             case Weights():
@@ -263,15 +264,14 @@ class ActorClient:
         if fresh:
             self._inbox.put_nowait(Grant(leases=fresh, pinned=message.pinned))
 
-    async def _acknowledged(self, message: Ack) -> None:
+    def _acknowledged(self, message: Ack) -> None:
         self._spool.acknowledge(message.seqs)
         for seq in message.seqs:
             self._bytes_on_the_way -= self._on_the_way.pop(seq, 0)
             lease = self._sent_leases.pop(seq, None)
             if lease is not None:
                 self._held.discard(lease)
-        async with self._changed:
-            self._changed.notify_all()
+        self._changed.set()
 
     async def _welcomed(self, message: Welcome) -> None:
         """Start over with a hub that has just let this actor in, for the first time or again."""

@@ -29,6 +29,12 @@ class AsyncChannel(Protocol):
 
     address: str
 
+    def send_now(self, frames: Sequence[Buffer]) -> bool:
+        """Hand one message over; returns False when the hub takes none now."""
+
+    def receive_now(self) -> list[Buffer] | None:
+        """Return the next message, or None when there is none now."""
+
     async def send(self, frames: Sequence[Buffer]) -> None:
         """Hand one message over; waits while the hub takes none."""
 

@@ -60,9 +60,14 @@ class MemoryChannel:
         self._messages: deque[list[Buffer]] = deque()
         self._arrived = asyncio.Event()
 
-    async def send(self, frames: Sequence[Buffer]) -> None:
+    def send_now(self, frames: Sequence[Buffer]) -> bool:
         """Let the hub handle one message now."""
         self._hub.take(self.peer, frames)
+        return True
+
+    async def send(self, frames: Sequence[Buffer]) -> None:
+        """Let the hub handle one message now."""
+        self.send_now(frames)
 
     async def receive(self) -> list[Buffer]:
         """Return the next message."""
@@ -77,7 +82,7 @@ class MemoryChannel:
             self._messages.append(frames)
             self._arrived.set()
 
-    def take_now(self) -> list[Buffer] | None:
+    def receive_now(self) -> list[Buffer] | None:
         """Return the next message, or None when there is none."""
         return self._messages.popleft() if self._messages else None
 
@@ -101,7 +106,7 @@ class MemorySyncChannel:
 
     def receive(self, _timeout_s: float) -> list[Buffer] | None:
         """Return the next message, or None when there is none."""
-        return self._channel.take_now()
+        return self._channel.receive_now()
 
     def close(self) -> None:
         """Take nothing any more."""

@@ -16,12 +16,12 @@ reason:
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 import zmq
-import zmq.asyncio
 
 from slipstream.errors import AddressError, FrameError
 from slipstream.messages import Ack, Buffer, Refused, decode_message, encode_message
@@ -32,7 +32,10 @@ MAX_FRAMES: Final = 16
 _HIGH_WATER: Final = 4096
 _MOST_PER_TURN: Final = 128
 _POLL_MS: Final = 50
-_COPY_BELOW: Final = 16 << 10
+_COPY_BELOW: Final = 64 << 10
+"""Copying a smaller frame costs less than sharing it."""
+_NOW: Final = int(zmq.NOBLOCK)
+_NOT_LAST: Final = int(zmq.NOBLOCK | zmq.SNDMORE)
 
 
 class RouterServer:
@@ -115,7 +118,7 @@ class RouterServer:
     def _send_all(self, replies: Sequence[Reply]) -> None:
         for peer, message, frames in merge_acks(replies):
             try:
-                self._socket.send_multipart([peer, encode_message(message), *frames], zmq.NOBLOCK, copy=False)
+                send_frames(self._socket, [peer, encode_message(message), *frames])
             except zmq.ZMQError as error:
                 # Gone, or it has not read thousands of messages: it must say Hello again.
                 if error.errno not in (zmq.EHOSTUNREACH, zmq.EAGAIN):
@@ -124,27 +127,72 @@ class RouterServer:
 
 
 class DealerChannel:
-    """An actor's end, for asyncio."""
+    """An actor's end, for asyncio: nothing is waited for that is possible at once."""
 
     def __init__(self, address: str) -> None:
         """Connect in the background; raises AddressError for an address that cannot be one."""
         self.address = address
-        self._context = zmq.asyncio.Context()
-        self._socket = self._context.socket(zmq.DEALER)
+        self._context = zmq.Context()
+        self._socket: zmq.Socket[bytes] = self._context.socket(zmq.DEALER)
         _connect(self._context, self._socket, address)
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._readable, self._writable = asyncio.Event(), asyncio.Event()
+
+    def send_now(self, frames: Sequence[Buffer]) -> bool:
+        """Hand one message over; returns False while no hub is connected."""
+        try:
+            send_frames(self._socket, frames)
+        except zmq.Again:
+            return False
+        finally:
+            self._look()
+        return True
+
+    def receive_now(self) -> list[Buffer] | None:
+        """Return the next message, or None when there is none."""
+        try:
+            return receive_frames(self._socket)
+        except zmq.Again:
+            return None
+        finally:
+            self._look()
 
     async def send(self, frames: Sequence[Buffer]) -> None:
         """Hand one message over; waits while no hub is connected."""
-        await self._socket.send_multipart(frames, copy=_is_small(frames))
+        while not self.send_now(frames):
+            await self._wait(self._writable)
 
     async def receive(self) -> list[Buffer]:
         """Return the next message."""
-        frames: list[Buffer] = list(await self._socket.recv_multipart())
+        while (frames := self.receive_now()) is None:
+            await self._wait(self._readable)
         return frames
 
     def close(self) -> None:
         """Drop the connection."""
+        if self._loop is not None and not self._loop.is_closed():
+            self._loop.remove_reader(self._socket.fileno())
         self._context.destroy(linger=0)
+
+    async def _wait(self, ready: asyncio.Event) -> None:
+        if self._loop is None:
+            self._loop = asyncio.get_running_loop()
+            self._loop.add_reader(self._socket.fileno(), self._look)
+        ready.clear()
+        self._look()
+        await ready.wait()
+
+    def _look(self) -> None:
+        """Wake whoever the socket is ready for.
+
+        Its descriptor tells of changes only, and any call on the socket may swallow one: so this runs when
+        the descriptor stirs, after each call, and before each wait.
+        """
+        events = self._socket.getsockopt(zmq.EVENTS)
+        if events & zmq.POLLIN:
+            self._readable.set()
+        if events & zmq.POLLOUT:
+            self._writable.set()
 
 
 class SyncDealerChannel:
@@ -161,7 +209,7 @@ class SyncDealerChannel:
         """Hand one message over; returns False when no hub was connected in time."""
         if not self._socket.poll(int(timeout_s * 1000), zmq.POLLOUT):
             return False
-        self._socket.send_multipart(frames, zmq.NOBLOCK)
+        send_frames(self._socket, frames)
         return True
 
     def receive(self, timeout_s: float) -> list[Buffer] | None:
@@ -175,12 +223,21 @@ class SyncDealerChannel:
         self._context.destroy(linger=0)
 
 
+def send_frames(socket: zmq.Socket[Any], frames: Sequence[Buffer]) -> None:
+    """Hand one message over, large frames not copied; raises zmq.Again when no peer takes it now."""
+    for frame in frames[:-1]:
+        socket.send(frame, _NOT_LAST, copy=len(frame) < _COPY_BELOW)
+    socket.send(frames[-1], _NOW, copy=len(frames[-1]) < _COPY_BELOW)
+
+
 def receive_frames(socket: zmq.Socket[Any]) -> list[Buffer]:
     """Return one message, large frames not copied; raises zmq.Again when there is none."""
     frames: list[Buffer] = []
-    for frame in socket.recv_multipart(zmq.NOBLOCK, copy=False):
+    while True:
+        frame = socket.recv(_NOW, copy=False)
         frames.append(frame.bytes if len(frame) < _COPY_BELOW else frame.buffer)
-    return frames
+        if not frame.more:
+            return frames
 
 
 def merge_acks(replies: Sequence[Reply]) -> list[Reply]:
@@ -194,10 +251,6 @@ def merge_acks(replies: Sequence[Reply]) -> list[Reply]:
         else:
             others.append((peer, message, frames))
     return [*((peer, ack, ()) for peer, ack in merged.items()), *others]
-
-
-def _is_small(frames: Sequence[Buffer]) -> bool:
-    return sum(map(len, frames)) < _COPY_BELOW * len(frames)
 
 
 def _connect(context: zmq.Context[Any], socket: zmq.Socket[Any], address: str) -> None:

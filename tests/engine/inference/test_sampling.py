@@ -52,7 +52,7 @@ def test_uniforms_are_uniform_over_keys_and_positions() -> None:
 
 
 def test_keys_differ_and_repeat() -> None:
-    assert rollout_key("train", -1, 5, 1, 5, 0) == 6803834371266195190
+    assert rollout_key("train", -1, 5, 1, 5, 0) == 6757338055237400307
     made = {rollout_key("train", -1, t, 1, t, a) for t in range(50) for a in range(8)}
     assert len(made) == 400
     assert rollout_key(1, 23) != rollout_key(12, 3)

@@ -1,0 +1,75 @@
+"""Floor 1. What the delivery of trajectories needs of the native library: neither torch nor NumPy is imported.
+
+Addresses are integers, or byte strings, whose first byte is meant.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from functools import cache
+from typing import NamedTuple, TypeAlias
+
+from slipstream_kernels import native
+from slipstream_kernels.errors import NativeError
+
+Address: TypeAlias = "int | bytes | None"
+
+
+class Summary(NamedTuple):
+    """What one pass over a trajectory's arrays found (slipstream_check_trajectory)."""
+
+    fault: str
+    """The first field at fault, or ""; the other fields mean something only without one."""
+    sampled: int
+    """Tokens whose mask is 1."""
+    least: int
+    """Smallest version of a sampled token, or -1."""
+    most: int
+    """Largest version of a sampled token, or -1."""
+
+
+FIELDS = ("", "loss_mask", "behavior_logprobs", "turn_rewards", "token_ids", "versions", "turns")
+
+
+class Delivery:
+    """The functions of csrc/include/slipstream.h that a trajectory meets on its way.
+
+    Example: ``delivery = load(); crc = delivery.crc32c(b"abc", 3, 0) if delivery else None``.
+    """
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        """Bind the functions of a loaded library."""
+        self._crc32c, self._combine = library.slipstream_crc32c, library.slipstream_crc32c_combine
+        self._check_trajectory = library.slipstream_check_trajectory
+        self._check_msgpack = library.slipstream_check_msgpack
+
+    def crc32c(self, data: Address, size_bytes: int, start: int = 0, *, portable: bool = False) -> int:
+        """Return the CRC-32C of some bytes, continuing from `start`; `portable` avoids the instruction."""
+        return int(self._crc32c(data, size_bytes, start, portable))
+
+    def combine(self, first: int, second: int, second_bytes: int) -> int:
+        """Return the CRC-32C of two blocks in a row from those of each."""
+        return int(self._combine(first, second, second_bytes))
+
+    def check_trajectory(
+        self, tokens: Address, mask: Address, logprobs: Address, versions: Address, turns: Address,
+        rewards: Address, *, length: int, reward_count: int,
+    ) -> Summary:  # fmt: skip
+        """Check six arrays of [length] elements, rewards of [reward_count]. Raises NativeError."""
+        found = (ctypes.c_int64 * 4)()
+        status = self._check_trajectory(
+            tokens, mask, logprobs, versions, turns, length, rewards, reward_count, found
+        )
+        if status != 0:
+            raise NativeError(f"slipstream_check_trajectory: {native.reason(status)}")
+        return Summary(FIELDS[found[0]], found[1], found[2], found[3])
+
+    def is_plain_msgpack(self, data: bytes, *, most_depth: int, most_items: int) -> bool:
+        """Return whether `data` is one MessagePack value within these limits, without extension types."""
+        return int(self._check_msgpack(data, len(data), most_depth, most_items)) == 0
+
+
+@cache
+def load() -> Delivery | None:
+    """Return the native functions, or None where the library cannot be used (`native.description`)."""
+    return Delivery(native.library()) if native.available() else None

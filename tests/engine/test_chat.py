@@ -1,0 +1,136 @@
+"""Text and tokens: what is appended turn by turn is what the template renders at once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import AddedToken
+from transformers import PreTrainedTokenizerFast
+
+from slipstream.chat import Chat, load_tokenizer, train_tokenizer
+from slipstream.config import EnvironmentConfig
+from slipstream.environments.research import TOOLS, corpus
+from slipstream.errors import CheckpointError
+from slipstream.interfaces import Observation
+from slipstream.tools.hermes import format_call
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ 'user' if m.role == 'tool' else m.role }}\n"
+    "{{ '<tool_response>\n' + m.content + '\n</tool_response>' if m.role == 'tool' else m.content }}"
+    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+# Shows only the newest assistant message with its thoughts, as templates of reasoning models do.
+FORGETFUL = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% if m.role == 'assistant' and loop.last %}<think>\n\n</think>\n\n{% endif %}{{ m.content }}"
+    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+STRICT = (
+    "{% for m in messages %}{% if m.role in ('tool', 'system') %}{{ raise_exception('no such role') }}"
+    "{% endif %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+SILENT = CHATML.replace("<|im_end|>", "")
+RESULTS = ("17\n42\n63", "Ada Kline lives in Oslo.", "error: timeout", "Łódź ☃ 東京", "")
+
+
+def chatml_tokenizer(template: str) -> PreTrainedTokenizerFast:
+    """A byte-level tokenizer with the control tokens of ChatML."""
+    trained = train_tokenizer(corpus(EnvironmentConfig(), worlds=2), vocabulary=400)._tokenizer
+    trained.add_special_tokens([AddedToken(t, normalized=False) for t in ("<|im_start|>", "<|im_end|>")])
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=trained, eos_token="<|im_end|>", pad_token="<|pad|>")
+    wrapped.chat_template = template
+    return wrapped
+
+
+@pytest.fixture(scope="module", params=[CHATML, FORGETFUL, STRICT, None], ids=["chatml", "forgetful", "strict", "own"])
+def any_tokenizer(request: pytest.FixtureRequest, tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    return chatml_tokenizer(request.param) if request.param else tokenizer
+
+
+def test_bridges_equal_rendering_the_whole_conversation(any_tokenizer: PreTrainedTokenizerFast) -> None:
+    chat = Chat(any_tokenizer)
+    messages = [
+        {"role": "system", "content": chat.system_message(TOOLS)},
+        {"role": "user", "content": "Where does Ada Kline live?"},
+    ]
+    tokens = chat.prompt(Observation(system="", user="Where does Ada Kline live?"), TOOLS)
+    role = "tool"
+    if any_tokenizer.chat_template == STRICT:
+        messages = [{"role": "user", "content": f"{messages[0]['content']}\n\n{messages[1]['content']}"}]
+        role = "user"
+    for number, result in enumerate(RESULTS):
+        said = format_call("open", {"document": str(number)})
+        messages += [{"role": "assistant", "content": said}, {"role": role, "content": result}]
+        tokens = np.concatenate([tokens, chat.message(said), chat.bridge(result)])
+        whole = any_tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        expected = any_tokenizer.encode(whole, add_special_tokens=False)
+        assert tokens.tolist() == expected
+
+
+def test_our_bridge_is_short(chat: Chat) -> None:
+    assert chat.text(chat.bridge("no results")) == "<|tool|>no results<|end|><|assistant|>"
+    assert len(chat.bridge("no results")) <= 7
+    assert not chat.bridge("no results").flags.writeable
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("search", {"query": "Ada Kline home"}),
+        ("search", {"query": "Quin Zorn manager"}),
+        ("open", {"document": "42"}),
+        ("answer", {"text": "Warsaw"}),
+        ("answer", {"text": "unknown"}),
+    ],
+)
+def test_a_call_takes_at_most_a_dozen_tokens(chat: Chat, name: str, arguments: dict[str, str]) -> None:
+    assert len(chat.message(format_call(name, arguments))) <= 12
+
+
+@given(st.text(max_size=60))
+def test_text_survives_encoding(chat: Chat, text: str) -> None:
+    assert chat.text(chat.encode(text)) == text
+
+
+@pytest.mark.parametrize("text", ["Łódź ☃ 東京 👩‍🚀", "a  b\t\n c ", "<tool_call>", "<|user|>"])
+def test_hard_text_survives_encoding(chat: Chat, text: str) -> None:
+    assert chat.text(chat.encode(text)) == text
+    assert chat.text(chat.message(text)) == text
+
+
+def test_only_the_last_stop_token_is_left_out_of_the_text(chat: Chat) -> None:
+    stop = chat.stop_token
+    assert chat.text(np.array([stop, stop], np.int32)) == "<|end|>"
+    assert chat.text(np.array([], np.int32)) == ""
+
+
+def test_the_system_message_lists_tools_in_one_line(chat: Chat, tokenizer: PreTrainedTokenizerFast) -> None:
+    assert chat.system_message(TOOLS) == "Tools: search(query), open(document), answer(text)"
+    explained = Chat(tokenizer, explain_calls=True).system_message(TOOLS)
+    assert '<tool_call>{"name": "TOOL", "arguments": {"ARGUMENT": "VALUE"}}</tool_call>' in explained
+
+
+def test_a_template_that_does_not_end_messages_is_refused() -> None:
+    with pytest.raises(CheckpointError, match="does not end an assistant message .* set eos_token"):
+        Chat(chatml_tokenizer(SILENT)).bridge("no results")
+
+
+def test_training_a_tokenizer_twice_gives_the_same(tokenizer: PreTrainedTokenizerFast) -> None:
+    again = train_tokenizer(corpus(EnvironmentConfig(), worlds=16), vocabulary=768)
+    assert again.get_vocab() == tokenizer.get_vocab()
+
+
+def test_load_tokenizer_names_what_is_missing(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(CheckpointError, match="cannot load the tokenizer"):
+        load_tokenizer(tmp_path)
+    bare = PreTrainedTokenizerFast(tokenizer_object=tokenizer._tokenizer, eos_token="<|end|>")
+    bare.save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match="no chat template"):
+        load_tokenizer(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    assert Chat(load_tokenizer(tmp_path)).message("Oslo").tolist() == Chat(tokenizer).message("Oslo").tolist()

@@ -1,0 +1,97 @@
+"""Scripted players: the expert always succeeds, the others as often as probability says."""
+
+from __future__ import annotations
+
+import asyncio
+
+import numpy as np
+import pytest
+
+from slipstream.chat import Chat
+from slipstream.config import RunConfig, load_config
+from slipstream.demonstrations import FIRST_DEMONSTRATION, demonstrations, play
+from slipstream.environments import environment_factory
+from slipstream.environments.scripted import DO_NOTHING, EXPERT, HASTY, WITHOUT_RETRY, Habits
+from slipstream.episodes import EpisodeRunner
+from slipstream.types import Outcome, Split, Trajectory
+
+TASKS = 250
+ROOMY = ["environment.max_turns=60", "environment.max_tokens=1024"]
+
+
+def runner_of(config: RunConfig, chat: Chat) -> EpisodeRunner:
+    return EpisodeRunner(
+        factory=environment_factory(config.environment, config.rewards),
+        chat=chat,
+        environment=config.environment,
+        rewards=config.rewards,
+    )
+
+
+def played(config: RunConfig, chat: Chat, habits: Habits, tasks: int = TASKS) -> list[Trajectory]:
+    runner = runner_of(config, chat)
+
+    async def work() -> list[Trajectory]:
+        return [await play(runner, config, Split.HELDOUT, index, habits) for index in range(tasks)]
+
+    return asyncio.run(work())
+
+
+def success(config: RunConfig, chat: Chat, habits: Habits) -> float:
+    return float(np.mean([t.success for t in played(config, chat, habits)]))
+
+
+@pytest.mark.parametrize("hops", [1, 2])
+def test_the_expert_always_succeeds_when_tools_do(chat: Chat, hops: int) -> None:
+    config = load_config("research", [*ROOMY, "environment.tool_failure_rate=0.0", f"environment.hops={hops}"])
+    for trajectory in played(config, chat, EXPERT, 100):
+        assert trajectory.success
+        assert trajectory.outcome is Outcome.COMPLETED
+        # Per hop a search and one to three documents, then the answer.
+        assert 2 * hops + 1 <= len(trajectory.turn_rewards) <= 4 * hops + 1
+
+
+def test_the_expert_retries_until_tools_work(chat: Chat) -> None:
+    config = load_config("research", [*ROOMY, "environment.tool_failure_rate=0.3"])
+    assert success(config, chat, EXPERT) == 1.0
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.3])
+def test_without_retry_success_is_that_of_no_error(chat: Chat, rate: float) -> None:
+    """The true document is the k-th of three with equal chance: mean over k of (1 - p)^(1 + k)."""
+    config = load_config("research", [*ROOMY, f"environment.tool_failure_rate={rate}"])
+    expected = np.mean([(1 - rate) ** (1 + k) for k in (1, 2, 3)])
+    error = (expected * (1 - expected) / TASKS) ** 0.5
+    assert success(config, chat, WITHOUT_RETRY) == pytest.approx(expected, abs=3.5 * error)
+
+
+def test_the_hasty_believe_the_first_document(chat: Chat) -> None:
+    config = load_config("research", [*ROOMY, "environment.tool_failure_rate=0.1"])
+    expected = 0.9**2 / 3
+    error = (expected * (1 - expected) / TASKS) ** 0.5
+    assert success(config, chat, HASTY) == pytest.approx(expected, abs=3.5 * error)
+
+
+def test_doing_nothing_fails(chat: Chat) -> None:
+    config = load_config("research")
+    shown = played(config, chat, DO_NOTHING, 20)
+    assert not any(t.success for t in shown)
+    assert {len(t.turn_rewards) for t in shown} == {1}
+
+
+def test_demonstrations_repeat_and_mix_habits(chat: Chat) -> None:
+    config = load_config("research", ["warmup.careful_share=0.3"])
+    runner = runner_of(config, chat)
+    shown = asyncio.run(demonstrations(runner, config, range(300)))
+    again = asyncio.run(demonstrations(runner, config, [7, 250]))
+    for number, one in zip((7, 250), again, strict=True):
+        np.testing.assert_array_equal(one.token_ids, shown[number].token_ids)
+    assert {t.attempt.task for t in shown} == set(range(FIRST_DEMONSTRATION, FIRST_DEMONSTRATION + 300))
+    # 0.3 careful at nearly 1.0, 0.7 hasty at 0.27.
+    assert np.mean([t.success for t in shown]) == pytest.approx(0.3 + 0.7 * 0.27, abs=0.1)
+
+
+def test_scripted_tokens_claim_no_version(chat: Chat) -> None:
+    (one,) = played(load_config("research"), chat, EXPERT, 1)
+    assert set(one.versions.tolist()) == {-1}
+    assert one.loss_mask.sum() > 0 and not one.behavior_logprobs.any()

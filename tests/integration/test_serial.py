@@ -1,0 +1,103 @@
+"""Serial mode: equal results every time, also after a kill, and those of processes at slip 0."""
+
+import json
+import signal
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from books import Books, check_books, check_finished, read_books
+from runs import Run
+
+from slipstream.types import Trajectory
+
+pytestmark = pytest.mark.timeout(600)
+CLOCK = {"wall_seconds", "stage_seconds", "learner_starved_share"}
+
+
+def summary(run: Run) -> dict[str, Any]:
+    """What must not depend on the clock."""
+    read = json.loads((run.folder / "summary.json").read_text())
+    return {key: value for key, value in read.items() if key not in CLOCK}
+
+
+def last_weights(run: Run) -> bytes:
+    folder = run.folder / "checkpoints" / f"step-{run.config.steps:08d}"
+    return (folder / "model.safetensors").read_bytes()
+
+
+def assert_equal(one: Trajectory, other: Trajectory) -> None:
+    """The same episode, bit for bit; serials and seconds are compared by whoever knows them."""
+    for name in ("token_ids", "loss_mask", "turns", "turn_rewards"):
+        np.testing.assert_array_equal(getattr(one, name), getattr(other, name))
+    assert one.behavior_logprobs.tobytes() == other.behavior_logprobs.tobytes()
+    assert list(one.scores) == list(other.scores)
+    assert (one.outcome, one.attempt, one.split) == (other.outcome, other.attempt, other.split)
+
+
+def assert_same_training(one: Books, other: Books) -> None:
+    """The same attempts in the same steps, sampled by weights of the same step."""
+    ours, theirs = one.by_attempt(), other.by_attempt()
+    assert list(ours) == list(theirs)
+    for attempt, trajectory in ours.items():
+        assert_equal(trajectory, theirs[attempt])
+        sampled = [
+            [books.steps[int(serial)] for serial in found.versions if serial >= 0]
+            for books, found in ((one, trajectory), (other, theirs[attempt]))
+        ]
+        assert sampled[0] == sampled[1]
+
+
+def moved(run: Run) -> bool:
+    """Whether training changed the weights: otherwise equal weights would prove nothing."""
+    warm = run.folder / "checkpoints" / "warmup" / "model.safetensors"
+    return warm.read_bytes() != last_weights(run)
+
+
+def test_two_serial_runs_are_equal(new_run: Callable[..., Run]) -> None:
+    runs = [new_run(name, "steps=3") for name in ("one", "two")]
+    for train, run in [(run.start("--serial"), run) for run in runs]:
+        ended = train.end()
+        assert ended.code == 0, run.story(ended)
+    assert summary(runs[0]) == summary(runs[1])
+    books = [check_finished(run.folder, run.config) for run in runs]
+    assert_same_training(*books)
+    ours, theirs = (each.by_attempt() for each in books)
+    assert all((ours[key].versions == theirs[key].versions).all() for key in ours)
+    assert last_weights(runs[0]) == last_weights(runs[1])
+    assert moved(runs[0])
+
+
+@pytest.mark.slow
+def test_a_serial_run_goes_on_after_a_kill_as_if_never_interrupted(new_run: Callable[..., Run]) -> None:
+    whole, broken = new_run("whole"), new_run("broken", "environment.tool_latency_s=0.05")
+    # The latency gives the signal time to arrive; it changes no trajectory.
+    train = whole.start("--serial")
+    process = broken.start("--serial")
+    broken.reach(3, process)
+    process.signal(signal.SIGKILL)
+    assert process.end().code == -signal.SIGKILL
+    check_books(read_books(broken.folder), broken.config)
+    ended = train.end()
+    assert ended.code == 0, whole.story(ended)
+    ended = broken.resume("--serial").end()
+    assert ended.code == 0, broken.story(ended)
+    books = [check_finished(run.folder, run.config) for run in (whole, broken)]
+    assert books[1].rollbacks
+    assert_same_training(*books)
+    assert last_weights(whole) == last_weights(broken)
+    assert moved(whole)
+
+
+@pytest.mark.slow
+def test_serial_and_asynchronous_runs_are_equal_at_slip_0(new_run: Callable[..., Run]) -> None:
+    serial, processes = new_run("serial", "max_slip=0"), new_run("processes", "max_slip=0")
+    for train, run in ((serial.start("--serial"), serial), (processes.start(), processes)):
+        ended = train.end()
+        assert ended.code == 0, run.story(ended)
+    books = [check_finished(run.folder, run.config) for run in (serial, processes)]
+    assert_same_training(*books)
+    assert last_weights(serial) == last_weights(processes)
+    assert summary(processes)["slip_max"] == 0
+    assert moved(serial)

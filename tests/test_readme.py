@@ -1,0 +1,85 @@
+"""The README is true where a machine can tell: commands parse, code runs, names exist."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from slipstream import cli, errors, summary
+from slipstream.config import RunConfig, load_config, shipped_recipes
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", README, flags=re.DOTALL | re.MULTILINE)
+LINES = [line.strip() for language, block in BLOCKS if not language for line in block.splitlines()]
+COMMANDS = [line for line in LINES if line.startswith("slipstream ")]
+SNIPPETS = [block for language, block in BLOCKS if language == "python"]
+LINKS = re.findall(r"\]\(([^)#]+)\)", README)
+
+
+def parsed(line: str) -> argparse.Namespace:
+    """Return what the command line makes of a line; a line it refuses ends the test."""
+    _, name, *arguments = shlex.split(line, comments=True)
+    parser = argparse.ArgumentParser(prog=line, allow_abbrev=False)
+    cli._commands()[name].declare(parser)
+    return parser.parse_intermixed_args(arguments)
+
+
+def test_the_two_commands_come_first_and_exist() -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    assert [line.split()[:2] for line in LINES[:2]] == [["make", "train"], ["make", "test"]]
+    for target in re.findall(r"\bmake ([a-z][\w-]*)", README):
+        assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), target
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_a_command_line_parses_and_its_settings_are_valid(line: str) -> None:
+    chosen = parsed(line)
+    overrides = getattr(chosen, "overrides", [])
+    recipe = getattr(chosen, "recipe", None) or "research"
+    if not recipe.endswith(".toml"):
+        assert recipe in shipped_recipes()
+        load_config(recipe, overrides)
+
+
+def test_every_command_but_the_roles_is_shown() -> None:
+    shown = {line.split()[1] for line in COMMANDS}
+    assert set(cli._commands()) - {"warmup", "hub", "learner", "version"} == shown
+
+
+def test_benchmarks_exist() -> None:
+    named = [line.split()[2] for line in COMMANDS if line.split()[1] == "bench"]
+    files = sorted(path.stem for path in (ROOT / "bench").glob("*.py") if path.stem[0] != "_")
+    assert sorted(named) == files
+
+
+@pytest.mark.parametrize("code", SNIPPETS)
+def test_code_runs(code: str) -> None:
+    path = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **path}, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("link", [link for link in LINKS if "://" not in link])
+def test_a_linked_file_exists(link: str) -> None:
+    assert (ROOT / link.replace("\\_", "_")).exists()
+
+
+def test_the_keys_of_the_summary_are_those_it_has(tmp_path: Path) -> None:
+    table = README.split("`summary.json` holds:")[1].split("\n## ")[0]
+    first_cells = [row.split("|")[1] for row in table.splitlines() if row.startswith("| `")]
+    named = {key for cell in first_cells for key in re.findall(r"`(\w+)`", cell)}
+    assert named == set(summary.summarise(RunConfig(), tmp_path))
+
+
+def test_exit_codes_are_those_of_the_program() -> None:
+    codes = {int(code) for code in re.findall(r"^\| (\d+) \|", README, flags=re.MULTILINE)}
+    assert codes == {0, errors.SlipstreamError.exit_code, errors.UserError.exit_code, cli.INTERRUPTED}
