@@ -1,29 +1,37 @@
-"""Hub and wire alone: acknowledged, logged trajectories against plain pyzmq, in the same run.
+"""Hub and wire alone: checked, logged, acknowledged trajectories against plain pyzmq, in the same run.
 
-    python bench/dataflow.py [--rounds N] [--json FILE]
+    python bench/dataflow.py [--rounds N] [--json FILE] [--disk FOLDER]
 
-Two actor processes send synthetic trajectories of 64 KB and 1 MB to one receiving process, over TCP on
-this machine:
-"slipstream" through ActorClient (spool on disk) to the real hub process (checked, logged, acknowledged);
-"plain" as one
-frame of the same bytes through a DEALER to a ROUTER that throws it away. Rounds alternate; medians are
-reported.
+Two sending processes and one receiving process on this machine, over TCP, with synthetic trajectories of
+64 KB and 1 MB:
+
+    slipstream   ActorClient (encoded, spooled) to the real hub process (checked, logged, acknowledged)
+    acked        the same frames and window through blocking DEALER and ROUTER sockets; the receiver looks at
+                 nothing, keeps nothing, and acknowledges what it took in each turn. The target compares here
+    unacked      the same bytes as one frame, acknowledged once at the very end
+
+Spools and log are in memory (/dev/shm) where that exists, since the disk is not what is compared; --disk
+puts them into a folder. Rounds of the three take turns; medians are reported.
 """
 
 from __future__ import annotations
 
 import argparse
-import asyncio
+import contextlib
 import json
+import os
+import platform
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
+import uvloop
 import zmq
 
 from slipstream import config as configuration
@@ -35,7 +43,13 @@ from slipstream.rendezvous import hub_address, run_id
 from slipstream.run_folder import read_json
 from slipstream.spool import Spool
 from slipstream.transport.client import ActorClient, LearnerClient
-from slipstream.transport.zeromq import DealerChannel, SyncDealerChannel
+from slipstream.transport.zeromq import (
+    HIGH_WATER,
+    DealerChannel,
+    SyncDealerChannel,
+    receive_frames,
+    send_frames,
+)
 from slipstream.wire import encode_trajectory, to_bytes
 
 ACTORS: Final = 2
@@ -43,45 +57,76 @@ GROUP: Final = 8
 SIZES: Final = {"64 KB": (64 << 10, 2000), "1 MB": (1 << 20, 160)}
 """name -> (bytes of a trajectory, trajectories of each actor)."""
 TARGET: Final = 0.7
+MEMORY: Final = Path("/dev/shm")
+WINDOW: Final = HubConfig().credit_bytes
+TURN: Final = 128
+"""Messages that the acknowledging receiver takes in one turn, as the hub does."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """Medians for one size."""
+    """Medians for one size; ratios are medians of the ratios of neighbouring rounds."""
 
     size: str
     slipstream_mb_s: float
     plain_mb_s: float
+    """The acked way."""
+    unacked_mb_s: float
     ratio: float
-    """Median of the ratios of neighbouring rounds."""
+    """slipstream / acked: the target."""
+    ratio_to_unacked: float
     slipstream_per_s: float
     rounds: int
 
 
-def run(rounds: int = 5) -> dict[str, Any]:
+def run(rounds: int = 5, disk: Path | None = None) -> dict[str, Any]:
     """Measure, print a table, and return the figures."""
-    rows = [measure(name, *size, rounds=rounds) for name, size in SIZES.items()]
+    home = disk or (MEMORY if MEMORY.is_dir() else Path(tempfile.gettempdir()))
+    rows = [measure(name, *size, rounds=rounds, home=home) for name, size in SIZES.items()]
     encode_ms = encode_milliseconds()
-    out = sys.stdout
-    out.write(f"{'trajectory':<12}{'slipstream':>14}{'plain pyzmq':>14}{'ratio':>8}   target >= {TARGET}\n")
+    say(f"{ACTORS} actors, spools and log under {home}, {rounds} rounds")
+    say(f"{'trajectory':<12}{'slipstream':>14}{'acked pyzmq':>14}{'ratio':>8}{'unacked':>14}{'ratio':>8}")
     for row in rows:
-        out.write(
-            f"{row.size:<12}{row.slipstream_mb_s:>9.0f} MB/s{row.plain_mb_s:>9.0f} MB/s{row.ratio:>8.2f}\n"
+        say(
+            f"{row.size:<12}{row.slipstream_mb_s:>9.0f} MB/s{row.plain_mb_s:>9.0f} MB/s{row.ratio:>8.2f}"
+            f"{row.unacked_mb_s:>9.0f} MB/s{row.ratio_to_unacked:>8.2f}"
         )
-    out.write(f"encoding a 32,768-token trajectory: {encode_ms:.3f} ms   target <= 1 ms\n")
-    return {"rows": [asdict(row) for row in rows], "encode_32768_tokens_ms": encode_ms, "actors": ACTORS}
+    say(f"target: first ratio >= {TARGET}")
+    say(f"encoding a 32,768-token trajectory: {encode_ms:.3f} ms   target <= 1 ms")
+    return {
+        "rows": [asdict(row) for row in rows],
+        "encode_32768_tokens_ms": encode_ms,
+        "actors": ACTORS,
+        "window_bytes": WINDOW,
+        "storage": "disk" if disk else "memory" if home == MEMORY else "temporary folder",
+        "machine": {
+            "cores": os.cpu_count(),
+            "python": platform.python_version(),
+            "pyzmq": zmq.pyzmq_version(),
+            "libzmq": zmq.zmq_version(),
+        },
+    }
 
 
-def measure(name: str, size: int, count: int, *, rounds: int) -> Row:
-    """Alternate both ways for some rounds after one that does not count."""
-    pairs = [(slipstream_seconds(size, count), plain_seconds(size, count)) for _ in range(rounds + 1)][1:]
+def measure(name: str, size: int, count: int, *, rounds: int, home: Path) -> Row:
+    """Let the three take turns for some rounds after one that does not count."""
+    taken = [
+        (
+            slipstream_seconds(size, count, home),
+            plain_seconds("acked", size, count),
+            plain_seconds("unacked", size, count),
+        )
+        for _ in range(rounds + 1)
+    ][1:]
     megabytes = ACTORS * count * size / 1e6
-    ours = statistics.median(pair[0] for pair in pairs)
+    ours, acked, unacked = (statistics.median(seconds) for seconds in zip(*taken, strict=True))
     return Row(
         size=name,
         slipstream_mb_s=megabytes / ours,
-        plain_mb_s=megabytes / statistics.median(pair[1] for pair in pairs),
-        ratio=statistics.median(plain / mine for mine, plain in pairs),
+        plain_mb_s=megabytes / acked,
+        unacked_mb_s=megabytes / unacked,
+        ratio=statistics.median(theirs / mine for mine, theirs, _ in taken),
+        ratio_to_unacked=statistics.median(theirs / mine for mine, _, theirs in taken),
         slipstream_per_s=ACTORS * count / ours,
         rounds=rounds,
     )
@@ -98,9 +143,9 @@ def encode_milliseconds() -> float:
     return 1e3 * statistics.median(times)
 
 
-def slipstream_seconds(size: int, count: int) -> float:
+def slipstream_seconds(size: int, count: int, home: Path) -> float:
     """Return the time from the first send to the last acknowledgement, through a fresh hub."""
-    with tempfile.TemporaryDirectory() as name:
+    with tempfile.TemporaryDirectory(dir=home) as name:
         folder = Path(name)
         groups = ACTORS * count // GROUP
         config = RunConfig(
@@ -129,12 +174,12 @@ def slipstream_seconds(size: int, count: int) -> float:
         return seconds
 
 
-def plain_seconds(size: int, count: int) -> float:
+def plain_seconds(way: str, size: int, count: int) -> float:
     """Return the same time for plain pyzmq."""
-    receiver = spawn("plain-receiver", str(ACTORS * count))
+    receiver = spawn(f"{way}-receiver", str(ACTORS * count))
     try:
         address = line_of(receiver)
-        return race([spawn("plain-sender", address, str(size), str(count)) for _ in range(ACTORS)])
+        return race([spawn(f"{way}-sender", address, str(size), str(count)) for _ in range(ACTORS)])
     finally:
         stop(receiver)
 
@@ -192,7 +237,7 @@ def part_hub(folder: str) -> None:
 
 def part_actor(folder: str, name: str, size: str, count: str) -> None:
     """Send `count` trajectories of `size` bytes, each for a lease, and wait for the last acknowledgement."""
-    asyncio.run(act(Path(folder), name, int(size), int(count)))
+    uvloop.run(act(Path(folder), name, int(size), int(count)))
 
 
 async def act(folder: Path, name: str, size: int, count: int) -> None:
@@ -218,7 +263,47 @@ async def act(folder: Path, name: str, size: int, count: int) -> None:
     sys.stdin.readline()
 
 
-def part_plain_receiver(count: str) -> None:
+def part_acked_receiver(count: str) -> None:
+    """Receive everything in turns; after each turn tell each sender how much of it came from there."""
+    with zmq.Context() as context, context.socket(zmq.ROUTER) as socket:
+        socket.set_hwm(HIGH_WATER)
+        say(f"tcp://127.0.0.1:{socket.bind_to_random_port('tcp://127.0.0.1')}")
+        left = int(count)
+        while left:
+            socket.poll()
+            taken: Counter[bytes] = Counter()
+            with contextlib.suppress(zmq.Again):
+                for _ in range(TURN):
+                    taken[bytes(receive_frames(socket)[0])] += 1
+            for peer, number in taken.items():
+                socket.send_multipart([peer, number.to_bytes(4, "little")])
+            left -= taken.total()
+        sys.stdin.readline()
+
+
+def part_acked_sender(address: str, size: str, count: str) -> None:
+    """Send the same frames, at most a window of bytes ahead of the acknowledgements."""
+    frames = encode_trajectory(synthetic.trajectory(int(size) // synthetic.BYTES_PER_TOKEN))
+    message = [m.encode_message(m.Deliver(seq=0)), *frames]
+    most = max(1, WINDOW // sum(map(len, message)))
+    with zmq.Context() as context, context.socket(zmq.DEALER) as socket:
+        socket.set_hwm(HIGH_WATER)
+        socket.connect(address)
+        say("ready")
+        sys.stdin.readline()
+        ahead, left = 0, int(count)
+        while left or ahead:
+            if left and ahead < most:
+                socket.poll(flags=zmq.POLLOUT)
+                send_frames(socket, message)
+                ahead, left = ahead + 1, left - 1
+            while ahead and socket.poll(0 if left and ahead < most else None):
+                ahead -= int.from_bytes(socket.recv(), "little")
+        say("done")
+        sys.stdin.readline()
+
+
+def part_unacked_receiver(count: str) -> None:
     """Receive everything, then tell each sender."""
     with zmq.Context() as context, context.socket(zmq.ROUTER) as socket:
         say(f"tcp://127.0.0.1:{socket.bind_to_random_port('tcp://127.0.0.1')}")
@@ -231,7 +316,7 @@ def part_plain_receiver(count: str) -> None:
         sys.stdin.readline()
 
 
-def part_plain_sender(address: str, size: str, count: str) -> None:
+def part_unacked_sender(address: str, size: str, count: str) -> None:
     """Send the same bytes as one frame each."""
     record = to_bytes(synthetic.trajectory(int(size) // synthetic.BYTES_PER_TOKEN))
     with zmq.Context() as context, context.socket(zmq.DEALER) as socket:
@@ -250,14 +335,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Hub and wire against plain pyzmq.")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--part", nargs="+")
+    parser.add_argument("--disk", type=Path, help="folder for spools and log instead of memory")
+    parser.add_argument("--part", nargs="+", help=argparse.SUPPRESS)
     chosen = parser.parse_args()
-    parts = {"hub": part_hub, "actor": part_actor, "plain-receiver": part_plain_receiver,
-             "plain-sender": part_plain_sender}  # fmt: skip
+    parts = {"hub": part_hub, "actor": part_actor, "acked-receiver": part_acked_receiver,
+             "acked-sender": part_acked_sender, "unacked-receiver": part_unacked_receiver,
+             "unacked-sender": part_unacked_sender}  # fmt: skip
     if chosen.part:
         parts[chosen.part[0]](*chosen.part[1:])
         return 0
-    figures = run(chosen.rounds)
+    figures = run(chosen.rounds, chosen.disk)
     if chosen.json:
         chosen.json.write_text(json.dumps(figures, indent=1) + "\n")
     return 0

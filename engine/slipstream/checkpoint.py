@@ -72,9 +72,10 @@ def load_latest(folder: Path) -> Checkpoint:
         try:
             verify(path)
         except CheckpointError as error:
-            logging.getLogger(__name__).warning("skipped a damaged checkpoint: %s", error)
             damage.append(str(error))
             continue
+        for sentence in damage:
+            logging.getLogger(__name__).warning("skipped a damaged checkpoint: %s", sentence)
         return Checkpoint(path=path, step=step)
     if damage:
         raise CheckpointError(f"every checkpoint in {folder} is damaged; the newest: {damage[0]}")

@@ -1,20 +1,20 @@
 """Floor 0. Every error a user can meet, drawn as one tree.
 
-    SlipstreamError                 exit code 1 unless said otherwise
-    ├── UserError                   the user can mend it: one sentence, exit code 2, no traceback
-    │   ├── ConfigurationError      unknown key, wrong type, a combination that cannot work
-    │   ├── RunFolderError          a run folder that is missing, foreign or already in use
-    │   ├── CheckpointError         a checkpoint or model folder that is missing or damaged
-    │   ├── AddressError            a port in use, an address nobody answers
-    │   └── WarmStartError          the warm-started policy is outside the learnable band
-    ├── ProtocolError               a peer broke the wire protocol
-    │   ├── FrameError              bytes that are not a valid message; names what was expected and got
-    │   └── RefusedError            the hub refused this peer (version, schema, run, epoch)
-    ├── StorageError                a log, spool or disk that failed
-    ├── InfrastructureError         what an environment stands on failed: its episode is masked, not judged
-    ├── DeadlineError               a wait ran out; names who waited for whom and since when
-    ├── NumericsError               non-finite values several steps in a row
-    └── RoleError                   a supervised process ended unexpectedly
+SlipstreamError                 exit code 1 unless said otherwise
+├── UserError                   the user can mend it: one sentence, exit code 2, no traceback
+│   ├── ConfigurationError      unknown key, wrong type, a combination that cannot work
+│   ├── RunFolderError          a run folder that is missing, foreign or already in use
+│   ├── CheckpointError         a checkpoint or model folder that is missing or damaged
+│   ├── AddressError            a port in use, an address nobody answers
+│   └── WarmStartError          the warm-started policy is outside the learnable band
+├── ProtocolError               a peer broke the wire protocol
+│   ├── FrameError              bytes that are not a valid message; names what was expected and got
+│   └── RefusedError            the hub refused this peer (version, schema, run, epoch)
+├── StorageError                a log, spool or disk that failed
+├── InfrastructureError         what an environment stands on failed: its episode is masked, not judged
+├── DeadlineError               a wait ran out; names who waited for whom and since when
+├── NumericsError               non-finite values several steps in a row
+└── RoleError                   a supervised process ended unexpectedly
 """
 
 

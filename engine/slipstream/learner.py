@@ -161,7 +161,7 @@ class Learner:
         self._publish()
         row = {
             **result.metrics,
-            **_slip_metrics(batch.trajectories, slips, self._versions, self.step - 1, self._incarnation),
+            **_slip_metrics(batch.trajectories, slips, self._config.max_slip),
             "skipped": float(self._step.optimizer.skipped),
             "trajectories": float(len(batch.trajectories)),
             "tokens/trained": float(result.tokens_trained),
@@ -301,14 +301,14 @@ def canary_tokens(policy: Policy) -> tuple[int, ...]:
 
 
 def _slip_metrics(
-    trajectories: Sequence[Trajectory],
-    slips: Sequence[Int32Array],
-    versions: VersionTable,
-    step: int,
-    incarnation: int,
+    trajectories: Sequence[Trajectory], slips: Sequence[Int32Array], max_slip: int
 ) -> dict[str, float | list[float]]:
     """Return slip and age of trained tokens at consumption, and where the slip was gathered."""
-    masks = [t.loss_mask > 0 for t in trajectories]
+    masks = [
+        (t.loss_mask > 0) & (slip <= max_slip) for t, slip in zip(trajectories, slips, strict=True)
+    ]
+    if not any(mask.any() for mask in masks):
+        return {}
     slip_N = np.concatenate([slip[mask] for slip, mask in zip(slips, masks, strict=True)])
     # The newest token of a trajectory was sampled last: what came after is queueing.
     queue = [int(slip[mask].min()) if mask.any() else 0 for slip, mask in zip(slips, masks, strict=True)]

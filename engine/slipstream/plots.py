@@ -95,7 +95,7 @@ def _draw_held_out(axes: Axes, evaluations: Sequence[Row], x_of: dict[int, float
     label = "held-out success"
     axes.plot(x, success, color=_HELD_OUT, linewidth=2.2, marker="o", markersize=3.5, label=label)
     best = int(np.argmax(success))
-    label = f"best checkpoint, step {evaluations[best]['step']}: {success[best]:.3f}"
+    label = f"best checkpoint, step {evaluations[best]['step']:.0f}: {success[best]:.3f}"
     axes.plot(
         x[best], success[best], linestyle="none", marker="*", markersize=15, markeredgecolor="white",
         color="#c0392b", zorder=5, label=label,

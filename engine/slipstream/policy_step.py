@@ -72,17 +72,20 @@ class PolicyStep:
         ]
         sampled = sum(int(t.loss_mask.sum()) for t in trajectories)
         over_age = sum(int(t.loss_mask[~young].sum()) for t, young in zip(trajectories, fresh, strict=True))
+        trained = sum(int(weight.sum()) for weight in weights)
+        read = _readable(kernel_metrics)
         metrics = {
-            **_readable(kernel_metrics),
+            **read,
             **(updates[-1] if updates else {}),
             **describe(trajectories),
             "reward": float(np.nanmean(worth.rewards)) if np.isfinite(worth.rewards).any() else 0.0,
             "groups/zero_variance": worth.zero_variance_share,
+            "masked": 1.0 - trained * (1.0 - read.get("masked/trust", 0.0)) / max(sampled, 1),
             "masked/over_age": over_age / max(sampled, 1),
         }
         return StepResult(
             metrics=metrics,
-            tokens_trained=int(sum(weight.sum() for weight in weights)),
+            tokens_trained=trained,
             skipped=any(update["skipped"] for update in updates),
         )
 
@@ -167,6 +170,7 @@ def _readable(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, float]:
     values["masked/trust"] = values.pop("masked")
     values["kl/reference"] = values.pop("reference/k2")
     del values["token_count"]
+    values["loss"] = sum(value for name, value in values.items() if name.startswith("loss/"))
     return values
 
 

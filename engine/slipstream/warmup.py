@@ -168,8 +168,8 @@ def _check_band(success: float, step: int, config: RunConfig) -> None:
     if success < warmup.min_success:
         raise WarmStartError(
             f"warm start: held-out success is {success:.2f} after {step} steps, expected at least "
-            f"{warmup.min_success:.2f}; give more demonstrations (warmup.max_steps, warmup.careful_share), an "
-            "easier stage (environment.hops, environment.tool_failure_rate) or a larger model "
+            f"{warmup.min_success:.2f}; give more demonstrations (warmup.max_steps, warmup.careful_share), "
+            "an easier stage (environment.hops, environment.tool_failure_rate) or a larger model "
             "(model.hidden_size, model.layers)"
         )
     if success > warmup.max_success:

@@ -1,4 +1,4 @@
-"""Small policies that tests share: a tokenizer of the research recipe and models of a few thousand weights."""
+"""Small policies that tests share: the tokenizer of the research recipe and tiny models."""
 
 from __future__ import annotations
 
@@ -44,7 +44,12 @@ def make_model() -> ModelMaker:
     from slipstream.attention import install
 
     def make(
-        *, vocabulary: int = 37, kv_heads: int = 2, seed: int = 0, installed: bool = True, max_tokens: int = 128
+        *,
+        vocabulary: int = 37,
+        kv_heads: int = 2,
+        seed: int = 0,
+        installed: bool = True,
+        max_tokens: int = 128,
     ) -> PreTrainedModel:
         sizes = LlamaConfig(
             vocab_size=vocabulary,

@@ -47,8 +47,12 @@ def chatml_tokenizer(template: str) -> PreTrainedTokenizerFast:
     return wrapped
 
 
-@pytest.fixture(scope="module", params=[CHATML, FORGETFUL, STRICT, None], ids=["chatml", "forgetful", "strict", "own"])
-def any_tokenizer(request: pytest.FixtureRequest, tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+@pytest.fixture(
+    scope="module", params=[CHATML, FORGETFUL, STRICT, None], ids=["chatml", "forgetful", "strict", "own"]
+)
+def any_tokenizer(
+    request: pytest.FixtureRequest, tokenizer: PreTrainedTokenizerFast
+) -> PreTrainedTokenizerFast:
     return chatml_tokenizer(request.param) if request.param else tokenizer
 
 
@@ -116,7 +120,7 @@ def test_the_system_message_lists_tools_in_one_line(chat: Chat, tokenizer: PreTr
 
 
 def test_a_template_that_does_not_end_messages_is_refused() -> None:
-    with pytest.raises(CheckpointError, match="does not end an assistant message .* set eos_token"):
+    with pytest.raises(CheckpointError, match=r"does not end an assistant message .* set eos_token"):
         Chat(chatml_tokenizer(SILENT)).bridge("no results")
 
 

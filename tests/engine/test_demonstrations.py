@@ -43,7 +43,9 @@ def success(config: RunConfig, chat: Chat, habits: Habits) -> float:
 
 @pytest.mark.parametrize("hops", [1, 2])
 def test_the_expert_always_succeeds_when_tools_do(chat: Chat, hops: int) -> None:
-    config = load_config("research", [*ROOMY, "environment.tool_failure_rate=0.0", f"environment.hops={hops}"])
+    config = load_config(
+        "research", [*ROOMY, "environment.tool_failure_rate=0.0", f"environment.hops={hops}"]
+    )
     for trajectory in played(config, chat, EXPERT, 100):
         assert trajectory.success
         assert trajectory.outcome is Outcome.COMPLETED

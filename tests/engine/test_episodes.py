@@ -97,7 +97,9 @@ def run(chat: Chat, texts: Sequence[str], *overrides: str, **options: Any) -> tu
 
 
 def right_answer(config: RunConfig) -> str:
-    return format_call("answer", {"text": ResearchTasks(config.environment).task(Split.TRAIN, 5).data["answer"]})
+    return format_call(
+        "answer", {"text": ResearchTasks(config.environment).task(Split.TRAIN, 5).data["answer"]}
+    )
 
 
 def test_a_success_is_recorded_as_sampled(chat: Chat) -> None:
@@ -236,7 +238,9 @@ class Broken:
 
 def broken_factory(where: str, error: Exception | None) -> EnvironmentFactory:
     return EnvironmentFactory(
-        tasks=ResearchTasks(config_of().environment), make=lambda: Broken(where, error), corpus=lambda: iter(())
+        tasks=ResearchTasks(config_of().environment),
+        make=lambda: Broken(where, error),
+        corpus=lambda: iter(()),
     )
 
 

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from slipstream.config import RunConfig, load_config
 from slipstream.errors import NumericsError
+from slipstream.metrics import undefined_names
 from slipstream.model import named_weights
 from slipstream.objective import advantages
 from slipstream.policy_step import PolicyStep, StepResult, describe
@@ -164,7 +165,9 @@ def dense_gradient(
     return gradient, float(loss.detach())
 
 
-def assert_same_gradient(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 2e-5) -> None:
+def assert_same_gradient(
+    found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 2e-5
+) -> None:
     assert found.keys() == expected.keys()
     size = max(float(g.abs().max()) for g in expected.values())
     assert size > 1e-3
@@ -187,7 +190,9 @@ def test_the_gradient_is_that_of_the_formula(make_model: ModelMaker, batch: list
     expected, loss = dense_gradient(make_model, batch, masks_of(batch), stepper.config)
     assert_same_gradient(stepper.gradient(), expected)
     parts = result.metrics["loss/surrogate"] + result.metrics["loss/kl"]
-    assert parts == pytest.approx(loss, rel=1e-4)
+    assert parts == pytest.approx(loss, rel=1e-4) == result.metrics["loss"]
+    assert result.metrics["masked"] == pytest.approx(result.metrics["masked/trust"])
+    assert undefined_names(result.metrics) == []
     assert result.tokens_trained == sum(int(t.loss_mask.sum()) for t in batch)
     assert not result.skipped
 
@@ -202,7 +207,10 @@ def test_the_token_budget_does_not_change_the_gradient(
         for n in range(5)
         for t in batch
     ]
-    whole, cut = Stepper(make_model, UNCLIPPED), Stepper(make_model, UNCLIPPED, f"batch.token_budget={budget}")
+    whole, cut = (
+        Stepper(make_model, UNCLIPPED),
+        Stepper(make_model, UNCLIPPED, f"batch.token_budget={budget}"),
+    )
     whole(many)
     cut(many)
     assert_same_gradient(cut.gradient(), whole.gradient(), 1e-5)
@@ -227,15 +235,18 @@ def test_a_batch_of_over_age_tokens_changes_nothing_and_is_no_fault(
     before = stepper.weights()
     result = stepper(batch, slips_of(batch, 99))
     assert (result.tokens_trained, result.skipped, result.metrics["masked/over_age"]) == (0, False, 1.0)
+    assert result.metrics["masked"] == 1.0
     assert all(torch.equal(before[name], tensor) for name, tensor in stepper.weights().items())
 
 
 def test_tool_tokens_get_no_gradient(make_model: ModelMaker, batch: list[Trajectory]) -> None:
-    """What stands in their log-probability is never read; as labels after the last message they are not either."""
+    """Neither what stands in their log-probability nor tokens after the last message matter."""
     one, other = Stepper(make_model, UNCLIPPED), Stepper(make_model, UNCLIPPED)
     one(batch)
     poisoned = [
-        dataclasses.replace(t, behavior_logprobs=np.where(t.loss_mask, t.behavior_logprobs, np.float32("nan")))
+        dataclasses.replace(
+            t, behavior_logprobs=np.where(t.loss_mask, t.behavior_logprobs, np.float32("nan"))
+        )
         for t in batch
     ]
     tail = [

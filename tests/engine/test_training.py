@@ -68,7 +68,11 @@ def test_a_step_is_that_of_adamw(make_model: ModelMaker) -> None:
     for parameter in plain.parameters():
         parameter.grad /= norm.float()
     adam.step()
-    assert notes == {"grad_norm": pytest.approx(float(norm), rel=1e-5), "learning_rate": 0.005, "skipped": 0.0}
+    assert notes == {
+        "grad_norm": pytest.approx(float(norm), rel=1e-5),
+        "learning_rate": 0.005,
+        "skipped": 0.0,
+    }
     for name, tensor in named_weights(model).items():
         torch.testing.assert_close(tensor, named_weights(plain)[name], atol=1e-6, rtol=1e-5)
 
@@ -120,7 +124,7 @@ def test_the_state_of_another_model_is_refused(make_model: ModelMaker) -> None:
     model = make_model()
     optimizer = Optimizer(model, CONFIG)
     optimizer.step([loss_of(model, 0)], share=1.0)
-    with pytest.raises(CheckpointError, match="does not fit the model: block.weight is on one side only"):
+    with pytest.raises(CheckpointError, match=r"does not fit the model: block\.weight is on one side only"):
         Optimizer(Suffixes(1.0), CONFIG).load_state_tensors(optimizer.state_tensors())  # type: ignore[arg-type]
 
 

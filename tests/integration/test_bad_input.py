@@ -131,7 +131,7 @@ def test_a_damaged_warm_start_of_a_run_that_has_begun(new_run: Callable[..., Run
 def test_damaged_checkpoints_and_a_damaged_log(new_run: Callable[..., Run]) -> None:
     run = new_run("run", "evaluation.every=6")
     train = run.start()
-    run.reach(4, train)
+    run.reach(5, train)
     train.roles()["learner"].kill()
     assert train.end().code == 1
     steps = sorted((run.folder / "checkpoints").glob("step-*"))

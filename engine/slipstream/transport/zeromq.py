@@ -29,7 +29,7 @@ from slipstream.transport.channel import Handler, Reply
 
 MAX_FRAME_BYTES: Final = 32 << 20
 MAX_FRAMES: Final = 16
-_HIGH_WATER: Final = 4096
+HIGH_WATER: Final = 4096
 _MOST_PER_TURN: Final = 128
 _POLL_MS: Final = 50
 _COPY_BELOW: Final = 64 << 10
@@ -53,8 +53,8 @@ class RouterServer:
         self._socket = self._context.socket(zmq.ROUTER)
         for option, value in (
             (zmq.LINGER, 0),
-            (zmq.SNDHWM, _HIGH_WATER),
-            (zmq.RCVHWM, _HIGH_WATER),
+            (zmq.SNDHWM, HIGH_WATER),
+            (zmq.RCVHWM, HIGH_WATER),
             (zmq.MAXMSGSIZE, MAX_FRAME_BYTES),
             (zmq.HANDSHAKE_IVL, 5000),
             (zmq.ROUTER_MANDATORY, 1),
@@ -257,8 +257,8 @@ def _connect(context: zmq.Context[Any], socket: zmq.Socket[Any], address: str) -
     for option, value in (
         (zmq.LINGER, 0),
         (zmq.IMMEDIATE, 1),
-        (zmq.SNDHWM, _HIGH_WATER),
-        (zmq.RCVHWM, _HIGH_WATER),
+        (zmq.SNDHWM, HIGH_WATER),
+        (zmq.RCVHWM, HIGH_WATER),
         (zmq.HANDSHAKE_IVL, 5000),
         (zmq.RECONNECT_IVL, 100),
         (zmq.RECONNECT_IVL_MAX, 10_000),

@@ -126,7 +126,9 @@ def test_failures_have_their_rate(rate: float) -> None:
     assert sum(failed) / 2000 == pytest.approx(rate, abs=0.02)
 
 
-async def played(messages: list[AssistantMessage], **setting: float) -> tuple[Task, list[object], dict[str, float]]:
+async def played(
+    messages: list[AssistantMessage], **setting: float
+) -> tuple[Task, list[object], dict[str, float]]:
     made = config(tool_failure_rate=0.0, **setting)
     tasks = ResearchTasks(made)
     environment = ResearchEnvironment(tasks, made, RewardConfig(shaping=0.1))
@@ -134,7 +136,9 @@ async def played(messages: list[AssistantMessage], **setting: float) -> tuple[Ta
     await environment.reset(task, attempt())
     steps = []
     for message in messages:
-        filled = {k: v.format(**task.data, fact=task.data["facts"][0]) for k, v in (message.arguments or {}).items()}
+        filled = {
+            k: v.format(**task.data, fact=task.data["facts"][0]) for k, v in (message.arguments or {}).items()
+        }
         step = AssistantMessage(text="", name=message.name, arguments=filled or None, error=message.error)
         steps.append(await environment.step(step))
     scores = await environment.score()
@@ -188,6 +192,13 @@ def test_only_one_score_is_an_outcome() -> None:
 
 def test_the_corpus_shows_every_kind_of_text() -> None:
     text = "\n".join(corpus(config(2), worlds=2))
-    for part in ("lives in", "was in", "is the manager of", "left the team of", "error: rate limit", '"document": "'):
+    for part in (
+        "lives in",
+        "was in",
+        "is the manager of",
+        "left the team of",
+        "error: rate limit",
+        '"document": "',
+    ):
         assert part in text
     assert re.search(r"Where does the manager of \w+ \w+ live\?", text)

@@ -46,6 +46,12 @@ def serve(backend: EmbeddedBackend, work: Callable[[], Awaitable[T]], *, limit_s
     return asyncio.run(both())
 
 
+async def drawn(backend: EmbeddedBackend, count: int) -> None:
+    """Wait until the backend has drawn `count` tokens; `serve` holds the deadline."""
+    while backend.tokens_generated < count:  # noqa: ASYNC110
+        await asyncio.sleep(0)
+
+
 def backend_of(model: PreTrainedModel, *, rows: int = 4, **options: Any) -> EmbeddedBackend:
     return EmbeddedBackend(model, stop_token=STOP, rows=rows, max_tokens=128, **options)
 
@@ -125,9 +131,7 @@ def test_a_rollout_does_not_depend_on_its_neighbours(make_model: ModelMaker) -> 
         backend = backend_of(make_model(), rows=8)
 
         async def work() -> list[Rollout]:
-            return await asyncio.gather(
-                *(Rollout(backend, n, sampling=sampling).play(3) for n in numbers)
-            )
+            return await asyncio.gather(*(Rollout(backend, n, sampling=sampling).play(3) for n in numbers))
 
         return next(r for r in serve(backend, work) if r.number == 5)
 
@@ -201,8 +205,7 @@ def test_weights_may_change_within_a_message(make_model: ModelMaker, tmp_path: P
 
     async def work() -> None:
         turn = asyncio.ensure_future(rollout.turn())
-        while backend.tokens_generated < 10:
-            await asyncio.sleep(0)
+        await drawn(backend, 10)
         await backend.load(update)
         await turn
 
@@ -285,10 +288,8 @@ def test_a_message_given_up_leaks_no_row(make_model: ModelMaker, action: Action)
 
     async def work() -> Rollout:
         for _ in range(3):
-            before = backend.tokens_generated
             task = asyncio.create_task(backend.generate(prompt, sampling, rollout_id=0))
-            while backend.tokens_generated == before:
-                await asyncio.sleep(0)
+            await drawn(backend, backend.tokens_generated + 1)
             await action(backend, task)
         return await Rollout(backend, 6, sampling=Sampling(max_tokens=9)).play(3)
 
@@ -316,7 +317,7 @@ def test_a_call_cancelled_while_it_waits_for_a_row(make_model: ModelMaker) -> No
 
 
 def test_a_cancelled_message_can_be_asked_for_again(make_model: ModelMaker) -> None:
-    """Tokens drawn for nobody are forgotten; equal random numbers then give the same message."""
+    """Tokens drawn before are forgotten; equal random numbers then give the same message."""
     model = make_model()
     sampling = Sampling(max_tokens=100)
     prompt = np.array([5, 9, 4], np.int32)
@@ -324,10 +325,11 @@ def test_a_cancelled_message_can_be_asked_for_again(make_model: ModelMaker) -> N
 
     async def work() -> Completion:
         task = asyncio.create_task(backend.generate(prompt, sampling, rollout_id=1))
-        while backend.tokens_generated < 2:
-            await asyncio.sleep(0)
+        await drawn(backend, 2)
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
+        # Nothing is drawn for nobody.
+        assert not backend._active.any() and not backend._requests
         return await backend.generate(prompt, sampling, rollout_id=1)
 
     again = serve(backend, work)

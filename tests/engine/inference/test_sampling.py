@@ -43,7 +43,7 @@ def test_uniforms_are_splitmix64() -> None:
 def test_uniforms_are_uniform_over_keys_and_positions() -> None:
     keys = np.array([rollout_key("train", -1, task, 1, task, 0) for task in range(200)], np.uint64)
     values = np.concatenate([uniforms(keys, np.full(200, position, np.uint64)) for position in range(100)])
-    assert 0 <= values.min() and values.max() < 1
+    assert values.min() >= 0 and values.max() < 1
     counts, _ = np.histogram(values, bins=100, range=(0, 1))
     # 99 degrees of freedom: 1 in 1,000 exceeds 149.
     assert ((counts - 200) ** 2 / 200).sum() < 149

@@ -64,7 +64,9 @@ def test_what_is_wrong_is_said(text: str, error: str) -> None:
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.floats() | st.integers() | st.text() | st.just("open"),
-    lambda inner: st.lists(inner) | st.dictionaries(st.sampled_from(["name", "arguments", "document"]), inner),
+    lambda inner: (
+        st.lists(inner) | st.dictionaries(st.sampled_from(["name", "arguments", "document"]), inner)
+    ),
 )
 
 

@@ -1,0 +1,85 @@
+"""Evaluation of a policy folder: the same tasks, the same draws, the same figures."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from slipstream import evaluate
+from slipstream.chat import Chat
+from slipstream.config import RunConfig, load_config
+from slipstream.errors import CheckpointError
+from slipstream.metrics import wilson_interval
+from slipstream.model import Policy, build_model, publish_policy
+from slipstream.types import Split
+
+
+@pytest.fixture(scope="module")
+def config() -> RunConfig:
+    sizes = ["model.hidden_size=16", "model.intermediate_size=24", "model.layers=1", "model.heads=2"]
+    return load_config("research", [*sizes, "device=cpu", "actor.concurrency=8"])
+
+
+@pytest.fixture(scope="module")
+def folder(
+    config: RunConfig, tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    chat = Chat(tokenizer)
+    sizes = {"vocabulary": len(tokenizer), "stop_token": chat.stop_token, "max_tokens": 256, "seed": 1}
+    target = tmp_path_factory.mktemp("run") / "checkpoints" / "warmup"
+    publish_policy(
+        target, Policy(model=build_model(config.model, **sizes), tokenizer=tokenizer, chat=chat), {}
+    )
+    return target
+
+
+def test_figures_are_written_and_repeat(config: RunConfig, folder: Path, tmp_path: Path) -> None:
+    results = []
+    for name in ("one.json", "two.json"):
+        options = {"split": Split.FRESH, "tasks": 20, "temperature": 1.0}
+        assert evaluate.main(config, folder, output=tmp_path / name, **options) == 0
+        results.append(json.loads((tmp_path / name).read_text()))
+    assert results[0] == results[1]
+    successes = round(results[0]["success"] * 20)
+    assert results[0]["success_ci95"] == pytest.approx(list(wilson_interval(successes, 20)))
+    assert (results[0]["split"], results[0]["tasks"], results[0]["temperature"]) == ("fresh", 20, 1.0)
+    outcomes = [value for name, value in results[0].items() if name.startswith("outcome/")]
+    assert sum(outcomes) == pytest.approx(1.0)
+
+
+def test_the_batch_of_live_episodes_changes_nothing(config: RunConfig, folder: Path) -> None:
+    def tokens(live: int) -> list[list[int]]:
+        actor = config.actor.model_copy(update={"concurrency": live})
+        changed = config.model_copy(update={"actor": actor})
+        shown = evaluate.tried(changed, folder, split=Split.HELDOUT, tasks=6, temperature=1.0)
+        return [one.token_ids.tolist() for one in shown]
+
+    assert tokens(8) == tokens(2)
+
+
+def test_printed_figures(config: RunConfig, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    evaluate.main(config, folder, split=Split.HELDOUT, tasks=10, temperature=0.0, output=None)
+    shown = capsys.readouterr().out
+    assert re.search(r"success 0\.\d{3} \[0\.\d{3}, 0\.\d{3}\] on 10 heldout tasks", shown)
+    assert "(temperature 0.0, top-p 1.0)" in shown
+
+
+def test_episodes_to_read(config: RunConfig, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert evaluate.rollout(config, 3, None) == 0
+    shown = capsys.readouterr().out
+    assert shown.count("scripted demonstrations of the warm start") == 3
+    assert 'policy │ <tool_call>{"name": "search"' in shown
+    assert "       │ <|system|>Tools: search(query), open(document), answer(text)" in shown
+    assert evaluate.rollout(config, 2, folder) == 0
+    shown = capsys.readouterr().out
+    assert shown.count(f"sampled from {folder}") == 2
+    assert len(re.findall(r"reward [+-]\d\.\d\d \(outcome [+-]1\.00", shown)) == 2
+
+
+def test_a_missing_folder_is_named(config: RunConfig, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="no model here"):
+        evaluate.main(config, tmp_path, split=Split.FRESH, tasks=1, temperature=1.0, output=None)

@@ -1,0 +1,194 @@
+"""The warm start: trains what was demonstrated, stops with advice, and takes any local model folder."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import AddedToken
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from slipstream import checkpoint, warmup
+from slipstream.chat import Chat, train_tokenizer
+from slipstream.config import EnvironmentConfig, RunConfig, load_config
+from slipstream.demonstrations import demonstrations
+from slipstream.environments import environment_factory
+from slipstream.environments.research import corpus
+from slipstream.episodes import EpisodeRunner
+from slipstream.errors import ConfigurationError, WarmStartError
+from slipstream.inference.trial import held_trial
+from slipstream.metrics import read_rows, undefined_names
+from slipstream.model import Policy, build_model, load_policy
+from slipstream.types import Split
+from slipstream.warmup import WarmStart
+
+TINY = (
+    "device=cpu",
+    "model.hidden_size=16",
+    "model.intermediate_size=24",
+    "model.layers=1",
+    "model.heads=2",
+    "warmup.batch=4",
+    "evaluation.tasks=8",
+    "actor.concurrency=8",
+)
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ 'user' if m.role == 'tool' else m.role }}\n"
+    "{{ m.content }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.fixture(autouse=True)
+def _few_baseline_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(warmup, "BASELINE_TASKS", 12)
+
+
+def config_of(*overrides: str) -> RunConfig:
+    return load_config("research", [*TINY, *overrides])
+
+
+def started(
+    config: RunConfig, tokenizer: PreTrainedTokenizerFast, folder: Path
+) -> tuple[WarmStart, Policy, EpisodeRunner]:
+    chat = Chat(tokenizer)
+    sizes = {"vocabulary": len(tokenizer), "stop_token": chat.stop_token, "max_tokens": 256, "seed": 1}
+    policy = Policy(model=build_model(config.model, **sizes), tokenizer=tokenizer, chat=chat)
+    runner = EpisodeRunner(
+        factory=environment_factory(config.environment, config.rewards),
+        chat=chat,
+        environment=config.environment,
+        rewards=config.rewards,
+    )
+    return WarmStart(policy, runner, config, folder), policy, runner
+
+
+def test_only_the_demonstrators_tokens_are_trained(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    """Loss and gradient are those of the mean cross-entropy over sampled tokens, each sequence alone."""
+    config = config_of("optim.max_grad_norm=1e9", "batch.token_budget=256")
+    start, policy, runner = started(config, tokenizer, tmp_path)
+    plain = LlamaForCausalLM(copy.deepcopy(policy.model.config))
+    plain.set_attn_implementation("eager")
+    plain.load_state_dict(policy.model.state_dict())
+    shown = asyncio.run(demonstrations(runner, config, range(4)))
+    total, count = torch.zeros(()), 0
+    for one in shown:
+        tokens = torch.from_numpy(one.token_ids).long()
+        logprobs = torch.log_softmax(plain(input_ids=tokens[None]).logits[0, :-1], -1)
+        mask = torch.from_numpy(one.loss_mask[1:]).bool()
+        total = total - logprobs.gather(1, tokens[1:, None])[:, 0][mask].sum()
+        count += int(mask.sum())
+    (total / count).backward()
+    assert start._step(0) == pytest.approx(total.item() / count, rel=1e-5)
+    assert 0 < count < sum(len(one.token_ids) for one in shown) / 2
+    for (name, found), expected in zip(policy.model.named_parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(found.grad, expected.grad, atol=1e-5, rtol=1e-4, msg=name)
+
+
+def test_rows_move_the_screen(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    config = config_of("warmup.max_steps=25", "warmup.check_every=20", "warmup.target_success=0.5")
+    start, _, _ = started(config, tokenizer, tmp_path)
+    success, step = start.run()
+    rows = read_rows(tmp_path)
+    assert [row["step"] for row in rows] == [10, 20, 25]
+    assert ["success" in row for row in rows] == [False, True, True]
+    assert (rows[-1]["success"], step) == (success, 25)
+    assert rows[2]["loss"] < rows[0]["loss"] < 6.6
+    assert not any(undefined_names(row) for row in rows)
+
+
+def test_it_stops_as_soon_as_the_target_is_reached(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    config = config_of(
+        "warmup.max_steps=9", "warmup.check_every=3", "warmup.target_success=0.0", "warmup.min_success=0.0"
+    )
+    start, _, _ = started(config, tokenizer, tmp_path)
+    assert start.run()[1] == 3
+
+
+def test_too_weak_a_policy_stops_the_run_with_advice(tmp_path: Path) -> None:
+    advice = r"held-out success is 0\.\d\d after 1 steps, expected at least 0\.20; give more demonstrations"
+    with pytest.raises(WarmStartError, match=advice):
+        warmup.main(config_of("warmup.max_steps=1"), tmp_path)
+    assert not (tmp_path / "checkpoints").exists()
+    baselines = json.loads((tmp_path / "baselines.json").read_text())
+    assert baselines["scripted_expert"]["success"] > baselines["do_nothing"]["success"] == 0.0
+
+
+def test_limits_that_stop_the_expert_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match=r"max_turns = 1 let the scripted expert solve only 0\.00"):
+        warmup.main(config_of("environment.max_turns=1"), tmp_path)
+
+
+@pytest.fixture
+def foreign_folder(tmp_path: Path) -> Path:
+    """A tiny Llama with grouped heads, an untied head and a ChatML tokenizer, as one would download it."""
+    trained = train_tokenizer(corpus(EnvironmentConfig(), worlds=4), vocabulary=500)._tokenizer
+    trained.add_special_tokens([AddedToken(t, normalized=False) for t in ("<|im_start|>", "<|im_end|>")])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=trained, eos_token="<|im_end|>", pad_token="<|pad|>")
+    tokenizer.chat_template = CHATML
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=16,
+            intermediate_size=24,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=512,
+            tie_word_embeddings=False,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+            bos_token_id=None,
+        )
+    )
+    folder = tmp_path / "model"
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_any_model_folder_goes_through_the_same_code(foreign_folder: Path, tmp_path: Path) -> None:
+    config = config_of(
+        f"model.path={foreign_folder}",
+        "warmup.max_steps=2",
+        "warmup.min_success=0.0",
+        "environment.max_tokens=512",
+        "sampling.max_tokens=8",
+        "evaluation.tasks=2",
+    )
+    run = tmp_path / "run"
+    run.mkdir()
+    assert warmup.main(config, run) == 0
+    folder = run / "checkpoints" / warmup.FOLDER
+    checkpoint.verify(folder)
+    policy = load_policy(folder, config=config.model, device=torch.device("cpu"))
+    original = LlamaForCausalLM.from_pretrained(foreign_folder)
+    assert not torch.equal(policy.model.get_output_embeddings().weight, original.lm_head.weight)
+    runner = EpisodeRunner(
+        factory=environment_factory(config.environment, config.rewards),
+        chat=policy.chat,
+        environment=config.environment,
+        rewards=config.rewards,
+    )
+    policy.model.train()
+    shown = held_trial(policy, runner, split=Split.FRESH, tasks=3, temperature=1.0, top_p=0.9, config=config)
+    assert policy.model.training and all(p.requires_grad for p in policy.model.parameters())
+    assert [t.attempt.task for t in shown] == [0, 1, 2]
+    for one in shown:
+        text = policy.chat.text(one.token_ids)
+        assert text.startswith(
+            "<|im_start|>system\nTools: search(query), open(document), answer(text)\nEach message"
+        )
+        assert "<|im_start|>assistant\n" in text
+        assert one.loss_mask.sum() > 0 and np.isfinite(one.behavior_logprobs).all()
+        assert set(one.versions[one.loss_mask > 0].tolist()) == {0}
