@@ -123,6 +123,14 @@ def _demands(config: RunConfig) -> Iterator[tuple[bool, str, str, object]]:
     yield hidden % (2 * heads) == 0, "model.hidden_size", expected, hidden
     expected = "two numbers in [0, 1)"
     yield all(0.0 <= beta < 1.0 for beta in betas), "optim.betas", expected, list(betas)
+    longest = config.environment.timeout_s
+    # A lease given again while its first episode still runs would be two episodes with one identity.
+    yield (
+        config.hub.lease_timeout_s > longest,
+        "hub.lease_timeout_s",
+        f"more than environment.timeout_s = {longest:g}",
+        config.hub.lease_timeout_s,
+    )
     device = re.fullmatch(r"auto|cpu|cuda(:\d+)?", config.device)
     yield device is not None, "device", '"auto", "cpu", "cuda" or "cuda:N"', f'"{config.device}"'
 

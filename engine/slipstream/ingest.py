@@ -34,7 +34,7 @@ _U32: Final = struct.Struct("<I")
 _ENCODER: Final = msgspec.msgpack.Encoder()
 _DECODER: Final = msgspec.msgpack.Decoder(AnyEvent)
 _OFFSET_BITS: Final = 40
-_BUFFERED_BYTES: Final = 4 << 20
+_BUFFERED_BYTES: Final = 256 << 10
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
