@@ -283,21 +283,25 @@ def part_acked_receiver(count: str) -> None:
 
 def part_acked_sender(address: str, size: str, count: str) -> None:
     """Send the same frames, at most a window of bytes ahead of the acknowledgements."""
-    frames = encode_trajectory(synthetic.trajectory(int(size) // synthetic.BYTES_PER_TOKEN))
-    message = [m.encode_message(m.Deliver(seq=0)), *frames]
-    most = max(1, WINDOW // sum(map(len, message)))
+    tokens = int(size) // synthetic.BYTES_PER_TOKEN
+    # As many different ones as the actor sends: a single one would never leave the processor's cache.
+    messages = [
+        [m.encode_message(m.Deliver(seq=seq)), *encode_trajectory(synthetic.trajectory(tokens, seed=seq))]
+        for seq in range(int(count))
+    ]
+    most = max(1, WINDOW // sum(map(len, messages[0])))
     with zmq.Context() as context, context.socket(zmq.DEALER) as socket:
         socket.set_hwm(HIGH_WATER)
         socket.connect(address)
         say("ready")
         sys.stdin.readline()
-        ahead, left = 0, int(count)
-        while left or ahead:
-            if left and ahead < most:
+        ahead = 0
+        while messages or ahead:
+            if messages and ahead < most:
                 socket.poll(flags=zmq.POLLOUT)
-                send_frames(socket, message)
-                ahead, left = ahead + 1, left - 1
-            while ahead and socket.poll(0 if left and ahead < most else None):
+                send_frames(socket, messages.pop())
+                ahead += 1
+            while ahead and socket.poll(0 if messages and ahead < most else None):
                 ahead -= int.from_bytes(socket.recv(), "little")
         say("done")
         sys.stdin.readline()
@@ -318,12 +322,13 @@ def part_unacked_receiver(count: str) -> None:
 
 def part_unacked_sender(address: str, size: str, count: str) -> None:
     """Send the same bytes as one frame each."""
-    record = to_bytes(synthetic.trajectory(int(size) // synthetic.BYTES_PER_TOKEN))
+    tokens = int(size) // synthetic.BYTES_PER_TOKEN
+    records = [to_bytes(synthetic.trajectory(tokens, seed=seq)) for seq in range(int(count))]
     with zmq.Context() as context, context.socket(zmq.DEALER) as socket:
         socket.connect(address)
         say("ready")
         sys.stdin.readline()
-        for _ in range(int(count)):
+        for record in records:
             socket.send(record, copy=False)
         socket.recv()
         say("done")

@@ -70,6 +70,8 @@ class IngestLog:
         self._buffered: list[Buffer] = []
         self._buffered_bytes = 0
         self._readers: dict[int, int] = {}
+        self._offsets: list[int] = []
+        """Where the records of the open segment begin."""
         try:
             self._segment, self._size, self._seq = self._recover()
             self._file = self._open_segment()
@@ -90,6 +92,7 @@ class IngestLog:
         buffers = pack(self._seq, [*head, *record_prefix(checked)], checked)
         size = sum(map(len, buffers))
         self._buffered += buffers
+        self._offsets.append(self._size)
         self._buffered_bytes += size
         self._size += size
         self._seq += 1
@@ -136,8 +139,8 @@ class IngestLog:
     def _next_segment(self) -> None:
         self.flush()
         os.close(self._file)
-        _write_index(self.folder, self._segment)
-        self._segment, self._size = self._segment + 1, 0
+        _write_index(self.folder, self._segment, self._offsets)
+        self._segment, self._size, self._offsets = self._segment + 1, 0, []
         self._file = self._open_segment()
 
     def _open_segment(self) -> int:
@@ -157,6 +160,7 @@ class IngestLog:
                 os.truncate(path, size)
                 self.notes.append(f"{path}: cut {found.torn} bytes of an event torn by a crash")
             seq = found.records[-1].seq + 1 if found.records else seq
+            self._offsets = [record.offset for record in found.records]
         return (numbers[-1] if numbers else 0), size, seq
 
 
@@ -242,10 +246,9 @@ def _scan_segment(folder: Path, number: int) -> Scan:
         return scan(data)
 
 
-def _write_index(folder: Path, number: int) -> None:
-    offsets = np.array([record.offset for record in _scan_segment(folder, number).records], "<u8")
+def _write_index(folder: Path, number: int, offsets: Sequence[int]) -> None:
     fresh = _index_path(folder, number).with_suffix(".new")
-    offsets.tofile(fresh)
+    np.array(offsets, "<u8").tofile(fresh)
     fresh.replace(_index_path(folder, number))
 
 

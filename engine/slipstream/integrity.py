@@ -18,6 +18,15 @@ from slipstream_kernels.delivery import Address, Summary, load
 from slipstream.errors import FrameError
 from slipstream.messages import Buffer
 
+ARRAYS: Final[tuple[tuple[str, np.dtype[Any]], ...]] = (
+    ("token_ids", np.dtype("<i4")),
+    ("loss_mask", np.dtype("u1")),
+    ("behavior_logprobs", np.dtype("<f4")),
+    ("versions", np.dtype("<i4")),
+    ("turns", np.dtype("<i2")),
+    ("turn_rewards", np.dtype("<f4")),
+)
+"""A trajectory's arrays in the order of their frames: [T] each, the last [U]."""
 _U32: Final = struct.Struct("<I")
 _NATIVE_FROM: Final = 128 << 10
 """Bytes from which the native CRC is faster; below, calling it costs more than it saves."""
@@ -57,23 +66,23 @@ def address(data: Buffer | NDArray[Any]) -> Address:
     return int(array.ctypes.data)
 
 
-def check_values(
-    tokens: NDArray[np.int32], mask: NDArray[np.uint8], logprobs: NDArray[np.float32],
-    versions: NDArray[np.int32], turns: NDArray[np.int16], rewards: NDArray[np.float32],
-) -> Summary:  # fmt: skip
-    """Check the values of a trajectory's arrays and return what was counted on the way.
+def check_values(parts: Sequence[Buffer | NDArray[Any]]) -> Summary:
+    """Check the values of a trajectory's six arrays, or of their bytes, and return what was counted on the way.
 
-    Raises FrameError naming the first field at fault.
+    Their lengths must fit. Raises FrameError naming the first field at fault.
     """
     native = load()
-    arrays = [np.ascontiguousarray(array) for array in (tokens, mask, logprobs, versions, turns, rewards)]
     if native is not None:
-        found = native.check_trajectory(
-            *map(address, arrays), length=tokens.size, reward_count=rewards.size
-        )
+        length, reward_count = _elements(parts[0], 4), _elements(parts[5], 4)
+        found = native.check_trajectory(*map(address, parts), length=length, reward_count=reward_count)
         if not found.fault:
             return found
-    return check_values_in_numpy(tokens, mask, logprobs, versions, turns, rewards)
+    typed = zip(parts, ARRAYS, strict=True)
+    return check_values_in_numpy(*(np.frombuffer(part, dtype) for part, (_, dtype) in typed))
+
+
+def _elements(part: Buffer | NDArray[Any], item_bytes: int) -> int:
+    return part.size if isinstance(part, np.ndarray) else len(part) // item_bytes
 
 
 def check_values_in_numpy(

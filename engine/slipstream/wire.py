@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 from slipstream_kernels.delivery import Summary
 
 from slipstream.errors import FrameError
+from slipstream.integrity import ARRAYS as ARRAYS
 from slipstream.integrity import check_values, crc32c
 from slipstream.messages import MAX_HEADER_BYTES, PROTOCOL, Buffer, decode_struct, message_schema
 from slipstream.types import (
@@ -46,14 +47,6 @@ MAX_TOOL_CALL_BYTES: Final = 256 << 10
 MAX_META_BYTES: Final = MAX_HEADER_BYTES + MAX_TOOL_CALL_BYTES + 256
 """Most that a record adds to the bytes of its arrays."""
 MAX_TOKENS: Final = 1 << 22
-ARRAYS: Final[tuple[tuple[str, np.dtype[Any]], ...]] = (
-    ("token_ids", np.dtype("<i4")),
-    ("loss_mask", np.dtype("u1")),
-    ("behavior_logprobs", np.dtype("<f4")),
-    ("versions", np.dtype("<i4")),
-    ("turns", np.dtype("<i2")),
-    ("turn_rewards", np.dtype("<f4")),
-)
 FRAMES: Final = 2 + len(ARRAYS) + 1
 _NEAR_SERIALS: Final = 32
 """So few serials are looked for one by one faster than by sorting."""
@@ -121,10 +114,13 @@ def encode_trajectory(trajectory: Trajectory, identity: TrajectoryId | None = No
             raise FrameError(
                 f"{name}: expected one dimension of {dtype}, got {array.dtype} of shape {array.shape}"
             )
+        if array.size != (trajectory.turn_rewards if name == "turn_rewards" else trajectory.token_ids).size:
+            raise FrameError(f"{name}: expected length {trajectory.token_ids.size}, got {array.size}")
     header = _header(trajectory, identity or trajectory.identity)
+    arrays = [np.ascontiguousarray(array) for array in arrays]
     _check(header, arrays)
     frames: list[Buffer] = [_ENCODER.encode(header), _encode_tool_calls(trajectory.tool_calls)]
-    frames += [np.ascontiguousarray(array).data.cast("B") if array.size else b"" for array in arrays]
+    frames += [array.data.cast("B") if array.size else b"" for array in arrays]
     if len(frames[0]) > MAX_HEADER_BYTES or len(frames[1]) > MAX_TOOL_CALL_BYTES:
         raise FrameError(
             f"header and tool calls: expected at most {MAX_HEADER_BYTES} and {MAX_TOOL_CALL_BYTES} "
@@ -139,7 +135,10 @@ def decode_trajectory(frames: Sequence[Buffer]) -> Trajectory:
 
     Raises FrameError naming the field, what was expected and what was got.
     """
-    header, calls, arrays, _ = _decode(frames)
+    header, calls, _ = _decode(frames)
+    arrays = [np.frombuffer(frame, dtype) for frame, (_, dtype) in zip(frames[2:-1], ARRAYS, strict=True)]
+    for array in arrays:
+        array.flags.writeable = False
     return Trajectory(
         identity=header.identity, attempt=header.attempt, split=header.split, evaluation=header.evaluation,
         issue=header.issue, scores=header.scores, outcome=header.outcome, sampling=header.sampling,
@@ -150,34 +149,30 @@ def decode_trajectory(frames: Sequence[Buffer]) -> Trajectory:
 
 def inspect_trajectory(frames: Sequence[Buffer]) -> Arrival:
     """Check the 9 frames of a trajectory as `decode_trajectory` does, and return what they add up to."""
-    header, _, arrays, found = _decode(frames)
-    return Arrival(
-        header=header,
-        reward=float(arrays[5].sum()),
-        sampled=found.sampled,
-        serials=_serials(arrays[3], found),
-    )
+    header, _, found = _decode(frames)
+    rewards = np.frombuffer(frames[7], "<f4")
+    serials = (found.most,) if found.sampled else ()
+    if found.least != found.most:
+        serials = _serials(np.frombuffer(frames[5], "<i4"), found)
+    return Arrival(header=header, reward=float(rewards.sum()), sampled=found.sampled, serials=serials)
 
 
 def _serials(versions: NDArray[np.int32], found: Summary) -> tuple[int, ...]:
-    if found.least == found.most:
-        return (found.most,) if found.sampled else ()
     if found.most - found.least < _NEAR_SERIALS:
         return tuple(s for s in range(found.least, found.most + 1) if (versions == s).any())
     return tuple(serial for serial in np.unique(versions).tolist() if serial >= 0)
 
 
-def _decode(
-    frames: Sequence[Buffer],
-) -> tuple[Header, tuple[ToolCall, ...], list[NDArray[Any]], Summary]:
+def _decode(frames: Sequence[Buffer]) -> tuple[Header, tuple[ToolCall, ...], Summary]:
     header = decode_header(frames)
     calls = decode_struct(
         frames[1], _TOOL_CALLS, what="tool calls", limit=MAX_TOOL_CALL_BYTES, free_form=True
     )
-    arrays = [
-        _array(frame, name, dtype, header) for frame, (name, dtype) in zip(frames[2:-1], ARRAYS, strict=True)
-    ]
-    return header, calls, arrays, _check(header, arrays)
+    for frame, (name, dtype) in zip(frames[2:-1], ARRAYS, strict=True):
+        length = header.turns if name == "turn_rewards" else header.tokens
+        if len(frame) != length * dtype.itemsize:
+            raise FrameError(f"{name}: expected {length} x {dtype.itemsize} bytes, got {len(frame)}")
+    return header, calls, _check(header, frames[2:-1])
 
 
 def decode_header(frames: Sequence[Buffer]) -> Header:
@@ -261,20 +256,8 @@ def _encode_tool_calls(calls: Sequence[ToolCall]) -> bytes:
         raise FrameError(f"tool calls: expected plain JSON-like arguments, got {error}") from error
 
 
-def _array(frame: Buffer, name: str, dtype: np.dtype[Any], header: Header) -> NDArray[Any]:
-    length = header.turns if name == "turn_rewards" else header.tokens
-    if len(frame) != length * dtype.itemsize:
-        raise FrameError(f"{name}: expected {length} x {dtype.itemsize} bytes, got {len(frame)}")
-    array = np.frombuffer(frame, dtype)
-    array.flags.writeable = False
-    return array
-
-
-def _check(header: Header, arrays: Sequence[NDArray[Any]]) -> Summary:
-    for (name, _), array in zip(ARRAYS[:5], arrays[:5], strict=True):
-        if array.size != header.tokens:
-            raise FrameError(f"{name}: expected length {header.tokens}, got {array.size}")
-    found = check_values(*arrays)
+def _check(header: Header, parts: Sequence[Buffer | NDArray[Any]]) -> Summary:
+    found = check_values(parts)
     for score in header.scores:
         if not math.isfinite(score.weight) or (score.value is not None and not math.isfinite(score.value)):
             raise FrameError(

@@ -29,7 +29,8 @@ class SlotCache:
         length = -(-max_tokens // LENGTH_STEP) * LENGTH_STEP
         first = next(model.parameters())
         self._device = first.device
-        shape = (config.num_hidden_layers, rows, length, heads, size)
+        # Heads before positions: what one head attends to lies together.
+        shape = (config.num_hidden_layers, rows, heads, length, size)
         self._keys = torch.zeros(shape, dtype=first.dtype, device=first.device)
         self._values = torch.zeros_like(self._keys)
 
@@ -55,15 +56,15 @@ class SlotCache:
         self, layer: int, query_THD: Tensor, key_TKD: Tensor, value_TKD: Tensor, scale: float
     ) -> Tensor:
         """Store the new keys and values, then attend each token to its row up to its own position."""
-        keys_RLKD, values_RLKD = self._keys[layer], self._values[layer]
+        keys_RKLD, values_RKLD = self._keys[layer], self._values[layer]
         planned = len(self._rows_T)  # the pass may be padded behind them
-        keys_RLKD[self._rows_T, self._positions_T] = key_TKD[:planned]
-        values_RLKD[self._rows_T, self._positions_T] = value_TKD[:planned]
+        keys_RKLD[self._rows_T, :, self._positions_T] = key_TKD[:planned]
+        values_RKLD[self._rows_T, :, self._positions_T] = value_TKD[:planned]
         output_THD = torch.zeros_like(query_THD)
         grouped = query_THD.shape[1] != key_TKD.shape[1]
         for group in self._groups:
             if group is not None:
-                group.attend(query_THD, keys_RLKD, values_RLKD, scale, grouped, output_THD)
+                group.attend(query_THD, keys_RKLD, values_RKLD, scale, grouped, output_THD)
         return output_THD
 
     def _group(
@@ -116,15 +117,15 @@ class _Group:
     def attend(
         self,
         query_THD: Tensor,
-        keys_RLKD: Tensor,
-        values_RLKD: Tensor,
+        keys_RKLD: Tensor,
+        values_RKLD: Tensor,
         scale: float,
         grouped: bool,
         output_THD: Tensor,
     ) -> None:
         """Write the group's attention output to its places in `output_THD`."""
         chosen = self._rows if self._view is None else self._view
-        key, value = (x[chosen, : self._length].transpose(1, 2) for x in (keys_RLKD, values_RLKD))
+        key, value = (x[chosen, :, : self._length] for x in (keys_RKLD, values_RKLD))
         query = query_THD[self._source_BS].transpose(1, 2)
         attended = scaled_dot_product_attention(
             query, key, value, attn_mask=self._mask_B1SL, scale=scale, enable_gqa=grouped
