@@ -13,10 +13,10 @@ from typing import Any, Final
 import google_crc32c
 import numpy as np
 from numpy.typing import NDArray
-from slipstream_kernels.delivery import Address, Summary, load
 
 from slipstream.errors import FrameError
 from slipstream.messages import Buffer
+from slipstream_kernels.delivery import Address, Summary, load
 
 ARRAYS: Final[tuple[tuple[str, np.dtype[Any]], ...]] = (
     ("token_ids", np.dtype("<i4")),
@@ -67,7 +67,7 @@ def address(data: Buffer | NDArray[Any]) -> Address:
 
 
 def check_values(parts: Sequence[Buffer | NDArray[Any]]) -> Summary:
-    """Check the values of a trajectory's six arrays, or of their bytes, and return what was counted on the way.
+    """Check the values of a trajectory's six arrays, or of their bytes, and return what was counted.
 
     Their lengths must fit. Raises FrameError naming the first field at fault.
     """

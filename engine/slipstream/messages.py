@@ -14,10 +14,10 @@ from __future__ import annotations
 from typing import Any, Final, TypeVar
 
 import msgspec
-from slipstream_kernels.delivery import load
 
 from slipstream.errors import FrameError
 from slipstream.types import Lease, Version, WeightProof, WeightUpdate
+from slipstream_kernels.delivery import load
 
 PROTOCOL: Final = 1
 MAX_HEADER_BYTES: Final = 64 << 10

@@ -57,7 +57,7 @@ class ToolStatus(StrEnum):
 class Task:
     """One problem an environment can pose.
 
-    Example: ``Task(split=Split.TRAIN, index=17, question="Where is Ada Kline now?", data={"answer": "Oslo"})``.
+    Example: ``Task(split=Split.TRAIN, index=17, question="Where does Ada live?", data={"answer": "Oslo"})``.
     """
 
     split: Split
@@ -91,7 +91,7 @@ class Lease:
     attempt: TaskAttempt
     split: Split
     evaluation: int = -1
-    """Serial pinned for a held-out evaluation, or -1 for a training episode under the newest proven weights."""
+    """Serial pinned for a held-out evaluation, or -1 for a training episode."""
     issue: int = 0
     """0 at first; counts up each time the same attempt is leased again."""
 
@@ -133,7 +133,7 @@ class ToolCall:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampling:
-    """The distribution tokens are drawn from: softmax(logits / temperature), optionally cut to its nucleus."""
+    """What tokens are drawn from: softmax(logits / temperature), optionally cut to its nucleus."""
 
     temperature: float = 1.0
     """0 means greedy (evaluation only)."""

@@ -25,7 +25,6 @@ from typing import Any, Final
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
-from slipstream_kernels.delivery import Summary
 
 from slipstream.errors import FrameError
 from slipstream.integrity import ARRAYS as ARRAYS
@@ -42,6 +41,7 @@ from slipstream.types import (
     Trajectory,
     TrajectoryId,
 )
+from slipstream_kernels.delivery import Summary
 
 MAX_TOOL_CALL_BYTES: Final = 256 << 10
 MAX_META_BYTES: Final = MAX_HEADER_BYTES + MAX_TOOL_CALL_BYTES + 256
@@ -151,7 +151,7 @@ def inspect_trajectory(frames: Sequence[Buffer]) -> Arrival:
     """Check the 9 frames of a trajectory as `decode_trajectory` does, and return what they add up to."""
     header, _, found = _decode(frames)
     rewards = np.frombuffer(frames[7], "<f4")
-    serials = (found.most,) if found.sampled else ()
+    serials: tuple[int, ...] = (found.most,) if found.sampled else ()
     if found.least != found.most:
         serials = _serials(np.frombuffer(frames[5], "<i4"), found)
     return Arrival(header=header, reward=float(rewards.sum()), sampled=found.sampled, serials=serials)

@@ -1,4 +1,4 @@
-"""Floor 1. What the delivery of trajectories needs of the native library: neither torch nor NumPy is imported.
+"""Floor 1. What the delivery of trajectories needs of the native library; imports neither torch nor NumPy.
 
 Addresses are integers, or byte strings, whose first byte is meant.
 """

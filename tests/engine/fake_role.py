@@ -49,7 +49,8 @@ def work(role: str, output: Path) -> None:
         for step in (1, 2):
             append_row(
                 output / "metrics.jsonl",
-                {"kind": "train", "step": step, "success": 0.5, "trajectories": 4, "hub/tokens_received": 50.0 * step,
+                {"kind": "train", "step": step, "success": 0.5, "trajectories": 4,
+                 "hub/tokens_received": 50.0 * step,
                  "tokens/trained": 10 * step, "slip/mean": float(step), "slip/max": step + 1,
                  "seconds/step": 1.0, "wait/learner_starved": 0.1 * step},
             )  # fmt: skip

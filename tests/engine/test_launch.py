@@ -120,7 +120,7 @@ def test_a_run_leaves_summary_curve_configuration_and_logs(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("role", ["hub", "learner", "warmup", "eval"])
 def test_a_dead_role_ends_the_run_with_its_last_words(tmp_path: Path, role: str) -> None:
-    # Whoever might end well before the dead role is noticed has to wait; of two evaluations either dies first.
+    # Whoever might end before the dead role is noticed has to wait; of two evaluations either dies first.
     others = {"hub": {"learner": "wait"}, "eval": {}}.get(role, {"hub": "wait"})
     folder = plan(tmp_path, **{**others, role: "die"})
     with pytest.raises(RoleError) as caught:

@@ -14,7 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from slipstream import messages as m
 from slipstream import synthetic
-from slipstream.config import BatchConfig, EvaluationConfig, HubConfig, RunConfig
+from slipstream.config import BatchConfig, EnvironmentConfig, EvaluationConfig, HubConfig, RunConfig
 from slipstream.ingest import IngestLog
 from slipstream.ledger import Ledger
 from slipstream.ledger_state import LedgerState
@@ -26,6 +26,7 @@ CONFIG = RunConfig(
     max_slip=1,
     batch=BatchConfig(groups=2, group_size=2),
     evaluation=EvaluationConfig(every=2, tasks=2),
+    environment=EnvironmentConfig(timeout_s=5.0),
     hub=HubConfig(lease_timeout_s=10.0, segment_bytes=1 << 16),
 )
 

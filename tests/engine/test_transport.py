@@ -22,6 +22,7 @@ from slipstream.spool import Spool
 from slipstream.transport.client import ActorClient, LearnerClient, PulledBatch
 from slipstream.transport.memory import MemoryHub
 from slipstream.transport.zeromq import DealerChannel, RouterServer, SyncDealerChannel, merge_acks
+from slipstream.types import Lease
 
 CONFIG = RunConfig(
     steps=4,
@@ -336,10 +337,45 @@ def test_an_address_in_use_is_one_sentence(serving: Serving, tmp_path: Path) -> 
     log.close()
 
 
+def test_a_lease_said_again_and_acknowledged_in_one_turn_is_not_run_twice(tmp_path: Path) -> None:
+    """After the hub's restart Hello and a delivery may reach it together."""
+    made = synthetic.trajectory(8)
+    lease = Lease(attempt=made.attempt, split=made.split)
+
+    async def run_it(hub: zmq.Socket[bytes], client: ActorClient) -> list[object]:
+        def say(peer: bytes, *words: m.Message) -> None:
+            for _, word, _ in merge_acks([(peer, word, ()) for word in words]):
+                hub.send_multipart([peer, m.encode_message(word)])
+
+        joining = asyncio.create_task(client.connect())
+        await asyncio.sleep(0)
+        peer = (await asyncio.to_thread(hub.recv_multipart))[0]
+        say(peer, m.Welcome(epoch=0, credit_bytes=1 << 20), m.Grant(leases=(lease,)))
+        await joining
+        heard = [await client.receive()]
+        await client.send(synthetic.answer_to(lease, serial=0, tokens=8))
+        await asyncio.to_thread(hub.recv_multipart)
+        again = m.Grant(leases=(lease,))
+        say(peer, m.Ack(seqs=(0,), bytes=1), m.Welcome(epoch=1, credit_bytes=1 << 20), again)
+        await client.drain()
+        say(peer, m.Stop(reason="done"))
+        return [*heard, await client.receive()]
+
+    with zmq.Context() as context, context.socket(zmq.ROUTER) as hub:
+        port = hub.bind_to_random_port("tcp://127.0.0.1")
+        heard: list[object] = []
+
+        async def use(client: ActorClient) -> None:
+            heard.extend(await run_it(hub, client))
+
+        with_actor(f"tcp://127.0.0.1:{port}", tmp_path, use, Deadlines(ping_s=30.0))
+    assert heard == [m.Grant(leases=(lease,)), m.Stop(reason="done")]
+
+
 def test_acknowledgements_of_a_peer_are_merged() -> None:
     replies = [
         (b"a", m.Ack(seqs=(1,), bytes=5), ()),
         (b"b", m.Ping(), ()),
         (b"a", m.Ack(seqs=(2,), bytes=6), ()),
     ]
-    assert merge_acks(replies) == [(b"a", m.Ack(seqs=(1, 2), bytes=11), ()), (b"b", m.Ping(), ())]
+    assert merge_acks(replies) == [(b"b", m.Ping(), ()), (b"a", m.Ack(seqs=(1, 2), bytes=11), ())]

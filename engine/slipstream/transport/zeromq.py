@@ -188,7 +188,7 @@ class DealerChannel:
         Its descriptor tells of changes only, and any call on the socket may swallow one: so this runs when
         the descriptor stirs, after each call, and before each wait.
         """
-        events = self._socket.getsockopt(zmq.EVENTS)
+        events = int(self._socket.getsockopt(zmq.EVENTS))
         if events & zmq.POLLIN:
             self._readable.set()
         if events & zmq.POLLOUT:
@@ -225,8 +225,14 @@ class SyncDealerChannel:
 
 def send_frames(socket: zmq.Socket[Any], frames: Sequence[Buffer]) -> None:
     """Hand one message over, large frames not copied; raises zmq.Again when no peer takes it now."""
-    for frame in frames[:-1]:
-        socket.send(frame, _NOT_LAST, copy=len(frame) < _COPY_BELOW)
+    for number, frame in enumerate(frames[:-1]):
+        try:
+            socket.send(frame, _NOT_LAST, copy=len(frame) < _COPY_BELOW)
+        except zmq.Again:
+            if number:
+                # The peer is gone: libzmq drops frames up to a last one, and must not drop the next message.
+                socket.send(b"", _NOW)
+            raise
     socket.send(frames[-1], _NOW, copy=len(frames[-1]) < _COPY_BELOW)
 
 
@@ -241,7 +247,10 @@ def receive_frames(socket: zmq.Socket[Any]) -> list[Buffer]:
 
 
 def merge_acks(replies: Sequence[Reply]) -> list[Reply]:
-    """Return the replies with all acknowledgements of a peer in one."""
+    """Return the replies with all acknowledgements of a peer in one, behind everything else.
+
+    A client forgets a lease with its acknowledgement: a Grant said again after its Hello must not come later.
+    """
     merged: dict[bytes, Ack] = {}
     others: list[Reply] = []
     for peer, message, frames in replies:
@@ -250,7 +259,7 @@ def merge_acks(replies: Sequence[Reply]) -> list[Reply]:
             merged[peer] = Ack(seqs=known.seqs + message.seqs, bytes=known.bytes + message.bytes)
         else:
             others.append((peer, message, frames))
-    return [*((peer, ack, ()) for peer, ack in merged.items()), *others]
+    return [*others, *((peer, ack, ()) for peer, ack in merged.items())]
 
 
 def _connect(context: zmq.Context[Any], socket: zmq.Socket[Any], address: str) -> None:
