@@ -70,7 +70,7 @@ class RunConfig(Part):
     """A whole run."""
 
     seed: int = Field(default=1, ge=0)
-    steps: int = Field(default=160, ge=1)
+    steps: int = Field(default=200, ge=1)
     max_slip: int = Field(default=4, ge=0)
     """How many versions old a token may be when it is trained."""
     device: str = "auto"

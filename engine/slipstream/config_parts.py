@@ -65,10 +65,12 @@ class WarmupConfig(Part):
     batch: int = Field(default=64, ge=1)
     learning_rate: float = Field(default=3e-3, gt=0.0)
     max_steps: int = Field(default=600, ge=1)
+    min_steps: int = Field(default=200, ge=0)
+    """Never stop before: exact copying comes later than the format and the first successes."""
     check_every: int = Field(default=50, ge=1)
     """Steps between held-out evaluations."""
     target_success: Share = 0.40
-    """Stop as soon as held-out success reaches this."""
+    """Stop once held-out success reaches this, after min_steps."""
     min_success: Share = 0.20
     """Below this after max_steps the run stops: too little for reinforcement learning to select from."""
     max_success: Share = 0.55
@@ -161,7 +163,7 @@ class LearnerConfig(Part):
 class EvaluationConfig(Part):
     """Held-out evaluation, each pinned to one version."""
 
-    every: int = Field(default=10, ge=1)
+    every: int = Field(default=20, ge=1)
     tasks: int = Field(default=256, ge=1)
     final_tasks: int = Field(default=1024, ge=1)
     temperature: float = Field(default=1.0, ge=0.0)

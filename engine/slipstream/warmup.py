@@ -65,7 +65,7 @@ def main(config: RunConfig, folder: Path) -> int:
 
 
 class WarmStart:
-    """Supervised training that stops as soon as held-out success reaches `warmup.target_success`."""
+    """Supervised training that stops once held-out success reaches `warmup.target_success`."""
 
     def __init__(self, policy: Policy, runner: EpisodeRunner, config: RunConfig, folder: Path) -> None:
         self._policy, self._runner, self._config, self._folder = policy, runner, config, folder
@@ -89,7 +89,8 @@ class WarmStart:
             metrics.append_row(self._folder / metrics.FILE, {**row, "success": success})
             seconds = time.monotonic() - began
             log.info("warm start step %d: loss %.4f, success %.3f, %.0f s", step, loss, success, seconds)
-            if success >= warmup.target_success or step >= warmup.max_steps:
+            enough = success >= warmup.target_success and step >= warmup.min_steps
+            if enough or step >= warmup.max_steps:
                 return success, step
         raise AssertionError("itertools.count does not end")
 

@@ -104,14 +104,16 @@ def test_rows_move_the_screen(tokenizer: PreTrainedTokenizerFast, tmp_path: Path
     assert not any(undefined_names(row) for row in rows)
 
 
-def test_it_stops_as_soon_as_the_target_is_reached(
-    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+@pytest.mark.parametrize(("least", "stops"), [(0, 3), (3, 3), (4, 6), (100, 9)])
+def test_it_stops_at_the_first_check_that_reaches_the_target_after_its_least_steps(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, least: int, stops: int
 ) -> None:
     config = config_of(
-        "warmup.max_steps=9", "warmup.check_every=3", "warmup.target_success=0.0", "warmup.min_success=0.0"
-    )
+        "warmup.max_steps=9", "warmup.check_every=3", "warmup.target_success=0.0", "warmup.min_success=0.0",
+        f"warmup.min_steps={least}",
+    )  # fmt: skip
     start, _, _ = started(config, tokenizer, tmp_path)
-    assert start.run()[1] == 3
+    assert start.run()[1] == stops
 
 
 def test_too_weak_a_policy_stops_the_run_with_advice(tmp_path: Path) -> None:
