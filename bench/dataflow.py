@@ -1,17 +1,17 @@
 """Hub and wire alone: checked, logged, acknowledged trajectories against plain pyzmq, in the same run.
 
-    python bench/dataflow.py [--rounds N] [--json FILE] [--disk FOLDER]
+    python bench/dataflow.py [--rounds N] [--json FILE] [--folder FOLDER]
 
 Two sending processes and one receiving process on this machine, over TCP, with synthetic trajectories of
 64 KB and 1 MB:
 
     slipstream   ActorClient (encoded, spooled) to the real hub process (checked, logged, acknowledged)
-    acked        the same frames and window through blocking DEALER and ROUTER sockets; the receiver looks at
+    acked        the same messages and window through blocking DEALER and ROUTER sockets; the receiver looks at
                  nothing, keeps nothing, and acknowledges what it took in each turn. The target compares here
     unacked      the same bytes as one frame, acknowledged once at the very end
 
-Spools and log are in memory (/dev/shm) where that exists, since the disk is not what is compared; --disk
-puts them into a folder. Rounds of the three take turns; medians are reported.
+Spools and log are in a temporary folder, as a run's are on a disk; --folder takes another place, such as
+/dev/shm. Rounds of the three take turns; medians are reported.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ from slipstream import hub, synthetic
 from slipstream import messages as m
 from slipstream.config import BatchConfig, EvaluationConfig, HubConfig, RunConfig
 from slipstream.deadlines import Deadline
+from slipstream.process import keep_freed_memory
 from slipstream.rendezvous import hub_address, run_id
 from slipstream.run_folder import read_json
 from slipstream.spool import Spool
@@ -50,14 +51,13 @@ from slipstream.transport.zeromq import (
     receive_frames,
     send_frames,
 )
-from slipstream.wire import encode_trajectory, to_bytes
+from slipstream.wire import encode_trajectory
 
 ACTORS: Final = 2
 GROUP: Final = 8
 SIZES: Final = {"64 KB": (64 << 10, 2000), "1 MB": (1 << 20, 160)}
 """name -> (bytes of a trajectory, trajectories of each actor)."""
 TARGET: Final = 0.7
-MEMORY: Final = Path("/dev/shm")
 WINDOW: Final = HubConfig().credit_bytes
 TURN: Final = 128
 """Messages that the acknowledging receiver takes in one turn, as the hub does."""
@@ -79,9 +79,9 @@ class Row:
     rounds: int
 
 
-def run(rounds: int = 5, disk: Path | None = None) -> dict[str, Any]:
+def run(rounds: int = 5, folder: Path | None = None) -> dict[str, Any]:
     """Measure, print a table, and return the figures."""
-    home = disk or (MEMORY if MEMORY.is_dir() else Path(tempfile.gettempdir()))
+    home = folder or Path(tempfile.gettempdir())
     rows = [measure(name, *size, rounds=rounds, home=home) for name, size in SIZES.items()]
     encode_ms = encode_milliseconds()
     say(f"{ACTORS} actors, spools and log under {home}, {rounds} rounds")
@@ -98,7 +98,7 @@ def run(rounds: int = 5, disk: Path | None = None) -> dict[str, Any]:
         "encode_32768_tokens_ms": encode_ms,
         "actors": ACTORS,
         "window_bytes": WINDOW,
-        "storage": "disk" if disk else "memory" if home == MEMORY else "temporary folder",
+        "storage": str(home),
         "machine": {
             "cores": os.cpu_count(),
             "python": platform.python_version(),
@@ -237,6 +237,7 @@ def part_hub(folder: str) -> None:
 
 def part_actor(folder: str, name: str, size: str, count: str) -> None:
     """Send `count` trajectories of `size` bytes, each for a lease, and wait for the last acknowledgement."""
+    keep_freed_memory()
     uvloop.run(act(Path(folder), name, int(size), int(count)))
 
 
@@ -286,7 +287,7 @@ def part_acked_sender(address: str, size: str, count: str) -> None:
     tokens = int(size) // synthetic.BYTES_PER_TOKEN
     # As many different ones as the actor sends: a single one would never leave the processor's cache.
     messages = [
-        [m.encode_message(m.Deliver(seq=seq)), *encode_trajectory(synthetic.trajectory(tokens, seed=seq))]
+        [m.encode_message(m.Deliver(seq=seq)), encode_trajectory(synthetic.trajectory(tokens, seed=seq))]
         for seq in range(int(count))
     ]
     most = max(1, WINDOW // sum(map(len, messages[0])))
@@ -323,7 +324,7 @@ def part_unacked_receiver(count: str) -> None:
 def part_unacked_sender(address: str, size: str, count: str) -> None:
     """Send the same bytes as one frame each."""
     tokens = int(size) // synthetic.BYTES_PER_TOKEN
-    records = [to_bytes(synthetic.trajectory(tokens, seed=seq)) for seq in range(int(count))]
+    records = [encode_trajectory(synthetic.trajectory(tokens, seed=seq)) for seq in range(int(count))]
     with zmq.Context() as context, context.socket(zmq.DEALER) as socket:
         socket.connect(address)
         say("ready")
@@ -340,7 +341,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Hub and wire against plain pyzmq.")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--disk", type=Path, help="folder for spools and log instead of memory")
+    parser.add_argument("--folder", type=Path, help="where spools and log lie")
     parser.add_argument("--part", nargs="+", help=argparse.SUPPRESS)
     chosen = parser.parse_args()
     parts = {"hub": part_hub, "actor": part_actor, "acked-receiver": part_acked_receiver,
@@ -349,7 +350,7 @@ def main() -> int:
     if chosen.part:
         parts[chosen.part[0]](*chosen.part[1:])
         return 0
-    figures = run(chosen.rounds, chosen.disk)
+    figures = run(chosen.rounds, chosen.folder)
     if chosen.json:
         chosen.json.write_text(json.dumps(figures, indent=1) + "\n")
     return 0

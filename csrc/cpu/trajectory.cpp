@@ -1,5 +1,6 @@
-// What the hub checks of every trajectory: its five arrays in one pass, and the shape of its free-form MessagePack.
+// A trajectory's record: written and checked in one call each, and the shape of its free-form MessagePack.
 
+#include <algorithm>
 #include <cstddef>
 #include <cstring>
 
@@ -15,6 +16,11 @@
 
 namespace {
 
+// Arrays inside a record lie wherever its buffer begins.
+typedef int32_t Int32 __attribute__((aligned(1)));
+typedef int16_t Int16 __attribute__((aligned(1)));
+typedef uint32_t UInt32 __attribute__((aligned(1)));
+
 struct Findings {
     uint32_t mask = 0, logprobs = 0, tokens = 0, versions = 0, turns = 0;
     int64_t sampled = 0;
@@ -24,15 +30,9 @@ struct Findings {
 
 inline uint32_t is_infinite_or_nan(uint32_t bits) { return (bits & 0x7f800000u) == 0x7f800000u; }
 
-inline uint32_t bits_of(const float* values, int64_t i) {
-    uint32_t bits;
-    std::memcpy(&bits, values + i, sizeof bits);
-    return bits;
-}
-
 // Tokens first .. last - 1. One loop per array, with accumulators as wide as its elements, becomes full vector code.
-SLIPSTREAM_CLONES void look(const int32_t* tokens, const uint8_t* mask, const float* logprobs, const int32_t* versions,
-                            const int16_t* turns, int64_t first, int64_t last, int16_t last_turn, Findings* found) {
+SLIPSTREAM_CLONES void look(const Int32* tokens, const uint8_t* mask, const UInt32* logprobs, const Int32* versions,
+                            const Int16* turns, int64_t first, int64_t last, int16_t last_turn, Findings* found) {
     uint8_t largest = 0;
     for (int64_t t = first; t < last; ++t) largest = mask[t] > largest ? mask[t] : largest;
     found->mask |= largest > 1;
@@ -41,7 +41,7 @@ SLIPSTREAM_CLONES void look(const int32_t* tokens, const uint8_t* mask, const fl
     found->sampled += sampled;
 
     uint32_t bad = 0;
-    for (int64_t t = first; t < last; ++t) bad |= is_infinite_or_nan(bits_of(logprobs, t));
+    for (int64_t t = first; t < last; ++t) bad |= is_infinite_or_nan(logprobs[t]);
     found->logprobs |= bad;
 
     int32_t signs = 0;
@@ -111,39 +111,88 @@ bool item_at(const unsigned char* data, int64_t available, int64_t* bytes, int64
     return true;
 }
 
-}  // namespace
+// The six arrays in the order of a record, largest items first, so that each lies at a multiple of its item size.
+constexpr int kArrays = 6;
+constexpr int kParts = 8;
+constexpr int64_t kPrefixBytes = 4 * kParts;
+constexpr int64_t kCheckBytes = 4;
 
-extern "C" int32_t slipstream_check_trajectory(const int32_t* tokens, const uint8_t* mask, const float* logprobs,
-                                               const int32_t* versions, const int16_t* turns, int64_t length,
-                                               const float* rewards, int64_t reward_count, int64_t* summary) {
-    if (length < 0 || reward_count < 0) return SLIPSTREAM_NEGATIVE_SIZE;
-    const bool missing = tokens == nullptr || mask == nullptr || logprobs == nullptr || versions == nullptr ||
-                         turns == nullptr;
-    if (summary == nullptr || (length > 0 && missing) || (reward_count > 0 && rewards == nullptr)) {
-        return SLIPSTREAM_NULL_POINTER;
-    }
+struct Arrays {
+    const Int32* tokens;
+    const UInt32* logprobs;
+    const Int32* versions;
+    const UInt32* rewards;
+    const Int16* turns;
+    const uint8_t* mask;
+    int64_t length, reward_count;
+};
+
+void examine(const Arrays& a, int64_t* summary) {
     Findings found;
-    const int16_t last_turn = reward_count < 1           ? 0
-                              : reward_count > INT16_MAX ? INT16_MAX
-                                                         : static_cast<int16_t>(reward_count - 1);
+    const int16_t last_turn = static_cast<int16_t>(std::clamp<int64_t>(a.reward_count - 1, 0, INT16_MAX));
     // The mask of a block stays in the first-level cache for all loops.
     constexpr int64_t kBlock = 4096;
-    for (int64_t first = 0; first < length; first += kBlock) {
-        const int64_t last = first + kBlock < length ? first + kBlock : length;
-        look(tokens, mask, logprobs, versions, turns, first, last, last_turn, &found);
+    for (int64_t first = 0; first < a.length; first += kBlock) {
+        const int64_t last = std::min(first + kBlock, a.length);
+        look(a.tokens, a.mask, a.logprobs, a.versions, a.turns, first, last, last_turn, &found);
     }
     uint32_t bad_rewards = 0;
-    for (int64_t u = 0; u < reward_count; ++u) bad_rewards |= is_infinite_or_nan(bits_of(rewards, u));
-    summary[0] = found.mask          ? SLIPSTREAM_FIELD_MASK
-                 : found.logprobs    ? SLIPSTREAM_FIELD_LOGPROBS
-                 : bad_rewards       ? SLIPSTREAM_FIELD_REWARDS
-                 : found.tokens      ? SLIPSTREAM_FIELD_TOKENS
-                 : found.versions    ? SLIPSTREAM_FIELD_VERSIONS
-                 : found.turns       ? SLIPSTREAM_FIELD_TURNS
-                                     : SLIPSTREAM_FIELD_NONE;
+    for (int64_t u = 0; u < a.reward_count; ++u) bad_rewards |= is_infinite_or_nan(a.rewards[u]);
+    summary[0] = found.mask || found.logprobs || bad_rewards || found.tokens || found.versions || found.turns;
     summary[1] = found.sampled;
     summary[2] = found.most < 0 ? -1 : static_cast<int64_t>(found.least);
     summary[3] = found.most;
+}
+
+// Finds the arrays of a record whose lengths add up; false otherwise.
+bool open_record(const void* record, int64_t size_bytes, uint32_t* sizes, Arrays* arrays) {
+    if (size_bytes < kPrefixBytes + kCheckBytes) return false;
+    const auto* bytes = static_cast<const unsigned char*>(record);
+    std::memcpy(sizes, bytes, kPrefixBytes);
+    const int64_t length = sizes[5], reward_count = sizes[3] / 4;
+    int64_t total = kPrefixBytes + kCheckBytes;
+    for (int part = 0; part < kParts; ++part) total += sizes[part];
+    const int64_t expected[kArrays] = {4 * length, 4 * length, 4 * length, 4 * reward_count, 2 * length, length};
+    if (total != size_bytes || !std::equal(expected, expected + kArrays, sizes)) return false;
+    const unsigned char* at[kArrays];
+    at[0] = bytes + kPrefixBytes;
+    for (int part = 1; part < kArrays; ++part) at[part] = at[part - 1] + sizes[part - 1];
+    *arrays = {reinterpret_cast<const Int32*>(at[0]), reinterpret_cast<const UInt32*>(at[1]),
+               reinterpret_cast<const Int32*>(at[2]), reinterpret_cast<const UInt32*>(at[3]),
+               reinterpret_cast<const Int16*>(at[4]), at[5],
+               length,                                reward_count};
+    return true;
+}
+
+}  // namespace
+
+extern "C" int32_t slipstream_seal_trajectory(void* record, int64_t size_bytes, int64_t* summary) {
+    if (size_bytes < 0) return SLIPSTREAM_NEGATIVE_SIZE;
+    if (summary == nullptr || (record == nullptr && size_bytes > 0)) return SLIPSTREAM_NULL_POINTER;
+    uint32_t sizes[kParts];
+    Arrays arrays;
+    if (!open_record(record, size_bytes, sizes, &arrays)) return SLIPSTREAM_BAD_RECORD;
+    examine(arrays, summary);
+    const int64_t body_bytes = size_bytes - kCheckBytes;
+    const uint32_t check = slipstream_crc32c(record, body_bytes, 0, 0);
+    std::memcpy(static_cast<unsigned char*>(record) + body_bytes, &check, kCheckBytes);
+    return SLIPSTREAM_OK;
+}
+
+extern "C" int32_t slipstream_check_trajectory(const void* record, int64_t size_bytes, int64_t* summary) {
+    if (size_bytes < 0) return SLIPSTREAM_NEGATIVE_SIZE;
+    if (summary == nullptr || (record == nullptr && size_bytes > 0)) return SLIPSTREAM_NULL_POINTER;
+    uint32_t sizes[kParts], check;
+    Arrays arrays;
+    if (!open_record(record, size_bytes, sizes, &arrays)) return SLIPSTREAM_BAD_RECORD;
+    const int64_t body_bytes = size_bytes - kCheckBytes;
+    std::memcpy(&check, static_cast<const unsigned char*>(record) + body_bytes, kCheckBytes);
+    if (slipstream_crc32c(record, body_bytes, 0, 0) != check) return SLIPSTREAM_BAD_RECORD;
+    examine(arrays, summary);
+    summary[4] = arrays.length;
+    summary[5] = arrays.reward_count;
+    summary[6] = sizes[6];
+    summary[7] = sizes[7];
     return SLIPSTREAM_OK;
 }
 

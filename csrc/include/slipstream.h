@@ -22,7 +22,7 @@ extern "C" {
 #endif
 
 // Grows by one whenever a function below changes its arguments or its meaning.
-enum { SLIPSTREAM_ABI_VERSION = 2 };
+enum { SLIPSTREAM_ABI_VERSION = 3 };
 
 enum slipstream_status {
     SLIPSTREAM_OK = 0,
@@ -30,6 +30,7 @@ enum slipstream_status {
     SLIPSTREAM_NEGATIVE_SIZE = 2,
     SLIPSTREAM_BAD_SEGMENTS = 3,
     SLIPSTREAM_BAD_MSGPACK = 4,
+    SLIPSTREAM_BAD_RECORD = 5,
 };
 
 // Returns SLIPSTREAM_ABI_VERSION of the library, so that a loader can refuse another one.
@@ -67,26 +68,26 @@ SLIPSTREAM_EXPORT uint32_t slipstream_crc32c(const void* data, int64_t size_byte
 // CRC-32C of two blocks in a row, from that of each and the size of the second. Returns the value itself.
 SLIPSTREAM_EXPORT uint32_t slipstream_crc32c_combine(uint32_t first, uint32_t second, int64_t second_bytes);
 
-// Fields of a trajectory, in the order in which its faults are named.
-enum slipstream_field {
-    SLIPSTREAM_FIELD_NONE = 0,
-    SLIPSTREAM_FIELD_MASK = 1,
-    SLIPSTREAM_FIELD_LOGPROBS = 2,
-    SLIPSTREAM_FIELD_REWARDS = 3,
-    SLIPSTREAM_FIELD_TOKENS = 4,
-    SLIPSTREAM_FIELD_VERSIONS = 5,
-    SLIPSTREAM_FIELD_TURNS = 6,
-};
-
-// Checks the arrays of one trajectory: mask is 0 or 1; logprobs and rewards are finite; tokens >= 0; versions and turns
-// are >= 0 exactly where mask is not 0; turns < max(reward_count, 1).
+// A trajectory's record is, with T tokens and U turns,
 //
-// tokens, mask, logprobs, versions, turns: [length]; rewards: [reward_count]; null allowed where they hold no element.
-// summary, [4]: first field at fault (slipstream_field); tokens with a mask that is not 0; smallest and largest version
-// that is not negative, or -1. The last three mean something only without a fault.
-SLIPSTREAM_EXPORT int32_t slipstream_check_trajectory(const int32_t* tokens, const uint8_t* mask, const float* logprobs,
-                                                      const int32_t* versions, const int16_t* turns, int64_t length,
-                                                      const float* rewards, int64_t reward_count, int64_t* summary);
+//     u32[8]   bytes of each part
+//     parts    token_ids i32[T], behavior_logprobs f32[T], versions i32[T], turn_rewards f32[U], turns i16[T],
+//              loss_mask u8[T], header (MessagePack), tool calls (MessagePack)
+//     u32      CRC-32C of everything before
+//
+// Its arrays are sound when the mask is 0 or 1; log-probabilities and rewards are finite; tokens are >= 0; versions and
+// turns are >= 0 exactly where the mask is not 0; turns < max(U, 1). A summary begins with: 0 when they are sound;
+// tokens with a mask that is not 0; smallest and largest version that is not negative, or -1.
+
+// Writes the CRC-32C of a record that is whole but for it, and checks the arrays: the caller looks into `summary`, [4],
+// before it trusts the record. `record`: `size_bytes` bytes of any alignment. SLIPSTREAM_BAD_RECORD, and nothing written,
+// when its lengths do not add up.
+SLIPSTREAM_EXPORT int32_t slipstream_seal_trajectory(void* record, int64_t size_bytes, int64_t* summary);
+
+// Checks a record, of any alignment: SLIPSTREAM_BAD_RECORD when its lengths do not add up or its CRC-32C is wrong.
+//
+// summary: [8]: the four numbers above, then T, U, and the bytes of header and tool calls, which are not looked into.
+SLIPSTREAM_EXPORT int32_t slipstream_check_trajectory(const void* record, int64_t size_bytes, int64_t* summary);
 
 // Returns SLIPSTREAM_OK when the bytes are exactly one MessagePack value that holds at most `most_items` items, itself
 // included, nests at most `most_depth` levels (a plain value is one; at most 64) and has no extension types;

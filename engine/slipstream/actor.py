@@ -48,7 +48,7 @@ def main(config: RunConfig, folder: Path, name: str) -> int:
 
 
 async def _serve(config: RunConfig, folder: Path, name: str) -> None:
-    spool = Spool(folder / "spool" / f"{name}.log", durability=config.hub.durability)
+    spool = Spool(folder / "spool" / name, durability=config.hub.durability)
     for note in spool.notes:
         log.warning("%s", note)
     client = ActorClient(DealerChannel(hub_address(folder)), spool, run_id(folder), name)

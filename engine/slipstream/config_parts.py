@@ -182,7 +182,7 @@ class HubConfig(Part):
 
     address: str = "tcp://127.0.0.1:*"
     """Bind address; a star takes a free port."""
-    credit_bytes: int = Field(default=64 << 20, ge=1 << 16)
+    credit_bytes: int = Field(default=8 << 20, ge=1 << 16)
     """Bytes an actor may have on the way before the hub's acknowledgement."""
     lease_timeout_s: float = Field(default=120.0, gt=0.0)
     """A lease not returned by then is given to another actor."""

@@ -24,6 +24,7 @@ from slipstream.ledger import Ledger
 from slipstream.messages import Buffer
 from slipstream.metrics import FILE as METRICS
 from slipstream.metrics import append_row
+from slipstream.process import keep_freed_memory
 from slipstream.rendezvous import run_id
 from slipstream.run_folder import read_json, write_json
 from slipstream.transport.zeromq import RouterServer
@@ -38,6 +39,7 @@ def main(config: RunConfig, folder: Path) -> int:
     """
     stopping = _stop_signals()
     _limit_memory(config.hub.memory_limit_bytes)
+    keep_freed_memory()
     run = run_id(folder)
     log, ledger = open_ledger(config, folder, run)
     for note in log.notes:

@@ -28,7 +28,6 @@ from slipstream.errors import RunFolderError, StorageError
 from slipstream.events import AnyEvent, Event
 from slipstream.messages import Buffer
 from slipstream.records import HEAD, Scan, pack, payload, scan, sync, write_all
-from slipstream.wire import record_prefix
 
 _U32: Final = struct.Struct("<I")
 _ENCODER: Final = msgspec.msgpack.Encoder()
@@ -79,8 +78,8 @@ class IngestLog:
             os.close(self._lock)
             raise
 
-    def append(self, event: Event, checked: Sequence[Buffer] = ()) -> int:
-        """Add an event, and the checked frames of a trajectory as its record, and return its position.
+    def append(self, event: Event, record: Buffer = b"") -> int:
+        """Add an event, and the checked record of a trajectory, and return its position.
 
         It is durable after `flush`.
         """
@@ -88,8 +87,7 @@ class IngestLog:
             self._next_segment()
         position = self._segment << _OFFSET_BITS | self._size
         body = _ENCODER.encode(event)
-        head: list[Buffer] = [_U32.pack(len(body)), body]
-        buffers = pack(self._seq, [*head, *record_prefix(checked)], checked)
+        buffers = pack(self._seq, [_U32.pack(len(body)) + body], record)
         size = sum(map(len, buffers))
         self._buffered += buffers
         self._offsets.append(self._size)
@@ -134,7 +132,7 @@ class IngestLog:
     def _write(self) -> None:
         buffers, self._buffered, self._buffered_bytes = self._buffered, [], 0
         if buffers:
-            write_all(self._file, buffers, _segment_path(self.folder, self._segment))
+            write_all(self._file, buffers, self._path)
 
     def _next_segment(self) -> None:
         self.flush()
@@ -144,8 +142,8 @@ class IngestLog:
         self._file = self._open_segment()
 
     def _open_segment(self) -> int:
-        path = _segment_path(self.folder, self._segment)
-        file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        self._path = _segment_path(self.folder, self._segment)
+        file = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         if self._durability == "power":
             _sync_folder(self.folder)
         return file

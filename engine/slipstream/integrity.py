@@ -1,4 +1,4 @@
-"""Floor 1. Checks that every trajectory passes at both ends: CRC-32C, and the values of its arrays.
+"""Floor 1. Checks of bytes and of a trajectory's arrays: CRC-32C, and the values each array may hold.
 
 The native library does them where it is installed, google-crc32c and NumPy where it is not: same values,
 same errors.
@@ -6,6 +6,7 @@ same errors.
 
 from __future__ import annotations
 
+import ctypes
 import struct
 from collections.abc import Sequence
 from typing import Any, Final
@@ -16,17 +17,17 @@ from numpy.typing import NDArray
 
 from slipstream.errors import FrameError
 from slipstream.messages import Buffer
-from slipstream_kernels.delivery import Address, Summary, load
+from slipstream_kernels.delivery import Address, load
 
 ARRAYS: Final[tuple[tuple[str, np.dtype[Any]], ...]] = (
     ("token_ids", np.dtype("<i4")),
-    ("loss_mask", np.dtype("u1")),
     ("behavior_logprobs", np.dtype("<f4")),
     ("versions", np.dtype("<i4")),
-    ("turns", np.dtype("<i2")),
     ("turn_rewards", np.dtype("<f4")),
+    ("turns", np.dtype("<i2")),
+    ("loss_mask", np.dtype("u1")),
 )
-"""A trajectory's arrays in the order of their frames: [T] each, the last [U]."""
+"""A trajectory's arrays in the order of its record: turn_rewards [U], the others [T]."""
 _U32: Final = struct.Struct("<I")
 _NATIVE_FROM: Final = 128 << 10
 """Bytes from which the native CRC is faster; below, calling it costs more than it saves."""
@@ -46,50 +47,37 @@ def crc32c(frames: Sequence[Buffer], start: int = 0) -> int:
     return total
 
 
-def crc32c_of_checked(frames: Sequence[Buffer], start: int = 0) -> int:
-    """Return `crc32c(frames, start)` of frames whose last is the CRC-32C of the others, as just verified.
+def crc32c_of_checked(record: Buffer, start: int = 0) -> int:
+    """Return `crc32c([record], start)` of bytes that end in their own CRC-32C, as just verified.
 
-    Only the last one is read.
+    Only the last four are read.
     """
-    native = load()
+    native, body_bytes = load(), len(record) - _U32.size
     if native is None:
-        return crc32c(frames, start)
-    (known,) = _U32.unpack(frames[-1])
-    return crc32c(frames[-1:], native.combine(start, known, sum(map(len, frames)) - _U32.size))
+        return crc32c([record], start)
+    (known,) = _U32.unpack_from(record, body_bytes)
+    return int(google_crc32c.extend(native.combine(start, known, body_bytes), _U32.pack(known)))
 
 
-def address(data: Buffer | NDArray[Any]) -> Address:
+def address(data: Buffer) -> Address:
     """Return where a contiguous buffer begins, as long as `data` lives."""
     if isinstance(data, bytes):
         return data
-    array = data if isinstance(data, np.ndarray) else np.frombuffer(data, np.uint8)
-    return int(array.ctypes.data)
+    if not len(data):
+        return None
+    if isinstance(data, memoryview) and data.readonly:
+        return int(np.frombuffer(data, np.uint8).ctypes.data)
+    # A third of the cost of asking NumPy.
+    return ctypes.addressof(ctypes.c_char.from_buffer(data))
 
 
-def check_values(parts: Sequence[Buffer | NDArray[Any]]) -> Summary:
-    """Check the values of a trajectory's six arrays, or of their bytes, and return what was counted.
+def check_values(arrays: Sequence[NDArray[Any]]) -> tuple[int, int, int]:
+    """Check the values of a trajectory's six arrays, whose lengths fit.
 
-    Their lengths must fit. Raises FrameError naming the first field at fault.
+    Returns the number of sampled tokens and the smallest and largest of their versions, or -1. Raises
+    FrameError naming the first field at fault.
     """
-    native = load()
-    if native is not None:
-        length, reward_count = _elements(parts[0], 4), _elements(parts[5], 4)
-        found = native.check_trajectory(*map(address, parts), length=length, reward_count=reward_count)
-        if not found.fault:
-            return found
-    typed = zip(parts, ARRAYS, strict=True)
-    return check_values_in_numpy(*(np.frombuffer(part, dtype) for part, (_, dtype) in typed))
-
-
-def _elements(part: Buffer | NDArray[Any], item_bytes: int) -> int:
-    return part.size if isinstance(part, np.ndarray) else len(part) // item_bytes
-
-
-def check_values_in_numpy(
-    tokens: NDArray[np.int32], mask: NDArray[np.uint8], logprobs: NDArray[np.float32],
-    versions: NDArray[np.int32], turns: NDArray[np.int16], rewards: NDArray[np.float32],
-) -> Summary:  # fmt: skip
-    """Do what `check_values` does, without the native library."""
+    tokens, logprobs, versions, rewards, turns, mask = arrays
     if np.maximum.reduce(mask, initial=0) > 1:
         raise FrameError(f"loss_mask: expected 0 or 1, got {mask.max()}")
     for name, array in (("behavior_logprobs", logprobs), ("turn_rewards", rewards)):
@@ -107,4 +95,4 @@ def check_values_in_numpy(
         raise FrameError(f"turns: expected 0 .. {count - 1} where loss_mask is 1 and -1 elsewhere")
     known = versions[~absent]
     least, most = (int(known.min()), int(known.max())) if known.size else (-1, -1)
-    return Summary("", known.size, least, most)
+    return known.size, least, most

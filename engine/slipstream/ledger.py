@@ -29,7 +29,7 @@ from slipstream.peers import Peer, Pulling, metrics_rows, snapshot
 from slipstream.receiving import check_sender, describe, refuse_proof, verdict_on
 from slipstream.transport.channel import Reply
 from slipstream.types import Lease
-from slipstream.wire import inspect_trajectory, record_frames, schema_hash
+from slipstream.wire import inspect_trajectory, schema_hash
 
 CANARY_TOLERANCE: Final = 1e-3
 """Most that two float32 back ends may differ in a canary log-probability, in nats."""
@@ -42,8 +42,8 @@ _LEASES_PER_GRANT: Final = 256
 class Journal(Protocol):
     """Where events go; `ingest.IngestLog` on disk."""
 
-    def append(self, event: events.Event, checked: Sequence[m.Buffer] = ()) -> int:
-        """Add an event, with a trajectory's checked frames, and return its position."""
+    def append(self, event: events.Event, record: m.Buffer = b"") -> int:
+        """Add an event, with a trajectory's checked record, and return its position."""
 
     def flush(self) -> None:
         """Make everything appended durable."""
@@ -87,7 +87,7 @@ class Ledger:
     def handle(self, peer: bytes, message: m.Message, frames: Sequence[m.Buffer], now: float) -> list[Reply]:
         """Take one message of a peer and return the replies to whomever it concerns."""
         if isinstance(message, m.Hello):
-            return self._hello(peer, message, now) + self._progress(now)
+            return self._hello(peer, message, now)
         who = self._peers.get(peer)
         if who is None:
             gone = peer in self._replaced
@@ -98,16 +98,16 @@ class Ledger:
         return handle(peer, who, message, frames, now)
 
     def _from_actor(
-        self, peer: bytes, who: Peer, message: m.Message, frames: Sequence[m.Buffer], now: float
+        self, peer: bytes, who: Peer, message: m.Message, frames: Sequence[m.Buffer], _now: float
     ) -> list[Reply]:
         match message:
             case m.Deliver():
-                return [self._deliver(peer, who, message, frames), *self._progress(now)]
+                return [self._deliver(peer, who, message, frames)]
             case m.Want():
                 self._want(who, message)
-                return self._progress(now)
+                return []
             case m.Proof():
-                return self._proof(peer, who, message) + self._progress(now)
+                return self._proof(peer, who, message)
             case m.Status():
                 who.counters = dict(message.counters)
                 return []
@@ -120,10 +120,10 @@ class Ledger:
     ) -> list[Reply]:
         match message:
             case m.Publish():
-                return self._publish(peer, message) + self._progress(now)
+                return self._publish(peer, message)
             case m.Pull():
                 self._pulling = Pulling(peer=peer, step=message.step, since_s=now)
-                return self._progress(now)
+                return []
             case m.Checkpointed():
                 if message.step != self.state.checkpoint_step:
                     self._log(events.CheckpointPublished(step=message.step))
@@ -144,7 +144,7 @@ class Ledger:
         self._next_sweep = now + _SWEEP_EVERY_S
         limit = self._config.hub.lease_timeout_s
         self._release_late(limit, now)
-        replies = self._progress(now)
+        replies = self.progress(now)
         for peer, who in list(self._peers.items()):
             if who.role == "actor" and now - who.heard_s > limit:
                 self.lost(peer)
@@ -194,8 +194,8 @@ class Ledger:
         """Return a snapshot for display."""
         return snapshot(self.state, self._peers.values(), self._pulling, self.refused_proofs, now)
 
-    def _log(self, event: events.AnyEvent, checked: Sequence[m.Buffer] = ()) -> None:
-        self.state.apply(event, self._journal.append(event, checked))
+    def _log(self, event: events.AnyEvent, record: m.Buffer = b"") -> None:
+        self.state.apply(event, self._journal.append(event, record))
 
     def _hello(self, peer: bytes, hello: m.Hello, now: float) -> list[Reply]:
         reason = self._refuse_hello(hello)
@@ -272,14 +272,16 @@ class Ledger:
     def _deliver(self, peer: bytes, who: Peer, message: m.Deliver, frames: Sequence[m.Buffer]) -> Reply:
         ack = m.Ack(seqs=(message.seq,), bytes=sum(map(len, frames)))
         try:
-            arrival = inspect_trajectory(frames)
+            if len(frames) != 1:
+                raise FrameError(f"Deliver: expected one record behind it, got {len(frames)} frames")
+            arrival = inspect_trajectory(frames[0])
             identity = arrival.header.identity
             check_sender(identity, run=self._run, actor=who.name, epoch=self.state.epochs[who.name])
             if identity not in self.state.items:
                 event = describe(arrival, verdict_on(arrival, self.state, self._config))
-                self._log(event, frames)
+                self._log(event, frames[0])
         except FrameError as error:
-            file = self._quarantine(record_frames(frames))
+            file = self._quarantine(frames)
             self._log(events.Quarantined(actor=who.name, file=file, reason=str(error)))
         return peer, ack, ()
 
@@ -324,8 +326,8 @@ class Ledger:
             replies.append((peer, evaluated(done, replayed=True), ()))
         return replies
 
-    def _progress(self, now: float) -> list[Reply]:
-        """Do all that has become possible."""
+    def progress(self, now: float) -> list[Reply]:
+        """Hand out the batch, end the evaluation and give the leases that have become possible."""
         replies = [*self._answer_pull(), *self._give_leases(now)]
         done = self._dispatcher.end_evaluation()
         if done is not None:

@@ -79,6 +79,8 @@ class LedgerState:
         self.evaluation_queue: list[int] = []
         self.evaluations: list[events.EvaluationDone] = []
         self.checkpoint_step = -1
+        self.received = 0
+        """Training trajectories in the log."""
         self.quarantined = 0
         self.tokens_received = 0
         """Sampled tokens of all training trajectories in the log, whatever became of them."""
@@ -194,10 +196,9 @@ class LedgerState:
     def books(self) -> dict[str, int]:
         """Return the books: made = the sum of all FATES, evaluation apart; and what is leased."""
         books = {fate: self.fates[fate] for fate in FATES} | {"quarantined": self.quarantined}
-        made = sum(not item.received.evaluation >= 0 for item in self.items.values()) + self.quarantined
         evaluation = {f"evaluation_{fate}": count for fate, count in sorted(self.evaluation_fates.items())}
         return {
-            "made": made,
+            "made": self.received + self.quarantined,
             **books,
             "leased": len(self.training.leased),
             "waiting": len(self.training.waiting),
@@ -212,7 +213,9 @@ class LedgerState:
         trained = [identity for batch in self.batches.values() for identity in batch]
         slots = {self.items[identity].received.slot for identity in trained}
         buffered = self.members(self.groups)
+        training = sum(item.received.evaluation < 0 for item in self.items.values())
         checks = {
+            "received = in the log": (self.received, training),
             "made = sum of fates": (books["made"], sum(books[fate] for fate in FATES)),
             "trained = batches": (books["trained"], len(trained)),
             "trained = whole batches": (len(trained), self._config.batch.trajectories * self.steps),
@@ -235,10 +238,14 @@ class LedgerState:
         return int(self.versions.slip_at(step, self.incarnation, serials).min()) > self._config.max_slip
 
     def _received(self, event: events.Received, position: int) -> None:
-        self.tokens_received += event.tokens if event.evaluation < 0 else 0
         self.items[event.identity] = Item(received=event, position=position, fate=event.verdict)
-        desk = self.heldout if event.evaluation >= 0 else self.training
-        (self.evaluation_fates if event.evaluation >= 0 else self.fates)[event.verdict] += 1
+        if event.evaluation >= 0:
+            desk, fates = self.heldout, self.evaluation_fates
+        else:
+            desk, fates = self.training, self.fates
+            self.received += 1
+            self.tokens_received += event.tokens
+        fates[event.verdict] += 1
         if event.verdict in ("failed_infrastructure", "unproven"):
             desk.release(event.slot, event.issue)
         elif event.verdict == "evaluated" and self.evaluation is not None:

@@ -3,7 +3,7 @@
 Every ZeroMQ message is one MessagePack frame (a tagged struct of this file, at most 64 KiB), for two
 kinds followed by data:
 
-    actor -> hub      Hello, Want, Deliver + trajectory frames, Proof, Status, Ping
+    actor -> hub      Hello, Want, Deliver + its record, Proof, Status, Ping
     hub -> actor      Welcome, Refused, Grant, Ack, Weights, Stop, Ping
     learner -> hub    Hello, Publish, Pull, Checkpointed, Report, Finish, Ping
     hub -> learner    Welcome, Refused, Batch + one record per trajectory, Evaluated, Stop, Ping
@@ -19,7 +19,7 @@ from slipstream.errors import FrameError
 from slipstream.types import Lease, Version, WeightProof, WeightUpdate
 from slipstream_kernels.delivery import load
 
-PROTOCOL: Final = 1
+PROTOCOL: Final = 2
 MAX_HEADER_BYTES: Final = 64 << 10
 MAX_DEPTH: Final = 16
 MAX_ITEMS: Final = 1 << 16
@@ -58,7 +58,7 @@ class Want(Message, frozen=True, kw_only=True, tag=True):
 
 
 class Deliver(Message, frozen=True, kw_only=True, tag=True):
-    """Announces the trajectory in the frames that follow."""
+    """Announces the record of a trajectory in the frame that follows."""
 
     seq: int
     """The spool's number, quoted by Ack."""

@@ -9,6 +9,10 @@ import threading
 import time
 
 _PR_SET_PDEATHSIG = 1
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -2, -3, -8
+_KEPT_BYTES = 1 << 30
+_GROWTH_BYTES = 16 << 20
+_LARGEST_BYTES = 32 << 20
 
 
 def guard_parent(parent: int, *, every_s: float = 0.5) -> None:
@@ -21,6 +25,21 @@ def guard_parent(parent: int, *, every_s: float = 0.5) -> None:
     if prctl is not None:
         prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     threading.Thread(target=_watch, args=(parent, every_s), daemon=True, name="guard-parent").start()
+
+
+def keep_freed_memory() -> None:
+    """Let the allocator of glibc reuse what is freed instead of giving it back to the system.
+
+    A process that takes message after message would otherwise pay a page fault for each 4 KiB of each
+    large one: half of its time at 1 MB. Call it before any thread is started; elsewhere it does nothing.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        # One arena: what the I/O thread allocates the main thread frees.
+        mallopt(_M_ARENA_MAX, 1)
+        mallopt(_M_MMAP_THRESHOLD, _LARGEST_BYTES)
+        mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)
+        mallopt(_M_TOP_PAD, _GROWTH_BYTES)
 
 
 def _watch(parent: int, every_s: float) -> None:

@@ -14,7 +14,6 @@ from slipstream.ledger_state import LedgerState
 from slipstream.types import (
     Outcome,
     Split,
-    TaskAttempt,
     TrajectoryId,
     WeightProof,
     WeightUpdate,
@@ -37,7 +36,7 @@ def describe(arrival: Arrival, verdict: Verdict) -> events.Received:
         outcome=header.outcome,
         success=succeeded(header.scores),
         reward=arrival.reward,
-        turns=header.turns,
+        turns=arrival.turns,
         tokens=arrival.sampled,
         serials=arrival.serials,
         verdict=verdict,
@@ -75,9 +74,15 @@ def _check_attempt(header: Header, state: LedgerState, config: RunConfig) -> Non
     else:
         split, known = Split.TRAIN, True
         groups, attempts = state.next_group, config.batch.group_size
-    expected = TaskAttempt(task=attempt.group, seed=config.seed, group=attempt.group, attempt=attempt.attempt)
-    inside = 0 <= attempt.group < groups and 0 <= attempt.attempt < attempts
-    if not (known and inside and attempt == expected and header.split is split):
+    leased = (
+        known
+        and 0 <= attempt.group < groups
+        and 0 <= attempt.attempt < attempts
+        and attempt.task == attempt.group
+        and attempt.seed == config.seed
+        and header.split is split
+    )
+    if not leased:
         raise FrameError(
             f"attempt: expected one that was leased, got {attempt} of {header.split} for evaluation "
             f"{evaluation}"

@@ -22,6 +22,8 @@ from slipstream.integrity import crc32c, crc32c_of_checked
 from slipstream.messages import Buffer
 
 HEAD: Final = struct.Struct("<IIQ")
+END: Final = bytes(HEAD.size)
+"""Stands behind the last record of a file that is written over again."""
 _SEQ: Final = struct.Struct("<Q")
 _MOST_BUFFERS: Final = 512
 _SEQ_STRIDE: Final = 1 << 32
@@ -53,23 +55,28 @@ class Scan:
     """Bytes of an unfinished record at the end."""
 
 
-def pack(seq: int, payload: Sequence[Buffer], checked: Sequence[Buffer] = ()) -> list[Buffer]:
-    """Return the buffers of one record; the payload, which ends in `checked`, is not copied.
+def pack(seq: int, payload: Sequence[Buffer], checked: Buffer = b"") -> list[Buffer]:
+    """Return the buffers of one record; the payload ends in `checked`, which is not copied.
 
-    `checked` are frames whose last is the CRC-32C of the others, as the caller has just verified: that is
-    not computed again.
+    `checked` are bytes that end in their own CRC-32C, as the caller knows: it is not computed again.
     """
-    check = crc32c([_SEQ.pack(seq), *payload])
-    if checked:
-        check = crc32c_of_checked(checked, check)
-    return [HEAD.pack(sum(map(len, payload)) + sum(map(len, checked)), check, seq), *payload, *checked]
+    check = crc32c([_SEQ.pack(seq) + b"".join(payload)])
+    if not checked:
+        return [HEAD.pack(sum(map(len, payload)), check, seq), *payload]
+    check = crc32c_of_checked(checked, check)
+    return [HEAD.pack(sum(map(len, payload)) + len(checked), check, seq), *payload, checked]
 
 
-def scan(data: Buffer) -> Scan:
-    """Return every valid record of a file's bytes, and what is not one."""
+def scan(data: Buffer, *, ends_at_zeros: bool = False) -> Scan:
+    """Return every valid record of a file's bytes, and what is not one.
+
+    With `ends_at_zeros` a head of zeros ends the file: behind it lie bytes of its former use.
+    """
     view, records, damage = memoryview(data), list[Record](), list[tuple[int, int]]()
     position = 0
     while position < len(view):
+        if ends_at_zeros and view[position : position + HEAD.size] == END:
+            break
         least = records[-1].seq + 1 if records else 0
         record = _record_at(view, position, least)
         if record is not None:
@@ -105,6 +112,22 @@ def write_all(file: int, buffers: Sequence[Buffer], path: object) -> int:
             if pending:
                 pending[0] = memoryview(pending[0])[done:]
                 done = os.writev(file, pending[:_MOST_BUFFERS])
+    except OSError as error:
+        raise StorageError(
+            f"{path}: writing failed ({error.strerror}); free space or repair the disk"
+        ) from error
+    return total
+
+
+def write_at(file: int, buffers: Sequence[Buffer], offset: int, path: object) -> int:
+    """Write buffers at an offset of a file and return their bytes; raises StorageError (disk full, I/O)."""
+    total = sum(map(len, buffers))
+    try:
+        done = os.pwritev(file, buffers, offset)
+        rest = memoryview(b"".join(buffers))[done:] if done < total else b""
+        while rest:
+            done = os.pwrite(file, rest, offset + total - len(rest))
+            rest = rest[done:]
     except OSError as error:
         raise StorageError(
             f"{path}: writing failed ({error.strerror}); free space or repair the disk"

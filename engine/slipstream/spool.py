@@ -1,9 +1,9 @@
 """Floor 3. An actor's unacknowledged trajectories on disk, so that kill -9 loses none.
 
-One file of records (records.py): the payload is a trajectory's record, `seq` counts up for the life of
-the file. Acknowledged
-records stay until the file holds nothing else or mostly dead bytes; sent again after a crash, the hub
-knows them by identity.
+Segments `NAME.0`, `NAME.1`, .. hold records (records.py): the payload is a trajectory's record, `seq` counts
+up over all segments. A segment whose records are all acknowledged is written over from its beginning:
+pages the kernel already holds cost a fraction of new ones. What is acknowledged and not yet written over
+may be sent again after a crash; the hub knows it by identity.
 """
 
 from __future__ import annotations
@@ -12,77 +12,102 @@ import fcntl
 import mmap
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Final, Literal
 
 from slipstream.errors import RunFolderError, StorageError
 from slipstream.messages import Buffer
-from slipstream.records import HEAD, Record, pack, scan, sync, write_all
+from slipstream.records import END, HEAD, Record, Scan, pack, scan, sync, write_at
 from slipstream.records import payload as payload_of
 
-_CLEAN_UP_BYTES = 4 << 20
+SEGMENT_BYTES: Final = 4 << 20
+"""Size from which the next record goes to another segment."""
+_RESET_BYTES: Final = 1 << 20
+"""Least bytes of an acknowledged segment worth the system call that empties it."""
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class _Segment:
+    """One file; `size` bytes of it are in use, `live` of its records unacknowledged."""
+
+    path: Path
+    file: int
+    size: int = 0
+    live: int = 0
 
 
 class Spool:
-    """The append-only file of one actor.
+    """The unacknowledged records of one actor.
 
-    Example: ``seq = spool.append(spool.next_seq, [b"record"]); spool.acknowledge([seq])``.
+    Example: ``seq = spool.append(spool.next_seq, record); spool.acknowledge([seq])``.
     """
 
     def __init__(
         self, path: Path, *, durability: Literal["process", "power"] = "process", limit_bytes: int = 1 << 30
     ) -> None:
-        """Open or create the file and recover what it holds.
+        """Open or create the segments `path`.N and recover what they hold.
 
-        Raises RunFolderError when another process holds the file.
+        Raises RunFolderError when another process holds them.
         """
         self.path = path
         self.notes: list[str] = []
         """What recovery had to do, one sentence each."""
         self._durability, self._limit = durability, limit_bytes
-        self._pending: dict[int, Record] = {}
+        self._pending: dict[int, tuple[_Segment, int, int]] = {}
+        """seq -> (segment, offset, bytes) of a record's payload."""
         self.next_seq = 0
         path.parent.mkdir(parents=True, exist_ok=True)
         self._lock = self._take_lock()
-        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
-        self._size, self._live = 0, 0
-        self._recover()
-        self._live = sum(HEAD.size + record.length for record in self._pending.values())
+        self._segments = [_open(known) for known in _segment_paths(path)]
+        for segment in list(self._segments):
+            self._recover(segment)
+        self._live_bytes = sum(HEAD.size + length for _, _, length in self._pending.values())
+        self._current = self._segments[-1] if self._segments else self._new_segment()
 
-    def append(self, seq: int, payload: Sequence[Buffer], checked: Sequence[Buffer] = ()) -> int:
-        """Make one record durable and return its `seq`; `checked` frames (records.pack) end its payload.
+    def append(self, seq: int, record: Buffer) -> int:
+        """Make the record of one trajectory durable and return its `seq`.
 
         Raises StorageError when the cap would be exceeded (nothing is written) or the disk fails.
         """
         assert seq == self.next_seq, "the spool numbers its records itself"
-        size = HEAD.size + sum(map(len, payload)) + sum(map(len, checked))
-        if not self.has_room(size - HEAD.size):
+        size = HEAD.size + len(record)
+        if not self.has_room(len(record)):
             raise StorageError(
-                f"{self.path}: the spool holds {self._size} of {self._limit} bytes and cannot take "
+                f"{self.path}: the spool holds {self._live_bytes} of {self._limit} bytes and cannot take "
                 f"{size} more; the hub acknowledges too slowly"
             )
-        if self._size + size > self._limit:
-            self._compact()
-        write_all(self._file, pack(seq, payload, checked), self.path)
+        segment = self._current = self._segment_for(size)
+        write_at(segment.file, [*pack(seq, [], record), END], segment.size, segment.path)
         if self._durability == "power":
-            sync(self._file, self.path)
-        self._pending[seq] = Record(offset=self._size, seq=seq, length=size - HEAD.size)
-        self._size += size
-        self._live += size
+            sync(segment.file, segment.path)
+        self._pending[seq] = segment, segment.size + HEAD.size, len(record)
+        segment.size += size
+        segment.live += 1
+        self._live_bytes += size
         self.next_seq = seq + 1
         return seq
 
     def has_room(self, payload_bytes: int) -> bool:
         """Return whether a record of this size fits beside the unacknowledged ones."""
-        return self._live + HEAD.size + payload_bytes <= self._limit
+        return self._live_bytes + HEAD.size + payload_bytes <= self._limit
 
     def acknowledge(self, seqs: Iterable[int]) -> None:
-        """Forget records; the file shrinks once nothing, or little, of it is still needed."""
+        """Forget records; a segment that is left without any will be written over."""
         for seq in seqs:
-            record = self._pending.pop(seq, None)
-            self._live -= HEAD.size + record.length if record else 0
-        if not self._pending and self._size >= min(_CLEAN_UP_BYTES, self._limit):
-            self._truncate(0)
+            if seq not in self._pending:
+                continue
+            segment, _, length = self._pending.pop(seq)
+            self._live_bytes -= HEAD.size + length
+            segment.live -= 1
+            if not segment.live and (segment is not self._current or segment.size >= _RESET_BYTES):
+                write_at(segment.file, [END], 0, segment.path)
+                segment.size = 0
+
+    def read(self, seq: int) -> bytes:
+        """Return the payload of an unacknowledged record."""
+        segment, offset, length = self._pending[seq]
+        return os.pread(segment.file, length, offset)
 
     def pending(self) -> Iterator[tuple[int, bytes]]:
         """Yield (seq, payload) of every unacknowledged record, oldest first."""
@@ -94,13 +119,8 @@ class Spool:
         """Return the numbers of the unacknowledged records, oldest first."""
         return sorted(self._pending)
 
-    def read(self, seq: int) -> bytes:
-        """Return the payload of an unacknowledged record."""
-        record = self._pending[seq]
-        return os.pread(self._file, record.length, record.offset + HEAD.size)
-
     def __len__(self) -> int:
-        """Return the number of unacknowledged records."""
+        """Return how many records are unacknowledged."""
         return len(self._pending)
 
     def __contains__(self, seq: int) -> bool:
@@ -108,14 +128,28 @@ class Spool:
         return seq in self._pending
 
     def close(self) -> None:
-        """Close the file, and remove it when everything in it is acknowledged."""
-        if not self._pending:
-            self.path.unlink(missing_ok=True)
-        os.close(self._file)
+        """Close the segments, and remove them when everything is acknowledged."""
+        for segment in self._segments:
+            if not self._pending:
+                segment.path.unlink(missing_ok=True)
+            os.close(segment.file)
         os.close(self._lock)
 
+    def _segment_for(self, size: int) -> _Segment:
+        """Return a segment with room; a record larger than a segment gets one for itself."""
+        current = self._current
+        if not current.size or current.size + size <= SEGMENT_BYTES:
+            return current
+        return next((segment for segment in self._segments if not segment.size), None) or self._new_segment()
+
+    def _new_segment(self) -> _Segment:
+        numbers = [_number(segment.path) for segment in self._segments]
+        segment = _open(Path(f"{self.path}.{max(numbers, default=-1) + 1}"))
+        self._segments.append(segment)
+        return segment
+
     def _take_lock(self) -> int:
-        lock = os.open(self.path.with_suffix(".lock"), os.O_RDWR | os.O_CREAT, 0o600)
+        lock = os.open(f"{self.path}.lock", os.O_RDWR | os.O_CREAT, 0o600)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -124,54 +158,67 @@ class Spool:
                                  f"another name") from error  # fmt: skip
         return lock
 
-    def _recover(self) -> None:
-        self._size = os.fstat(self._file).st_size
-        if self._size == 0:
+    def _recover(self, segment: _Segment) -> None:
+        bytes_there = os.fstat(segment.file).st_size
+        if bytes_there == 0:
             return
-        with mmap.mmap(self._file, 0, prot=mmap.PROT_READ) as mapped, memoryview(mapped) as data:
-            found = scan(data)
-            if found.damage:
-                self._quarantine(found.records, data)
-                return
-        self._pending = {record.seq: record for record in found.records}
-        self.next_seq = max(self._pending, default=-1) + 1
-        if found.torn:
-            self._truncate(self._size - found.torn)
-            self.notes.append(f"{self.path}: cut {found.torn} bytes of a record torn by a crash")
+        with mmap.mmap(segment.file, 0, prot=mmap.PROT_READ) as mapped, memoryview(mapped) as data:
+            found = scan(data, ends_at_zeros=True)
+            saved = [(record.seq, bytes(payload_of(data, record))) for record in found.records]
+            clean = bytes(data[_end(found) : _end(found) + HEAD.size]) in (b"", END)
+        # Without a valid record behind it, what is no record was being written when the actor died.
+        if any(end < bytes_there for _, end in found.damage):
+            self._quarantine(segment, saved)
+            return
+        if not clean:
+            cut = bytes_there - _end(found)
+            self.notes.append(f"{segment.path}: cut {cut} bytes of a record torn by a crash")
+        os.ftruncate(segment.file, _end(found))
+        self._hold(segment, found.records)
 
-    def _quarantine(self, records: Sequence[Record], data: Buffer) -> None:
-        aside = self.path.with_suffix(".quarantined")
-        number = 1
+    def _hold(self, segment: _Segment, records: Sequence[Record]) -> None:
+        self._pending |= {
+            record.seq: (segment, record.offset + HEAD.size, record.length) for record in records
+        }
+        segment.size, segment.live = (records[-1].end if records else 0), len(records)
+        self.next_seq = max(self.next_seq, *(record.seq + 1 for record in records), 0)
+
+    def _quarantine(self, segment: _Segment, saved: Sequence[tuple[int, bytes]]) -> None:
+        """Keep a damaged segment aside and write its valid records anew."""
+        aside, number = Path(f"{segment.path}.quarantined"), 1
         while aside.exists():
-            aside, number = self.path.with_suffix(f".{number}.quarantined"), number + 1
-        self.notes.append(f"{self.path}: damaged; kept as {aside.name}, {len(records)} valid records saved")
-        old = self.path.rename(aside)
-        assert old == aside
-        self._rewrite([(record.seq, bytes(payload_of(data, record))) for record in records])
-
-    def _compact(self) -> None:
-        self._rewrite(list(self.pending()))
-
-    def _rewrite(self, records: Sequence[tuple[int, bytes]]) -> None:
-        """Replace the file by one that holds only these records, atomically."""
-        fresh = self.path.with_suffix(".new")
-        fresh.unlink(missing_ok=True)
-        file = os.open(fresh, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
-        pending: dict[int, Record] = {}
-        size = 0
-        for seq, body in records:
-            pending[seq] = Record(offset=size, seq=seq, length=len(body))
-            size += write_all(file, pack(seq, [body]), fresh)
+            aside, number = Path(f"{segment.path}.{number}.quarantined"), number + 1
+        self.notes.append(f"{segment.path}: damaged; kept as {aside.name}, {len(saved)} valid records saved")
+        segment.path.rename(aside)
+        os.close(segment.file)
+        fresh = _open(segment.path)
+        self._segments[self._segments.index(segment)] = fresh
+        records, size = list[Record](), 0
+        for seq, payload in saved:
+            records.append(Record(offset=size, seq=seq, length=len(payload)))
+            size += write_at(fresh.file, pack(seq, [payload]), size, fresh.path)
         if self._durability == "power":
-            sync(file, fresh)
-        fresh.replace(self.path)
-        os.close(self._file)
-        self._file, self._size, self._pending = file, size, pending
-        self.next_seq = max(self.next_seq, max(pending, default=-1) + 1)
+            sync(fresh.file, fresh.path)
+        self._hold(fresh, records)
 
-    def _truncate(self, size: int) -> None:
-        try:
-            os.ftruncate(self._file, size)
-        except OSError as error:
-            raise StorageError(f"{self.path}: truncating failed ({error.strerror})") from error
-        self._size = size
+
+def spools_in(folder: Path) -> list[Path]:
+    """Return the spools whose segments lie in a folder, as paths for `Spool`."""
+    return sorted({path.with_suffix("") for path in folder.glob("*.[0-9]*") if path.suffix[1:].isdigit()})
+
+
+def _open(path: Path) -> _Segment:
+    return _Segment(path=path, file=os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
+
+
+def _segment_paths(path: Path) -> list[Path]:
+    found = [known for known in path.parent.glob(f"{path.name}.*") if known.suffix[1:].isdigit()]
+    return sorted(found, key=_number)
+
+
+def _number(path: Path) -> int:
+    return int(path.suffix[1:])
+
+
+def _end(found: Scan) -> int:
+    return found.records[-1].end if found.records else 0

@@ -6,6 +6,7 @@ Addresses are integers, or byte strings, whose first byte is meant.
 from __future__ import annotations
 
 import ctypes
+import struct
 from functools import cache
 from typing import NamedTuple, TypeAlias
 
@@ -16,19 +17,23 @@ Address: TypeAlias = "int | bytes | None"
 
 
 class Summary(NamedTuple):
-    """What one pass over a trajectory's arrays found (slipstream_check_trajectory)."""
+    """What a sound record holds (slipstream_check_trajectory)."""
 
-    fault: str
-    """The first field at fault, or ""; the other fields mean something only without one."""
     sampled: int
     """Tokens whose mask is 1."""
     least: int
     """Smallest version of a sampled token, or -1."""
     most: int
     """Largest version of a sampled token, or -1."""
+    tokens: int
+    turns: int
+    header_bytes: int
+    call_bytes: int
 
 
-FIELDS = ("", "loss_mask", "behavior_logprobs", "turn_rewards", "token_ids", "versions", "turns")
+_FoundBySeal = ctypes.c_int64 * 4
+_FoundByCheck = ctypes.c_int64 * 8
+_NUMBERS = struct.Struct("=8q")
 
 
 class Delivery:
@@ -40,7 +45,7 @@ class Delivery:
     def __init__(self, library: ctypes.CDLL) -> None:
         """Bind the functions of a loaded library."""
         self._crc32c, self._combine = library.slipstream_crc32c, library.slipstream_crc32c_combine
-        self._check_trajectory = library.slipstream_check_trajectory
+        self._seal, self._check = library.slipstream_seal_trajectory, library.slipstream_check_trajectory
         self._check_msgpack = library.slipstream_check_msgpack
 
     def crc32c(self, data: Address, size_bytes: int, start: int = 0, *, portable: bool = False) -> int:
@@ -51,18 +56,24 @@ class Delivery:
         """Return the CRC-32C of two blocks in a row from those of each."""
         return int(self._combine(first, second, second_bytes))
 
-    def check_trajectory(
-        self, tokens: Address, mask: Address, logprobs: Address, versions: Address, turns: Address,
-        rewards: Address, *, length: int, reward_count: int,
-    ) -> Summary:  # fmt: skip
-        """Check six arrays of [length] elements, rewards of [reward_count]. Raises NativeError."""
-        found = (ctypes.c_int64 * 4)()
-        status = self._check_trajectory(
-            tokens, mask, logprobs, versions, turns, length, rewards, reward_count, found
-        )
+    def seal(self, record: Address, size_bytes: int) -> bool:
+        """Write the CRC-32C of a record that is whole but for it; False when its arrays are not sound.
+
+        Raises NativeError.
+        """
+        found = _FoundBySeal()
+        status = self._seal(record, size_bytes, found)
         if status != 0:
-            raise NativeError(f"slipstream_check_trajectory: {native.reason(status)}")
-        return Summary(FIELDS[found[0]], found[1], found[2], found[3])
+            raise NativeError(f"slipstream_seal_trajectory: {native.reason(status)}")
+        return bool(found[0] == 0)
+
+    def check(self, record: Address, size_bytes: int) -> Summary | None:
+        """Return what a record holds, or None when it is cut off, changed or not sound."""
+        found = _FoundByCheck()
+        if self._check(record, size_bytes, found) != 0:
+            return None
+        fault, *numbers = _NUMBERS.unpack(found)
+        return None if fault else Summary(*numbers)
 
     def is_plain_msgpack(self, data: bytes, *, most_depth: int, most_items: int) -> bool:
         """Return whether `data` is one MessagePack value within these limits, without extension types."""

@@ -13,13 +13,14 @@ from pathlib import Path
 from slipstream_kernels.errors import BackendUnavailableError, NativeError
 
 LIBRARY = Path(__file__).with_name("libslipstream_cpu.so")
-ABI_VERSION = 2
+ABI_VERSION = 3
 
 _STATUS = {
     1: "a pointer is null",
     2: "a size is negative",
     3: "cu_seqlens must begin with 0, never fall and end with the number of tokens",
     4: "the bytes are no plain MessagePack value within the limits",
+    5: "the bytes are no whole record of a trajectory",
 }
 _SIGNATURES: dict[str, list[type]] = {
     "slipstream_segment_scan_f32": [
@@ -32,13 +33,8 @@ _SIGNATURES: dict[str, list[type]] = {
         ctypes.c_void_p,
     ],
     "slipstream_checksum64": [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_void_p],
-    "slipstream_check_trajectory": [
-        *[ctypes.c_void_p] * 5,
-        ctypes.c_int64,
-        ctypes.c_void_p,
-        ctypes.c_int64,
-        ctypes.c_void_p,
-    ],
+    "slipstream_seal_trajectory": [ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p],
+    "slipstream_check_trajectory": [ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p],
     "slipstream_check_msgpack": [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_int64],
 }
 _VALUES: dict[str, list[type]] = {

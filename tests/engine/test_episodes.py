@@ -90,7 +90,7 @@ def run(chat: Chat, texts: Sequence[str], *overrides: str, **options: Any) -> tu
     trajectory = asyncio.run(runner.sampled(LEASE, puppet, Sampling(), rollout_id=77))
     assert puppet.released == [77]
     # Whatever happened, it can be sent and is read back the same.
-    back = wire.from_bytes(wire.to_bytes(trajectory))
+    back = wire.decode_trajectory(wire.encode_trajectory(trajectory))
     assert back.outcome is trajectory.outcome and back.note == trajectory.note
     np.testing.assert_array_equal(back.token_ids, trajectory.token_ids)
     return trajectory, puppet

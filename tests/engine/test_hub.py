@@ -24,7 +24,7 @@ from slipstream.rendezvous import hub_address, run_id
 from slipstream.spool import Spool
 from slipstream.transport.client import ActorClient, LearnerClient
 from slipstream.transport.zeromq import DealerChannel, SyncDealerChannel
-from slipstream.wire import from_bytes
+from slipstream.wire import decode_trajectory
 
 CONFIG = RunConfig(
     steps=100,
@@ -109,7 +109,7 @@ def test_kill_9_in_mid_stream_loses_nothing_and_doubles_nothing(tmp_path: Path, 
     assert len(attempts) == len(set(attempts))
     # What a trajectory says of itself is what its maker wrote down before sending it.
     assert {
-        f"{t.attempt.group}.{t.attempt.attempt}" for t in (from_bytes(e.record) for e in received)
+        f"{t.attempt.group}.{t.attempt.attempt}" for t in (decode_trajectory(e.record) for e in received)
     } == made
     assert len(made) == (CONFIG.max_slip + 1) * CONFIG.batch.trajectories
 

@@ -26,8 +26,8 @@ def filled(folder: Path, segment_bytes: int = 1 << 20) -> list[int]:
     log = IngestLog(folder, segment_bytes=segment_bytes)
     positions = []
     for event in EVENTS:
-        frames = wire.encode_trajectory(MADE) if isinstance(event, events.Received) else ()
-        positions.append(log.append(event, frames))
+        record = wire.encode_trajectory(MADE) if isinstance(event, events.Received) else b""
+        positions.append(log.append(event, record))
     log.close()
     return positions
 
@@ -46,9 +46,9 @@ def test_events_and_records_come_back(tmp_path: Path, segment_bytes: int) -> Non
     entries = list(read_events(tmp_path))
     assert [entry.event for entry in entries] == EVENTS
     assert [entry.position for entry in entries] == positions
-    assert wire.from_bytes(entries[2].record).identity == MADE.identity
+    assert wire.decode_trajectory(entries[2].record).identity == MADE.identity
     log = IngestLog(tmp_path, segment_bytes=segment_bytes)
-    assert wire.from_bytes(log.read(positions[2])).token_ids.tolist() == MADE.token_ids.tolist()
+    assert wire.decode_trajectory(log.read(positions[2])).token_ids.tolist() == MADE.token_ids.tolist()
     log.close()
     assert len(list(tmp_path.glob("*.log"))) == (1 if segment_bytes > 1 else 4)
 
@@ -56,7 +56,7 @@ def test_events_and_records_come_back(tmp_path: Path, segment_bytes: int) -> Non
 def test_what_is_not_flushed_can_be_read(tmp_path: Path) -> None:
     log = IngestLog(tmp_path)
     position = log.append(EVENTS[2], wire.encode_trajectory(MADE))
-    assert wire.from_bytes(log.read(position)).identity == MADE.identity
+    assert wire.decode_trajectory(log.read(position)).identity == MADE.identity
     log.close()
 
 

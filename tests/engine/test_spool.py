@@ -7,18 +7,26 @@ from pathlib import Path
 
 import pytest
 
+from slipstream import spool as module
+from slipstream import synthetic, wire
 from slipstream.errors import RunFolderError, StorageError
-from slipstream.spool import Spool
+from slipstream.spool import Spool, spools_in
 
-PAYLOADS = [b"first", b"the second record", b"3"]
+RECORDS = [bytes(wire.encode_trajectory(synthetic.trajectory(tokens))) for tokens in (3, 9, 2)]
+ENDS = [sum(16 + len(record) for record in RECORDS[: n + 1]) for n in range(len(RECORDS))]
 
 
 def filled(path: Path) -> bytes:
+    """Fill a spool and return what its only segment holds."""
     spool = Spool(path)
-    for number, payload in enumerate(PAYLOADS):
-        assert spool.append(number, [payload[:2], payload[2:]]) == number
+    for number, record in enumerate(RECORDS):
+        assert spool.append(number, record) == number
     spool.close()
-    return path.read_bytes()
+    return segment(path).read_bytes()
+
+
+def segment(path: Path, number: int = 0) -> Path:
+    return path.with_name(f"{path.name}.{number}")
 
 
 def held(path: Path) -> list[tuple[int, bytes]]:
@@ -28,88 +36,167 @@ def held(path: Path) -> list[tuple[int, bytes]]:
     return records
 
 
-def ends() -> list[int]:
-    lengths = [16 + len(payload) for payload in PAYLOADS]
-    return [sum(lengths[: n + 1]) for n in range(len(lengths))]
-
-
 def test_records_come_back_until_acknowledged(tmp_path: Path) -> None:
-    path = tmp_path / "a.spool"
+    path = tmp_path / "a"
     filled(path)
     spool = Spool(path)
-    assert list(spool.pending()) == list(enumerate(PAYLOADS))
+    assert not spool.notes
+    assert list(spool.pending()) == list(enumerate(RECORDS))
     spool.acknowledge([1])
     assert [seq for seq, _ in spool.pending()] == [0, 2]
     assert spool.next_seq == 3
     spool.acknowledge([0, 2, 99])
     spool.close()
-    assert not path.exists()
+    assert not segment(path).exists()
 
 
-def test_a_file_torn_at_any_byte_keeps_its_whole_records(tmp_path: Path) -> None:
-    data = filled(tmp_path / "a.spool")
+def test_a_segment_torn_at_any_byte_keeps_its_whole_records(tmp_path: Path) -> None:
+    data = filled(tmp_path / "a")
     for cut in range(len(data)):
-        path = tmp_path / f"{cut}.spool"
-        path.write_bytes(data[:cut])
-        whole = sum(end <= cut for end in ends())
-        assert held(path) == list(enumerate(PAYLOADS))[:whole]
-        assert not path.exists() or path.stat().st_size == ([0, *ends()][whole])
+        path = tmp_path / f"cut-{cut}"
+        segment(path).write_bytes(data[:cut])
+        whole = sum(end <= cut for end in ENDS)
+        assert held(path) == list(enumerate(RECORDS))[:whole]
+        assert not segment(path).exists() or segment(path).stat().st_size == [0, *ENDS][whole]
 
 
-def test_a_torn_file_takes_new_records(tmp_path: Path) -> None:
-    path = tmp_path / "a.spool"
-    path.write_bytes(filled(path)[:-1])
+def test_a_torn_segment_takes_new_records(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    segment(path).write_bytes(filled(path)[: ENDS[-1] - 1])
     spool = Spool(path)
-    assert spool.notes
-    assert spool.append(2, [b"new"]) == 2
+    assert spool.notes == [f"{path}.0: cut {ENDS[2] - 1 - ENDS[1]} bytes of a record torn by a crash"]
+    assert spool.append(2, RECORDS[0]) == 2
     spool.close()
-    assert held(path)[-1] == (2, b"new")
+    assert held(path)[-1] == (2, RECORDS[0])
 
 
 def test_damage_at_any_byte_costs_only_its_record(tmp_path: Path) -> None:
-    data = filled(tmp_path / "a.spool")
-    last = ends()[-2]
-    for position in range(last):
-        path = tmp_path / f"{position}.spool"
+    data = filled(tmp_path / "a")
+    for position in range(ENDS[-2]):
+        path = tmp_path / f"bad-{position}"
         bad = bytearray(data)
         bad[position] ^= 0x40
-        path.write_bytes(bytes(bad))
-        hit = sum(end <= position for end in ends())
-        assert held(path) == [pair for pair in enumerate(PAYLOADS) if pair[0] != hit]
-        assert path.with_suffix(".quarantined").read_bytes() == bytes(bad)
-    spool = Spool(tmp_path / "0.spool")
-    spool.close()
+        segment(path).write_bytes(bytes(bad))
+        hit = sum(end <= position for end in ENDS)
+        assert held(path) == [pair for pair in enumerate(RECORDS) if pair[0] != hit]
+        assert Path(f"{path}.0.quarantined").read_bytes() == bytes(bad)
 
 
 def test_damage_is_said(tmp_path: Path) -> None:
-    path = tmp_path / "a.spool"
+    path = tmp_path / "a"
     bad = bytearray(filled(path))
     bad[20] ^= 1
-    path.write_bytes(bytes(bad))
+    segment(path).write_bytes(bytes(bad))
     spool = Spool(path)
-    assert spool.notes == [f"{path}: damaged; kept as a.quarantined, 2 valid records saved"]
+    assert spool.notes == [f"{path}.0: damaged; kept as a.0.quarantined, 2 valid records saved"]
     assert spool.next_seq == 3
     spool.close()
 
 
-def test_the_cap_is_an_error_and_acknowledged_bytes_are_room(tmp_path: Path) -> None:
-    spool = Spool(tmp_path / "a.spool", limit_bytes=100)
-    spool.append(0, [b"x" * 40])
-    with pytest.raises(StorageError, match="holds 56 of 100 bytes and cannot take 56 more"):
-        spool.append(1, [b"y" * 40])
-    spool.append(1, [b"z" * 20])
-    spool.acknowledge([0])
-    spool.append(2, [b"y" * 40])
-    assert list(spool.pending()) == [(1, b"z" * 20), (2, b"y" * 40)]
+def small_segments(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+    monkeypatch.setattr(module, "SEGMENT_BYTES", size)
+    monkeypatch.setattr(module, "_RESET_BYTES", 0)
+
+
+def test_acknowledged_segments_are_written_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small_segments(monkeypatch, 2 * ENDS[0])
+    path = tmp_path / "a"
+    spool = Spool(path)
+    for seq in range(40):
+        spool.append(seq, RECORDS[0])
+        # Three are always unacknowledged: two segments, and a third that begins before the first is free.
+        spool.acknowledge([seq - 3])
+    assert len(list(tmp_path.glob("a.[0-9]*"))) == 3
+    assert [seq for seq, _ in spool.pending()] == [37, 38, 39]
     spool.close()
-    assert held(tmp_path / "a.spool") == [(1, b"z" * 20), (2, b"y" * 40)]
+
+
+@pytest.mark.parametrize("written", range(7))
+def test_a_write_over_old_records_torn_at_any_byte_loses_none_before_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, written: int
+) -> None:
+    """Old ones come back only while the first of the new ones is not whole; the hub knows them."""
+    small_segments(monkeypatch, 1 << 20)
+    path = tmp_path / "a"
+    spool = Spool(path)
+    for seq in range(6):
+        spool.append(seq, RECORDS[0])
+    spool.acknowledge(range(6))
+    for seq in range(6, 6 + written):
+        spool.append(seq, RECORDS[1])
+    kept = [(seq, RECORDS[1]) for seq in range(6, 6 + written)]
+    before = segment(path).read_bytes()
+    spool.append(spool.next_seq, RECORDS[2])
+    after = segment(path).read_bytes()
+    spool.close()
+    end = written * (16 + len(RECORDS[1])) + 16 + len(RECORDS[2])
+    for cut in range(end + 16):
+        torn = tmp_path / f"torn-{cut}"
+        segment(torn).write_bytes(after[:cut] + before[cut:])
+        new = [(6 + written, RECORDS[2])] if after[:cut] + before[cut:] == after or cut >= end else []
+        found = held(torn)
+        assert [pair for pair in found if pair[0] >= 6] == kept + new
+        assert not written or found == kept + new
+
+
+def test_a_record_larger_than_a_segment_has_one_for_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small_segments(monkeypatch, 16)
+    path = tmp_path / "a"
+    filled(path)
+    assert [segment(path, n).stat().st_size for n in range(3)] == [16 + len(r) + 16 for r in RECORDS]
+    assert held(path) == list(enumerate(RECORDS))
+    assert spools_in(tmp_path) == [path]
+
+
+def test_the_cap_is_an_error_and_acknowledged_bytes_are_room(tmp_path: Path) -> None:
+    first, second = RECORDS[0], RECORDS[2]
+    limit = 2 * (16 + len(first)) - 1
+    spool = Spool(tmp_path / "a", limit_bytes=limit)
+    spool.append(0, first)
+    size = 16 + len(first)
+    with pytest.raises(StorageError, match=f"holds {size} of {limit} bytes and cannot take {size} more"):
+        spool.append(1, first)
+    spool.append(1, second)
+    spool.acknowledge([0])
+    spool.append(2, second)
+    assert list(spool.pending()) == [(1, second), (2, second)]
+    spool.close()
+    assert held(tmp_path / "a") == [(0, first), (1, second), (2, second)], "the first may be sent again"
 
 
 def test_two_processes_cannot_share_a_spool(tmp_path: Path) -> None:
-    spool = Spool(tmp_path / "a.spool")
+    spool = Spool(tmp_path / "a")
     with pytest.raises(RunFolderError, match="another process uses this spool"):
-        Spool(tmp_path / "a.spool")
+        Spool(tmp_path / "a")
     spool.close()
+
+
+def test_a_failed_write_is_named_and_costs_nothing_that_was_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a"
+    spool = Spool(path)
+    spool.append(0, RECORDS[0])
+
+    def full(*_: object) -> int:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as context:
+        context.setattr(os, "pwritev", full)
+        with pytest.raises(StorageError, match=r"a\.0: writing failed \(No space left on device\); free"):
+            spool.append(1, RECORDS[1])
+    assert spool.append(1, RECORDS[2]) == 1
+    spool.close()
+    assert held(path) == [(0, RECORDS[0]), (1, RECORDS[2])]
+
+
+def test_a_short_write_is_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = os.pwritev
+    monkeypatch.setattr(os, "pwritev", lambda file, buffers, at: real(file, [b"".join(buffers)[:21]], at))
+    filled(tmp_path / "a")
+    assert held(tmp_path / "a") == list(enumerate(RECORDS))
 
 
 def test_a_failed_fsync_is_final(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,8 +207,8 @@ def test_a_failed_fsync_is_final(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         raise OSError(5, "Input/output error")
 
     monkeypatch.setattr(os, "fdatasync", failing)
-    spool = Spool(tmp_path / "a.spool", durability="power")
+    spool = Spool(tmp_path / "a", durability="power")
     with pytest.raises(StorageError, match="fdatasync failed"):
-        spool.append(0, [b"x"])
+        spool.append(0, RECORDS[0])
     assert len(calls) == 1
     spool.close()

@@ -11,9 +11,9 @@ from slipstream import events
 from slipstream.config import RunConfig
 from slipstream.ingest import read_events
 from slipstream.metrics import read_rows, rows_of
-from slipstream.spool import Spool
+from slipstream.spool import Spool, spools_in
 from slipstream.types import Trajectory, TrajectoryId
-from slipstream.wire import from_bytes
+from slipstream.wire import decode_trajectory
 
 UNUSABLE = {"duplicate", "failed_infrastructure", "unproven"}
 
@@ -56,7 +56,7 @@ class Books:
 
     def trajectory(self, identity: TrajectoryId) -> Trajectory:
         """Return what was sampled."""
-        return from_bytes(self.records[identity])
+        return decode_trajectory(self.records[identity])
 
     def by_attempt(self) -> dict[tuple[int, int], Trajectory]:
         """Return the trained trajectories by (group, attempt)."""
@@ -72,7 +72,7 @@ class Books:
             case events.Received(identity=identity):
                 assert identity not in self.received, f"{identity} is in the log twice"
                 self.received[identity], self.records[identity] = event, record
-                assert from_bytes(record).identity == identity
+                assert decode_trajectory(record).identity == identity
             case events.Trained(step=step, identities=identities):
                 assert step == len(self.batches), f"batch {step} follows batch {len(self.batches) - 1}"
                 self.batches[step] = identities
@@ -155,9 +155,9 @@ def check_finished(folder: Path, config: RunConfig) -> Books:
     assert [row["step"] for row in rows] == list(range(1, config.steps + 1))
     due = {step for step in range(config.steps + 1) if step % config.evaluation.every == 0} | {config.steps}
     assert {int(row["step"]) for row in rows_of(read_rows(folder), "evaluation")} == due
-    for path in folder.glob("spool/*.log"):
+    for path in spools_in(folder / "spool"):
         spool = Spool(path)
-        left = {from_bytes(payload).identity for _, payload in spool.pending()}
+        left = {decode_trajectory(payload).identity for _, payload in spool.pending()}
         spool.close()
         assert left <= set(books.received), "a spool holds what never arrived"
     return books

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 
 from slipstream import integrity, messages, records, synthetic, wire
 from slipstream.errors import FrameError
+from slipstream.types import Trajectory
 from slipstream_kernels import native
 from slipstream_kernels.delivery import Delivery, load
 
@@ -57,7 +59,7 @@ def test_two_checksums_combine(library: Delivery, size: int) -> None:
 
 
 def without_library(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (integrity, messages):
+    for module in (integrity, messages, wire):
         monkeypatch.setattr(module, "load", lambda: None)
 
 
@@ -78,13 +80,12 @@ def both(monkeypatch: pytest.MonkeyPatch, use: Callable[[], Any]) -> tuple[Any, 
 
 @pytest.mark.parametrize("tokens", [2, 33, 5000, 40_000])
 def test_records_are_the_same_without_the_library(monkeypatch: pytest.MonkeyPatch, tokens: int) -> None:
-    def record() -> list[bytes]:
-        frames = wire.encode_trajectory(synthetic.trajectory(tokens))
-        return [bytes(part) for part in records.pack(7, wire.record_prefix(frames), frames)]
+    def record() -> bytes:
+        return b"".join(records.pack(7, [b"event"], wire.encode_trajectory(synthetic.trajectory(tokens))))
 
     ours, theirs = both(monkeypatch, record)
     assert ours == theirs
-    assert records.scan(b"".join(ours)).records[0].end == len(b"".join(ours))
+    assert records.scan(ours).records[0].end == len(ours)
 
 
 FAULTS = [
@@ -111,8 +112,20 @@ def test_faults_are_named_the_same(monkeypatch: pytest.MonkeyPatch, position: in
         arrays = {name: getattr(made, name).copy() for name, _ in wire.ARRAYS}
         for name, value in faults:
             arrays[name][position % arrays[name].size] = value
-        ours, theirs = both(monkeypatch, lambda arrays=arrays: integrity.check_values(list(arrays.values())))
+        record = unchecked_record(dataclasses.replace(made, **arrays))
+        ours, theirs = both(monkeypatch, lambda record=record: wire.inspect_trajectory(record))
         assert ours == theirs, faults
+        delivery = load()
+        assert delivery is None or (delivery.check(record, len(record)) is None) == isinstance(theirs, str)
+
+
+def unchecked_record(made: Trajectory) -> bytes:
+    """The record of a trajectory whose values nobody has looked at."""
+    good = synthetic.trajectory(made.token_ids.size, turns=made.turn_rewards.size)
+    record = bytes(wire.encode_trajectory(good))
+    arrays = b"".join(getattr(made, name).tobytes() for name, _ in wire.ARRAYS)
+    body = record[:32] + arrays + record[32 + len(arrays) : -4]
+    return body + google_crc32c.value(body).to_bytes(4, "little")
 
 
 @pytest.mark.parametrize("tokens", [1, 15, 64, 4097])
@@ -121,14 +134,16 @@ def test_what_is_counted_is_the_same(monkeypatch: pytest.MonkeyPatch, tokens: in
     for serials in ([0], [3, 4, 9], [0, 2_000_000_000], []):
         mask = (random.random(tokens) < (0.5 if serials else 0.0)).astype(np.uint8)
         chosen = random.choice(serials or [0], tokens)
-        parts: list[Any] = [
-            random.integers(0, 1 << 20, tokens, dtype=np.int32), mask, random.random(tokens, np.float32),
-            np.where(mask, chosen, -1).astype(np.int32), np.where(mask, 0, -1).astype(np.int16),
-            np.ones(1, np.float32),
-        ]  # fmt: skip
-        ours, theirs = both(monkeypatch, lambda parts=parts: integrity.check_values(parts))
+        made = dataclasses.replace(
+            synthetic.trajectory(tokens, turns=1), loss_mask=mask,
+            versions=np.where(mask, chosen, -1).astype(np.int32),
+            turns=np.where(mask, 0, -1).astype(np.int16),
+        )  # fmt: skip
+        record = wire.encode_trajectory(made)
+        ours, theirs = both(monkeypatch, lambda record=record: wire.inspect_trajectory(record))
         assert ours == theirs
         assert ours.sampled == mask.sum()
+        assert set(ours.serials) == set(chosen[mask == 1].tolist())
 
 
 @pytest.mark.parametrize("versions", [(4,), (2, 4), (0, 31), (0, 500, 2_000_000)])

@@ -33,14 +33,7 @@ from slipstream.messages import (
 from slipstream.spool import Spool
 from slipstream.transport.channel import AsyncChannel
 from slipstream.types import Lease, Trajectory, TrajectoryId, WeightProof
-from slipstream.wire import (
-    ARRAYS,
-    MAX_META_BYTES,
-    encode_trajectory,
-    record_prefix,
-    schema_hash,
-    split_record,
-)
+from slipstream.wire import encode_trajectory, most_bytes, schema_hash
 
 UNASSIGNED: Final = TrajectoryId(run="", actor="", epoch=-1, seq=-1)
 """Identity of a trajectory that its client has not sent yet."""
@@ -111,15 +104,16 @@ class ActorClient:
 
         Raises DeadlineError naming the hub when credit or room in the spool does not come.
         """
-        most = MAX_META_BYTES + sum(getattr(trajectory, name).nbytes for name, _ in ARRAYS)
-        await self._wait(lambda: self._spool.has_room(most), self._limits.credit_s, "room in the spool")
+        most = most_bytes(trajectory)
+        if not self._spool.has_room(most):
+            await self._wait(lambda: self._spool.has_room(most), self._limits.credit_s, "room in the spool")
         seq = self._spool.next_seq
         identity = TrajectoryId(run=self._run, actor=self._name, epoch=self._epoch, seq=seq)
-        frames = encode_trajectory(trajectory, identity)
-        self._spool.append(seq, record_prefix(frames), frames)
+        record = encode_trajectory(trajectory, identity)
+        self._spool.append(seq, record)
         self._sent_leases[seq] = Lease(attempt=trajectory.attempt, split=trajectory.split,
                                        evaluation=trajectory.evaluation, issue=trajectory.issue)  # fmt: skip
-        await self._deliver(seq, frames)
+        await self._deliver(seq, record)
         # Sending seldom waits: acknowledgements must get their turn between two of many.
         await asyncio.sleep(0)
 
@@ -176,15 +170,15 @@ class ActorClient:
             await within(self._channel.send(everything), self._limits.send_s, self._who,
                          f"the {self._hub} to take {type(message).__name__}")  # fmt: skip
 
-    async def _deliver(self, seq: int, frames: Sequence[Buffer]) -> None:
-        size = sum(map(len, frames))
+    async def _deliver(self, seq: int, record: Buffer) -> None:
+        size = len(record)
         if self._failure is not None or not self._has_credit(size):
             await self._wait(lambda: self._has_credit(size) or seq not in self._spool,
                              self._limits.credit_s, f"credit for {size} bytes")  # fmt: skip
         if seq in self._spool and seq not in self._on_the_way:
             self._on_the_way[seq] = size
             self._bytes_on_the_way += size
-            await self._send(Deliver(seq=seq), frames)
+            await self._send(Deliver(seq=seq), [record])
 
     def _has_credit(self, size: int) -> bool:
         # One trajectory may exceed the whole credit, or it could never leave.
@@ -293,6 +287,6 @@ class ActorClient:
     async def _resend(self, seqs: Sequence[int]) -> None:
         for seq in seqs:
             if seq in self._spool:
-                await self._deliver(seq, split_record(self._spool.read(seq)))
+                await self._deliver(seq, self._spool.read(seq))
         if self._wanted is not None:
             await self.want(*self._wanted)

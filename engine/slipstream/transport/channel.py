@@ -17,6 +17,9 @@ class Handler(Protocol):
     def handle(self, peer: bytes, message: Message, frames: Sequence[Buffer], now: float) -> list[Reply]:
         """Take one message of a peer and return what to send, once the log is flushed."""
 
+    def progress(self, now: float) -> list[Reply]:
+        """Do what the messages of a turn have made possible and return what to send."""
+
     def tick(self, now: float) -> list[Reply]:
         """Do what time demands and return what to send."""
 

@@ -29,7 +29,7 @@ from slipstream.messages import (
 )
 from slipstream.transport.channel import SyncChannel
 from slipstream.types import Trajectory, Version, WeightUpdate
-from slipstream.wire import from_bytes, schema_hash
+from slipstream.wire import decode_trajectory, schema_hash
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -183,7 +183,7 @@ class LearnerClient:
 
     def _take_batch(self, message: Batch, records: Sequence[Buffer]) -> None:
         if message.step == self._pulling and self._batch is None:
-            trajectories = tuple(from_bytes(record) for record in records)
+            trajectories = tuple(decode_trajectory(record) for record in records)
             self._batch = PulledBatch(step=message.step, trajectories=trajectories, counters=message.counters,
                                       versions=message.versions)  # fmt: skip
 

@@ -34,9 +34,9 @@ class MemoryHub:
     def take(self, peer: bytes, frames: Sequence[Buffer]) -> None:
         """Handle one message and hand the replies out."""
         message = decode_message(frames[0])
-        self._hand_out(
-            self._handler.handle(peer, message, [bytes(frame) for frame in frames[1:]], self._clock())
-        )
+        now = self._clock()
+        replies = self._handler.handle(peer, message, [bytes(frame) for frame in frames[1:]], now)
+        self._hand_out([*replies, *self._handler.progress(now)])
 
     def tick(self) -> None:
         """Let the state machine do what time demands."""

@@ -32,10 +32,14 @@ MAX_FRAMES: Final = 16
 HIGH_WATER: Final = 4096
 _MOST_PER_TURN: Final = 128
 _POLL_MS: Final = 50
-_COPY_BELOW: Final = 64 << 10
-"""Copying a smaller frame costs less than sharing it."""
+_COPY_BELOW: Final = 512 << 10
+"""Copying a smaller frame to libzmq costs less than sharing it, which a thread of pyzmq keeps count of."""
+_BYTES_BELOW: Final = 4 << 10
+"""Copying a smaller frame out of libzmq costs less than a view of it."""
 _NOW: Final = int(zmq.NOBLOCK)
 _NOT_LAST: Final = int(zmq.NOBLOCK | zmq.SNDMORE)
+_EVENTS, _IN, _OUT = int(zmq.EVENTS), int(zmq.POLLIN), int(zmq.POLLOUT)
+# Plain integers: one operation on an enum's flags takes longer than a call of libzmq.
 
 
 class RouterServer:
@@ -75,7 +79,8 @@ class RouterServer:
         replies: list[Reply] = []
         if self._socket.poll(timeout_ms):
             replies = self._take_all()
-        replies += self._handler.tick(time.monotonic())
+        now = time.monotonic()
+        replies += [*self._handler.progress(now), *self._handler.tick(now)]
         self._handler.flush()
         self._send_all(replies)
 
@@ -188,10 +193,10 @@ class DealerChannel:
         Its descriptor tells of changes only, and any call on the socket may swallow one: so this runs when
         the descriptor stirs, after each call, and before each wait.
         """
-        events = int(self._socket.getsockopt(zmq.EVENTS))
-        if events & zmq.POLLIN:
+        events = int(self._socket.getsockopt(_EVENTS))
+        if events & _IN:
             self._readable.set()
-        if events & zmq.POLLOUT:
+        if events & _OUT:
             self._writable.set()
 
 
@@ -241,7 +246,7 @@ def receive_frames(socket: zmq.Socket[Any]) -> list[Buffer]:
     frames: list[Buffer] = []
     while True:
         frame = socket.recv(_NOW, copy=False)
-        frames.append(frame.bytes if len(frame) < _COPY_BELOW else frame.buffer)
+        frames.append(frame.bytes if len(frame) < _BYTES_BELOW else frame.buffer)
         if not frame.more:
             return frames
 
@@ -251,15 +256,17 @@ def merge_acks(replies: Sequence[Reply]) -> list[Reply]:
 
     A client forgets a lease with its acknowledgement: a Grant said again after its Hello must not come later.
     """
-    merged: dict[bytes, Ack] = {}
+    merged: dict[bytes, list[Ack]] = {}
     others: list[Reply] = []
-    for peer, message, frames in replies:
-        if isinstance(message, Ack):
-            known = merged.get(peer, Ack(seqs=(), bytes=0))
-            merged[peer] = Ack(seqs=known.seqs + message.seqs, bytes=known.bytes + message.bytes)
+    for reply in replies:
+        if isinstance(reply[1], Ack):
+            merged.setdefault(reply[0], []).append(reply[1])
         else:
-            others.append((peer, message, frames))
-    return [*others, *((peer, ack, ()) for peer, ack in merged.items())]
+            others.append(reply)
+    for peer, acks in merged.items():
+        seqs = tuple(seq for ack in acks for seq in ack.seqs)
+        others.append((peer, Ack(seqs=seqs, bytes=sum(ack.bytes for ack in acks)), ()))
+    return others
 
 
 def _connect(context: zmq.Context[Any], socket: zmq.Socket[Any], address: str) -> None:
