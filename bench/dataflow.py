@@ -6,8 +6,8 @@ Two sending processes and one receiving process on this machine, over TCP, with 
 64 KB and 1 MB:
 
     slipstream   ActorClient (encoded, spooled) to the real hub process (checked, logged, acknowledged)
-    acked        the same messages and window through blocking DEALER and ROUTER sockets; the receiver looks at
-                 nothing, keeps nothing, and acknowledges what it took in each turn. The target compares here
+    acked        the same messages and window through blocking DEALER and ROUTER sockets; the receiver looks
+                 at nothing, keeps nothing, and acknowledges what it took in each turn: the target
     unacked      the same bytes as one frame, acknowledged once at the very end
 
 Spools and log are in a temporary folder, as a run's are on a disk; --folder takes another place, such as
@@ -98,7 +98,7 @@ def run(rounds: int = 5, folder: Path | None = None) -> dict[str, Any]:
         "encode_32768_tokens_ms": encode_ms,
         "actors": ACTORS,
         "window_bytes": WINDOW,
-        "storage": str(home),
+        "storage": str(folder or "temporary folder"),
         "machine": {
             "cores": os.cpu_count(),
             "python": platform.python_version(),

@@ -28,6 +28,7 @@ from slipstream.inference.embedded import EmbeddedBackend
 from slipstream.inference.trial import lease_key
 from slipstream.messages import Grant, Stop, Weights
 from slipstream.model import choose_device, load_policy
+from slipstream.process import keep_freed_memory
 from slipstream.rendezvous import hub_address, run_id
 from slipstream.spool import Spool
 from slipstream.transport.client import ActorClient
@@ -43,6 +44,7 @@ log = logging.getLogger(__name__)
 def main(config: RunConfig, folder: Path, name: str) -> int:
     """Serve a run as actor `name` until the hub stops it; returns 0."""
     torch.set_num_threads(config.actor.threads)
+    keep_freed_memory()
     uvloop.run(_serve(config, folder, name))
     return 0
 
