@@ -132,7 +132,8 @@ class Ledger:
                 self._reports.append({"kind": message.about, **message.metrics})
                 return []
             case m.Finish():
-                return [(other, m.Stop(reason=message.reason), ()) for other in self._peers if other != peer]
+                # The learner's own Stop tells it that all it said before has been heard.
+                return [(other, m.Stop(reason=message.reason), ()) for other in self._peers]
             case m.Ping():
                 return [(peer, message, ())]
         return [(peer, m.Refused(reason=f"the {who.role} may not send {type(message).__name__}"), ())]

@@ -118,8 +118,15 @@ class LearnerClient:
         self._send(Report(about=about, metrics=dict(metrics)))
 
     def finish(self, reason: str) -> None:
-        """Tell the hub that training is over; it tells every actor to stop."""
+        """Tell the hub that training is over; it tells every peer to stop.
+
+        Returns when its own Stop has come: `close` drops what is on its way. Raises DeadlineError.
+        """
         self._send(Finish(reason=reason))
+        deadline = self._deadline(self._limits.drain_s, "Stop")
+        while not any(isinstance(event, Stop) for event in self._events):
+            deadline.check()
+            self._pump(min(self._limits.ping_s, deadline.remaining()))
 
     def events(self, timeout_s: float = 0.0) -> list[Evaluated | Stop]:
         """Return what else the hub said since the last call; waits up to `timeout_s` for the first of it."""
