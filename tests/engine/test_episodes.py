@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
 import numpy as np
@@ -84,10 +84,30 @@ def runner_of(chat: Chat, config: RunConfig, factory: EnvironmentFactory | None 
     )
 
 
+class IdleClock(asyncio.SelectorEventLoop):
+    """Time passes only while nothing can run: what times out does not depend on the machine's speed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._now = 0.0
+        look: Callable[[float | None], list[Any]] = self._selector.select
+
+        def skip(timeout: float | None = None) -> list[Any]:
+            assert timeout is not None, "nothing will ever happen"
+            self._now += timeout
+            return look(0.0)
+
+        self._selector.select = skip
+
+    def time(self) -> float:
+        return self._now
+
+
 def run(chat: Chat, texts: Sequence[str], *overrides: str, **options: Any) -> tuple[Trajectory, Puppet]:
     puppet = Puppet(chat, texts, cut=options.pop("cut", None))
     runner = runner_of(chat, config_of(*overrides), **options)
-    trajectory = asyncio.run(runner.sampled(LEASE, puppet, Sampling(), rollout_id=77))
+    with asyncio.Runner(loop_factory=IdleClock) as loop:
+        trajectory = loop.run(runner.sampled(LEASE, puppet, Sampling(), rollout_id=77))
     assert puppet.released == [77]
     # Whatever happened, it can be sent and is read back the same.
     back = wire.from_bytes(wire.to_bytes(trajectory))
@@ -184,7 +204,7 @@ def test_timed_out_by_a_slow_tool(chat: Chat) -> None:
     assert len(trajectory.turn_rewards) == 2 and trajectory.tool_calls == []
     config = config_of()
     assert trajectory.turn_rewards.sum() == pytest.approx(reward(trajectory.scores, config.rewards))
-    assert 0.05 < trajectory.timings.tools_s < 5
+    assert trajectory.timings.tools_s > 0
 
 
 def test_timed_out_while_sampling(chat: Chat) -> None:

@@ -21,20 +21,23 @@ from slipstream.supervisor import Patience
 
 ROLE = Path(__file__).with_name("fake_role.py")
 PROGRAM = (sys.executable, str(ROLE))
-PATIENCE = Patience(stop_s=5.0, finish_s=30.0, backoff_s=0.01)
+HANGS_S = 100.0
+"""Far above what anything takes: it only ends tests that hang."""
+PATIENCE = Patience(stop_s=HANGS_S, finish_s=HANGS_S, backoff_s=0.01)
 
 DRIVER = f"""
-import sys
+import signal, sys
 from pathlib import Path
 from slipstream import launch
 from slipstream.config import load_config
 from slipstream.display import PlainScreen
 from slipstream.supervisor import Patience
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
 folder = Path(sys.argv[1])
 config = load_config("research")
 screen = PlainScreen(config, folder, sys.stdout)
 sys.exit(launch.train(config, folder, resume=False, serial=False, screen=screen,
-         program=(sys.executable, {str(ROLE)!r}), patience=Patience(stop_s=5.0)))
+         program=(sys.executable, {str(ROLE)!r}), patience=Patience(stop_s=100.0)))
 """
 
 
@@ -79,14 +82,19 @@ def _runs(pid: int) -> bool:
 
 
 def wait_for(condition: Callable[[], bool], what: str) -> None:
-    deadline = time.monotonic() + 20.0
+    deadline = time.monotonic() + HANGS_S
     while not condition():
-        assert time.monotonic() < deadline, f"waited 20 s for {what}"
+        assert time.monotonic() < deadline, f"waited {HANGS_S:g} s for {what}"
         time.sleep(0.02)
 
 
 def starts(tmp_path: Path, role: str) -> int:
     return len(list((tmp_path / "pids").glob(f"{role}-*")))
+
+
+def ready(tmp_path: Path, *roles: str) -> bool:
+    """Tell whether each of these has come to where it acts on signals as planned."""
+    return all(any((tmp_path / "ready").glob(f"{role}-*")) for role in roles)
 
 
 def test_a_run_leaves_summary_curve_configuration_and_logs(tmp_path: Path) -> None:
@@ -142,7 +150,7 @@ def test_a_killed_learner_is_named_with_its_signal(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("role", ["actor", "learner", "warmup"])
 def test_a_users_mistake_found_by_a_role_stays_one_sentence(tmp_path: Path, role: str) -> None:
-    folder = plan(tmp_path, **{role: "refuse", "hub": "wait"})
+    folder = plan(tmp_path, **{"learner": "wait", "hub": "wait", role: "refuse"})
     with pytest.raises(UserError) as caught:
         train(folder)
     assert str(caught.value) == "model.path: no such folder /models/none; give another"
@@ -151,8 +159,8 @@ def test_a_users_mistake_found_by_a_role_stays_one_sentence(tmp_path: Path, role
 
 
 def test_a_dead_actor_is_started_again(tmp_path: Path) -> None:
-    folder = plan(tmp_path, actor="die once")
-    (tmp_path / "wait for restart").touch()
+    folder = plan(tmp_path, actor="die 1 times")
+    (tmp_path / "actors wanted").write_text("2")
     shown = train(folder)
     assert "actor-0 ended with exit code 3; restart 1 of 5 in 0.01 s" in shown
     assert starts(tmp_path, "actor") == 2
@@ -191,9 +199,9 @@ def test_a_signal_stops_all_roles_and_says_how_to_go_on(tmp_path: Path, number: 
     folder = plan(tmp_path, learner="wait", hub="wait")
     command = [sys.executable, "-c", DRIVER, str(folder)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as driver:
-        wait_for((tmp_path / "ready-learner").exists, "the learner's start")
+        wait_for(lambda: ready(tmp_path, "hub", "actor", "learner"), "the roles")
         driver.send_signal(number)
-        shown, _ = driver.communicate(timeout=20)
+        shown, _ = driver.communicate(timeout=HANGS_S)
     assert driver.returncode == 130
     assert f"stopped by {number.name}; continue with: slipstream train --output {folder} --resume" in shown
     assert not alive(tmp_path)
@@ -203,13 +211,11 @@ def test_roles_end_when_the_launcher_is_killed(tmp_path: Path) -> None:
     folder = plan(tmp_path, learner="ignore SIGTERM", hub="ignore SIGTERM")
     command = [sys.executable, "-c", DRIVER, str(folder)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as driver:
-        ready = [tmp_path / f"ready-{role}" for role in ("hub", "actor", "learner")]
-        wait_for(lambda: all(path.exists() for path in ready), "the roles")
+        wait_for(lambda: ready(tmp_path, "hub", "actor", "learner"), "the roles")
         assert len(alive(tmp_path)) == 3
         with pytest.raises(RunFolderError, match=f"is in use by process {driver.pid}"):
             train(folder, resume=True)
         os.kill(driver.pid, signal.SIGKILL)
-        driver.wait(timeout=20)
+        driver.wait(timeout=HANGS_S)
         wait_for(lambda: not alive(tmp_path), "the roles to end")
-    times = json.loads((folder / "times.json").read_text())
-    assert set(times) == {"warm start"}
+    assert "warm start" in json.loads((folder / "times.json").read_text())
