@@ -19,7 +19,7 @@ from slipstream import run_folder, summary
 from slipstream.checkpoint import load_latest, verify
 from slipstream.config import RunConfig
 from slipstream.errors import CheckpointError, RoleError
-from slipstream.supervisor import Patience, RoleSpec, StoppedBySignal, Supervisor
+from slipstream.supervisor import Patience, RoleSpec, StoppedBySignal, Supervisor, raising_signals
 from slipstream.types import Split
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def train(
     Raises: RunFolderError when the folder cannot be used; UserError or RoleError when a role ended the
     run, the latter saying how to go on.
     """
-    with run_folder.opened(folder, config, resume=resume), screen:
+    with raising_signals(), run_folder.opened(folder, config, resume=resume), screen:
         run = _Run(config, folder, screen)
         run.supervisor = Supervisor(
             folder=folder,
@@ -64,7 +64,7 @@ def train(
         except StoppedBySignal as stop:
             screen.event(f"stopped by {stop}; {_advice(folder)}")
             return INTERRUPTED
-        except KeyboardInterrupt:  # in this process: serial mode
+        except KeyboardInterrupt:  # no roles run: serial mode, or between two stages
             screen.event(f"stopped by SIGINT; {_advice(folder)}")
             return INTERRUPTED
         except RoleError as error:
@@ -130,7 +130,7 @@ class _Run:
         actors = [
             self._spec(
                 "actor", "--name", f"actor-{index}", index=index, threads=config.actor.threads,
-                restarts=ACTOR_RESTARTS, awaited=False,
+                restarts=ACTOR_RESTARTS, awaited=False, resends=True,
             )
             for index in range(config.actor.count)
         ]  # fmt: skip
@@ -177,6 +177,7 @@ class _Run:
         restarts: int = 0,
         awaited: bool = True,
         outlives: bool = False,
+        resends: bool = False,
     ) -> RoleSpec:
         return RoleSpec(
             role=role,
@@ -186,6 +187,7 @@ class _Run:
             restarts=restarts,
             awaited=awaited,
             outlives=outlives,
+            resends=resends,
         )
 
     def tick(self) -> None:

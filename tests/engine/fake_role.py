@@ -111,6 +111,10 @@ def play(plan: str, role: str, folder: Path) -> None:
         case "refuse":
             sys.stderr.write("noise\nslipstream: model.path: no such folder /models/none; give another\n")
             sys.exit(2)
+        case "die when others are ready":
+            while not (running(folder / "ready", "actor") and running(folder / "ready", "learner")):
+                time.sleep(0.02)
+            os.kill(os.getpid(), signal.SIGKILL)
         case "kill -9":
             os.kill(os.getpid(), signal.SIGKILL)
         case "wait" | "ignore SIGTERM":

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -174,10 +175,26 @@ def test_an_actor_that_keeps_dying_ends_the_run_after_five_restarts(tmp_path: Pa
     assert not alive(tmp_path)
 
 
+def test_deaths_of_long_ago_are_forgotten(tmp_path: Path) -> None:
+    folder = plan(tmp_path, actor="die 7 times")
+    (tmp_path / "actors wanted").write_text("8")
+    shown = train(folder, patience=replace(PATIENCE, window_s=0.0))
+    assert shown.count("actor-0 ended with exit code 3; restart 1 of 5 in 0.01 s") == 7
+    assert starts(tmp_path, "actor") == 8
+
+
+def test_an_actor_whose_hub_is_dead_is_not_waited_for(tmp_path: Path) -> None:
+    folder = plan(tmp_path, hub="die when others are ready", actor="ignore SIGTERM", learner="wait")
+    with pytest.raises(RoleError, match="hub-0 was killed by SIGKILL") as caught:
+        train(folder)
+    assert not any("ignored SIGTERM" in note for note in caught.value.__notes__)
+    assert not alive(tmp_path)
+
+
 def test_a_role_that_ignores_sigterm_is_killed(tmp_path: Path) -> None:
     folder = plan(tmp_path, actor="ignore SIGTERM", learner="work")
     shown = train(folder, patience=Patience(stop_s=0.2))
-    assert "ignored SIGTERM for 0.2 s: killed" in shown
+    assert "actor-0 ignored SIGTERM for 0.2 s: killed" in shown
     assert not alive(tmp_path)
 
 
@@ -205,6 +222,36 @@ def test_a_signal_stops_all_roles_and_says_how_to_go_on(tmp_path: Path, number: 
     assert driver.returncode == 130
     assert f"stopped by {number.name}; continue with: slipstream train --output {folder} --resume" in shown
     assert not alive(tmp_path)
+
+
+class Interrupting(PlainScreen):
+    """Asks this process to end when a stage begins."""
+
+    def __init__(self, folder: Path, stage: str, number: signal.Signals, stream: io.StringIO) -> None:
+        super().__init__(load_config("research"), folder, stream)
+        self._wanted, self._number = stage, number
+
+    def stage(self, name: str) -> None:
+        super().stage(name)
+        if name == self._wanted:
+            signal.raise_signal(self._number)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+@pytest.mark.parametrize("stage", ["warm start", "learning curve"])
+def test_a_signal_while_no_role_runs_ends_the_run_likewise(
+    tmp_path: Path, stage: str, number: signal.Signals
+) -> None:
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    folder, stream = plan(tmp_path), io.StringIO()
+    screen = Interrupting(folder, stage, number, stream)
+    code = launch.train(
+        load_config("research"), folder, resume=False, serial=False, screen=screen, program=PROGRAM
+    )
+    signal.signal(signal.SIGINT, before)
+    assert code == 130
+    assert f"stopped by {number.name}; continue with: slipstream train --output" in stream.getvalue()
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
 def test_roles_end_when_the_launcher_is_killed(tmp_path: Path) -> None:
