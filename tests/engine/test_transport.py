@@ -209,6 +209,19 @@ def test_clients_outlive_a_restarted_hub(tmp_path: Path) -> None:
     hub.stop()
 
 
+def test_a_learner_that_waits_in_slices_joins_a_restarted_hub(tmp_path: Path) -> None:
+    hub = Serving(tmp_path / "log")
+    limits = Deadlines(ping_s=0.2)
+    learner = LearnerClient(SyncDealerChannel(hub.server.address), "run", "learner", deadlines=limits)
+    learner.connect(0)
+    assert learner.pull(0, 0.0) is None
+    hub = Serving(tmp_path / "log", hub.stop())
+    while not hub.ledger.status(0.0)["learner_present"]:
+        assert learner.pull(0, 0.01) is None
+    learner.close()
+    hub.stop()
+
+
 def with_actor(
     address: str,
     folder: Path,
