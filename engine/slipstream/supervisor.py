@@ -83,6 +83,8 @@ class _Running:
     process: subprocess.Popen[bytes] | None
     died_at: list[float] = field(default_factory=list)
     """On the monotonic clock, those within the window."""
+    log_start: int = 0
+    """Where in its log this process began: what stands before is of earlier ones."""
     restart_at: float = 0.0
     finished: bool = False
 
@@ -116,7 +118,8 @@ class Supervisor:
         with _signals() as received:
             try:
                 for spec in specs:
-                    roles.append(_Running(spec=spec, process=self._start(spec)))
+                    roles.append(role := _Running(spec=spec, process=None))
+                    self._start(role)
                 self._watch(roles, received)
             finally:
                 self._stop_all(roles)
@@ -147,7 +150,7 @@ class Supervisor:
             return
         if role.process is None:
             if time.monotonic() >= role.restart_at:
-                role.process = self._start(role.spec)
+                self._start(role)
             return
         code = role.process.poll()
         if code is None:
@@ -165,13 +168,14 @@ class Supervisor:
             f"{role.spec.name} {_ending(code)}; restart {deaths} of {role.spec.restarts} in {pause:g} s"
         )
 
-    def _start(self, spec: RoleSpec) -> subprocess.Popen[bytes]:
-        threads = str(spec.threads)
+    def _start(self, role: _Running) -> None:
+        spec, threads = role.spec, str(role.spec.threads)
         names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
         log = self._log(spec)
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("ab") as file:
-            return subprocess.Popen(
+            role.log_start = file.tell()
+            role.process = subprocess.Popen(
                 [*self.program, *spec.arguments, "--parent", str(os.getpid())],
                 stdin=subprocess.DEVNULL,
                 stdout=file,
@@ -205,23 +209,24 @@ class Supervisor:
 
     def _failure(self, role: _Running, code: int) -> UserError | RoleError:
         log = self._log(role.spec)
-        lines = last_lines(log, 12)
+        lines = last_lines(log, 12, start=role.log_start)
         if code == UserError.exit_code:
             own = [line for line in lines if line.startswith(SENTENCE)]
             if own:
                 return UserError(own[-1].removeprefix(SENTENCE))
         died = f"{role.spec.name} {_ending(code)}"
         died += f" {len(role.died_at)} times" if len(role.died_at) > 1 else ""
-        return RoleError("\n  ".join([f"{died}; last lines of {log}:", *lines]))
+        said = f"last lines of {log}:" if lines else f"it wrote nothing into {log}"
+        return RoleError("\n  ".join([f"{died}; {said}", *lines]))
 
     def _log(self, spec: RoleSpec) -> Path:
         return self.folder / "logs" / f"{spec.name}.log"
 
 
-def last_lines(path: Path, count: int) -> list[str]:
-    """Return the last non-empty lines of a log, reading its end only."""
+def last_lines(path: Path, count: int, *, start: int = 0) -> list[str]:
+    """Return the last non-empty lines of a log behind `start`, reading its end only."""
     with path.open("rb") as file:
-        file.seek(max(0, path.stat().st_size - 16384))
+        file.seek(max(start, path.stat().st_size - 16384))
         text = file.read().decode(errors="replace")
     return [line for line in text.splitlines() if line.strip()][-count:]
 
@@ -232,6 +237,8 @@ def _alive(role: _Running) -> bool:
 
 def _ending(code: int) -> str:
     """Say how a process ended: by a signal's name or an exit code."""
+    if code == -signal.SIGKILL:
+        return "was killed by SIGKILL (by hand, or by the system for want of memory)"
     if code < 0:
         return f"was killed by {signal.Signals(-code).name}"
     return f"ended with exit code {code}"

@@ -144,9 +144,19 @@ def test_a_dead_role_ends_the_run_with_its_last_words(tmp_path: Path, role: str)
 
 def test_a_killed_learner_is_named_with_its_signal(tmp_path: Path) -> None:
     folder = plan(tmp_path, learner="kill -9", hub="wait")
-    with pytest.raises(RoleError, match="learner-0 was killed by SIGKILL"):
+    log = folder / "logs" / "learner-0.log"
+    with pytest.raises(RoleError, match=f"learner-0 was killed by SIGKILL .*; it wrote nothing into {log}\n"):
         train(folder)
     assert not alive(tmp_path)
+
+
+def test_last_words_are_not_those_of_an_earlier_process(tmp_path: Path) -> None:
+    folder = plan(tmp_path, learner="die", hub="wait")
+    with pytest.raises(RoleError, match="the disk is on fire"):
+        train(folder)
+    plan(tmp_path, learner="kill -9", hub="wait")
+    with pytest.raises(RoleError, match="it wrote nothing into"):
+        train(folder, resume=True)
 
 
 @pytest.mark.parametrize("role", ["actor", "learner", "warmup"])
