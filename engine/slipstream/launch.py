@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from slipstream import run_folder, summary
 from slipstream.checkpoint import load_latest, verify
 from slipstream.config import RunConfig
-from slipstream.errors import CheckpointError, RoleError
+from slipstream.errors import CheckpointError, RoleError, StorageError, disk_failure
 from slipstream.supervisor import Patience, RoleSpec, StoppedBySignal, Supervisor, raising_signals
 from slipstream.types import Split
 
@@ -67,8 +67,10 @@ def train(
         except KeyboardInterrupt:  # no roles run: serial mode, or between two stages
             screen.event(f"stopped by SIGINT; {_advice(folder)}")
             return INTERRUPTED
-        except RoleError as error:
-            raise RoleError(f"{error}\n{_advice(folder)}") from None
+        except (RoleError, StorageError) as error:
+            raise type(error)(f"{error}\n{_advice(folder)}") from None
+        except OSError as error:
+            raise StorageError(f"{disk_failure(error)}\n{_advice(folder)}") from None
     return 0
 
 
@@ -210,7 +212,11 @@ class _Run:
         path = self._folder / summary.TIMES
         times, now = run_folder.read_json(path), time.monotonic()
         times[self._name] = times.get(self._name, 0.0) + now - self._since
-        run_folder.write_json(path, times)
+        try:
+            run_folder.write_json(path, times)
+        except OSError as error:
+            disk_failure(error)
+            return  # booked next time; a role that needs the disk says that it is full
         self._since = now
 
 

@@ -10,6 +10,7 @@ A role gets `--parent PID` and ends by itself when this process is gone (process
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -22,6 +23,8 @@ from types import FrameType
 from slipstream.errors import DeadlineError, RoleError, UserError
 
 POLL_S = 0.1
+FULL_BYTES = 1 << 20
+"""A disk with less than this left is called full."""
 SENTENCE = "slipstream: "
 """How a role's last words begin on stderr; the command line writes them so."""
 
@@ -217,6 +220,8 @@ class Supervisor:
         died = f"{role.spec.name} {_ending(code)}"
         died += f" {len(role.died_at)} times" if len(role.died_at) > 1 else ""
         said = f"last lines of {log}:" if lines else f"it wrote nothing into {log}"
+        if shutil.disk_usage(self.folder).free < FULL_BYTES:  # last words may be lost
+            said = f"the disk of {self.folder} is full, free some space; {said}"
         return RoleError("\n  ".join([f"{died}; {said}", *lines]))
 
     def _log(self, spec: RoleSpec) -> Path:

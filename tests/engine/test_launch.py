@@ -1,5 +1,6 @@
 """The launcher with real processes: what it leaves behind, and how it ends when a role does not behave."""
 
+import errno
 import io
 import json
 import os
@@ -11,13 +12,15 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 
-from slipstream import launch
+from slipstream import launch, supervisor
 from slipstream.config import RunConfig, load_config
 from slipstream.display import PlainScreen
-from slipstream.errors import RoleError, RunFolderError, UserError
+from slipstream.errors import RoleError, RunFolderError, StorageError, UserError
 from slipstream.supervisor import Patience
 
 ROLE = Path(__file__).with_name("fake_role.py")
@@ -140,6 +143,20 @@ def test_a_dead_role_ends_the_run_with_its_last_words(tmp_path: Path, role: str)
     assert "the disk is on fire" in message
     assert message.endswith(f"continue with: slipstream train --output {folder} --resume")
     assert not alive(tmp_path)
+
+
+def test_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever dies of it cannot say so in a log on the same disk; the launcher's own files may fail too."""
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    monkeypatch.setattr(supervisor.shutil, "disk_usage", lambda path: SimpleNamespace(free=0))
+    monkeypatch.setattr(launch.run_folder, "write_json", Mock(side_effect=full))
+    folder = plan(tmp_path, learner="kill -9", hub="wait")
+    with pytest.raises(RoleError, match=f"the disk of {folder} is full, free some space; it wrote nothing"):
+        train(folder)
+    monkeypatch.setattr(launch.summary, "write_summary", Mock(side_effect=full))
+    plan(tmp_path)
+    with pytest.raises(StorageError, match=r"No space left on device; free space .*\ncontinue with: "):
+        train(folder, resume=True)
 
 
 def test_a_killed_learner_is_named_with_its_signal(tmp_path: Path) -> None:
