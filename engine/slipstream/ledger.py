@@ -224,8 +224,8 @@ class Ledger:
         if hello.role == "learner" and not 0 <= hello.step <= self.state.steps:
             return (
                 f"step: the hub's log knows {self.state.steps} batches, the learner resumes from step "
-                f"{hello.step}; "
-                f"checkpoint and log are not of one run"
+                f"{hello.step}; restore the log from a copy, or remove the checkpoints newer than step "
+                f"{self.state.steps}"
             )
         return ""
 
