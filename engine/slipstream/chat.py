@@ -3,12 +3,16 @@
 History is never tokenised again. A rollout's tokens grow by two kinds of appends only: what the policy
 sampled (it ends with the stop token) and a *bridge*: the tokens the chat template puts between the
 policy's stop token and its next message.
+
+What users and tools say is text and nothing else: whatever it holds, no control token comes out of it, so
+that no document can end a message or begin one. The template's words and a system message are trusted.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from functools import lru_cache
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property, lru_cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +36,8 @@ CHAT_TEMPLATE = (
 # is a piece of its own.
 PIECES = r'\{"name": "\w+", "arguments": \{"\w+": "|"\}\}|\w+ ?|[^\w\s] ?|\s+'
 
-PROBE = "probe-of-the-template"
-"""Content by which a rendered message is found again."""
+PROBE, OTHER_PROBE = "probe-of-the-template", "another-probe"
+"""Contents by which rendered messages are found again."""
 
 
 def train_tokenizer(texts: Iterable[str], *, vocabulary: int) -> PreTrainedTokenizerFast:
@@ -83,6 +87,7 @@ class Chat:
         self._tokenizer = tokenizer
         self._explain_calls = explain_calls
         self._encoder = tokenizer.backend_tokenizer
+        self._control = _control_tokens(tokenizer)
         self.stop_token = int(tokenizer.eos_token_id)
         self._stop_text = str(tokenizer.eos_token)
         self._tool_role = "tool" if self._shows("user", "tool") else "user"
@@ -107,7 +112,7 @@ class Chat:
         return str(self._encoder.decode(kept.tolist(), skip_special_tokens=False))
 
     def encode(self, text: str) -> Int32Array:
-        """Encode text as it stands, without adding special tokens."""
+        """Encode trusted text as it stands: what spells a control token becomes one."""
         return np.array(self._encoder.encode(text, add_special_tokens=False).ids, dtype=np.int32)
 
     def message(self, text: str) -> Int32Array:
@@ -115,22 +120,31 @@ class Chat:
         return np.append(self.encode(text), np.int32(self.stop_token))
 
     def _prompt(self, system: str, user: str) -> Int32Array:
-        messages = [{"role": "system", "content": system}, {"role": "user", "content": user}]
+        messages = [{"role": "system", "content": system}, {"role": "user", "content": PROBE}]
         if not self._system_role:
-            messages = [{"role": "user", "content": f"{system}\n\n{user}"}]
-        return self.encode(self._render(messages, generate=True))
+            messages = [{"role": "user", "content": f"{system}\n\n{PROBE}"}]
+        before, after = _around(PROBE, self._render(messages, generate=True))
+        return self._encode_between(before, user, after)
 
     def _bridge(self, result: str) -> Int32Array:
-        """Return the tokens that follow the policy's stop token when a tool answers `result`.
+        """Return the tokens that follow the policy's stop token when a tool answers `result`."""
+        before, after = self._bridge_frame
+        tokens = self._encode_between(before, result, after)
+        tokens.setflags(write=False)
+        return tokens
 
-        They are read off a rendered conversation: what stands after the stop token of the message
-        before. Raises CheckpointError when the template does not end messages with that token.
+    @cached_property
+    def _bridge_frame(self) -> tuple[str, str]:
+        """Return what the template puts before and after a tool's result.
+
+        It is read off a rendered conversation: what stands after the stop token of the message before.
+        Raises CheckpointError when the template does not end messages with that token.
         """
         rendered = self._render(
             [
                 {"role": "user", "content": "?"},
                 {"role": "assistant", "content": PROBE},
-                {"role": self._tool_role, "content": result},
+                {"role": self._tool_role, "content": OTHER_PROBE},
             ],
             generate=True,
         )
@@ -141,9 +155,35 @@ class Chat:
                 f"the chat template does not end an assistant message with the tokenizer's eos_token "
                 f"{self._stop_text!r}; set eos_token to the token that ends a message"
             )
-        tokens = self.encode(bridge)
-        tokens.setflags(write=False)
-        return tokens
+        return _around(OTHER_PROBE, bridge)
+
+    def _encode_between(self, before: str, content: str, after: str) -> Int32Array:
+        """Encode a template's text with untrusted content in it; no control token comes out of the content.
+
+        All is encoded as one, as the model has seen it in training, so ordinary content gives the tokens
+        that it gives anywhere. Where content spells a control token, the text is cut within it and the
+        parts are encoded apart.
+        """
+        text, start, end = before + content + after, len(before), len(before) + len(content)
+        cuts = {0, len(text)}
+        while True:
+            tokens: list[int] = []
+            more: set[int] = set()
+            for token, first, last in self._spans(text, sorted(cuts)):
+                if token in self._control and first < end and last > start:
+                    more.update(cut for cut in (start, end, first + 1) if first < cut < last)
+                else:
+                    tokens.append(token)
+            if not more:
+                return np.array(tokens, dtype=np.int32)
+            cuts |= more
+
+    def _spans(self, text: str, cuts: Sequence[int]) -> Iterator[tuple[int, int, int]]:
+        """Encode the parts of a text one by one; yield each token with where it begins and ends."""
+        for low, high in pairwise(cuts):
+            encoded = self._encoder.encode(text[low:high], add_special_tokens=False)
+            for token, (first, last) in zip(encoded.ids, encoded.offsets, strict=True):
+                yield token, low + first, low + last
 
     def _render(self, messages: list[dict[str, str]], *, generate: bool) -> str:
         rendered: Any = self._tokenizer.apply_chat_template(
@@ -159,3 +199,18 @@ class Chat:
         except (TemplateError, ValueError):
             return False
         return all(message["content"] in rendered for message in messages)
+
+
+def _control_tokens(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Return the ids of all tokens that text may not give; blanks and the unknown steer nothing."""
+    added = tokenizer.added_tokens_decoder.items()
+    control = {number for number, token in added if token.special or not token.content.isspace()}
+    return frozenset(control - {tokenizer.unk_token_id})
+
+
+def _around(probe: str, rendered: str) -> tuple[str, str]:
+    """Return what a template put before and after a message's content."""
+    before, found, after = rendered.rpartition(probe)
+    if not found:
+        raise CheckpointError("the chat template leaves messages out; choose one that shows all of them")
+    return before, after

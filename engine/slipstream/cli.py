@@ -18,7 +18,13 @@ from typing import NoReturn
 from slipstream import config as configuration
 from slipstream import run_folder
 from slipstream.config import RunConfig
-from slipstream.errors import ConfigurationError, RunFolderError, SlipstreamError
+from slipstream.errors import (
+    ConfigurationError,
+    RunFolderError,
+    SlipstreamError,
+    StorageError,
+    disk_failure,
+)
 from slipstream.process import guard_parent
 from slipstream.types import Split
 
@@ -51,6 +57,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except SlipstreamError as error:
         sys.stderr.write(f"slipstream: {error}\n")
         return error.exit_code
+    except OSError as error:
+        sys.stderr.write(f"slipstream: {disk_failure(error)}\n")
+        return StorageError.exit_code
     except KeyboardInterrupt:
         return INTERRUPTED
 

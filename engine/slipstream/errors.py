@@ -18,6 +18,11 @@ SlipstreamError                 exit code 1 unless said otherwise
 """
 
 
+import errno
+
+_DISK = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO})
+
+
 class SlipstreamError(Exception):
     """Root of all errors raised by Slipstream."""
 
@@ -66,6 +71,13 @@ class RefusedError(ProtocolError):
 
 class StorageError(SlipstreamError):
     """A spool, log or disk that failed."""
+
+
+def disk_failure(error: OSError) -> StorageError:
+    """Return a full or broken disk's error as one sentence; raises any other error as it is."""
+    if error.errno not in _DISK:
+        raise error
+    return StorageError(f"{error.filename or 'the disk'}: {error.strerror}; free space or repair the disk")
 
 
 class InfrastructureError(SlipstreamError):

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING
 from slipstream import run_folder, summary
 from slipstream.checkpoint import load_latest, verify
 from slipstream.config import RunConfig
-from slipstream.errors import CheckpointError, RoleError
-from slipstream.supervisor import Patience, RoleSpec, StoppedBySignal, Supervisor
+from slipstream.errors import CheckpointError, RoleError, StorageError, disk_failure
+from slipstream.supervisor import Patience, RoleSpec, StoppedBySignal, Supervisor, raising_signals
 from slipstream.types import Split
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def train(
     Raises: RunFolderError when the folder cannot be used; UserError or RoleError when a role ended the
     run, the latter saying how to go on.
     """
-    with run_folder.opened(folder, config, resume=resume), screen:
+    with raising_signals(), run_folder.opened(folder, config, resume=resume), screen:
         run = _Run(config, folder, screen)
         run.supervisor = Supervisor(
             folder=folder,
@@ -64,11 +64,13 @@ def train(
         except StoppedBySignal as stop:
             screen.event(f"stopped by {stop}; {_advice(folder)}")
             return INTERRUPTED
-        except KeyboardInterrupt:  # in this process: serial mode
+        except KeyboardInterrupt:  # no roles run: serial mode, or between two stages
             screen.event(f"stopped by SIGINT; {_advice(folder)}")
             return INTERRUPTED
-        except RoleError as error:
-            raise RoleError(f"{error}\n{_advice(folder)}") from None
+        except (RoleError, StorageError) as error:
+            raise type(error)(f"{error}\n{_advice(folder)}") from None
+        except OSError as error:
+            raise StorageError(f"{disk_failure(error)}\n{_advice(folder)}") from None
     return 0
 
 
@@ -130,7 +132,7 @@ class _Run:
         actors = [
             self._spec(
                 "actor", "--name", f"actor-{index}", index=index, threads=config.actor.threads,
-                restarts=ACTOR_RESTARTS, awaited=False,
+                restarts=ACTOR_RESTARTS, awaited=False, resends=True,
             )
             for index in range(config.actor.count)
         ]  # fmt: skip
@@ -177,6 +179,7 @@ class _Run:
         restarts: int = 0,
         awaited: bool = True,
         outlives: bool = False,
+        resends: bool = False,
     ) -> RoleSpec:
         return RoleSpec(
             role=role,
@@ -186,6 +189,7 @@ class _Run:
             restarts=restarts,
             awaited=awaited,
             outlives=outlives,
+            resends=resends,
         )
 
     def tick(self) -> None:
@@ -208,7 +212,11 @@ class _Run:
         path = self._folder / summary.TIMES
         times, now = run_folder.read_json(path), time.monotonic()
         times[self._name] = times.get(self._name, 0.0) + now - self._since
-        run_folder.write_json(path, times)
+        try:
+            run_folder.write_json(path, times)
+        except OSError as error:
+            disk_failure(error)
+            return  # booked next time; a role that needs the disk says that it is full
         self._since = now
 
 

@@ -132,7 +132,8 @@ class Ledger:
                 self._reports.append({"kind": message.about, **message.metrics})
                 return []
             case m.Finish():
-                return [(other, m.Stop(reason=message.reason), ()) for other in self._peers if other != peer]
+                # The learner's own Stop tells it that all it said before has been heard.
+                return [(other, m.Stop(reason=message.reason), ()) for other in self._peers]
             case m.Ping():
                 return [(peer, message, ())]
         return [(peer, m.Refused(reason=f"the {who.role} may not send {type(message).__name__}"), ())]
@@ -223,8 +224,8 @@ class Ledger:
         if hello.role == "learner" and not 0 <= hello.step <= self.state.steps:
             return (
                 f"step: the hub's log knows {self.state.steps} batches, the learner resumes from step "
-                f"{hello.step}; "
-                f"checkpoint and log are not of one run"
+                f"{hello.step}; restore the log from a copy, or remove the checkpoints newer than step "
+                f"{self.state.steps}"
             )
         return ""
 

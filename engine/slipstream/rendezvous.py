@@ -23,7 +23,8 @@ def run_id(folder: Path) -> str:
             return str(json.loads(path.read_text())["run"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RunFolderError(
-            f"{path}: expected the identity of a run, got {error!r}; choose a new folder"
+            f"{path}: expected the identity of a run, got {error!r}; restore it from a copy (hub.json beside "
+            f"it holds the same one)"
         ) from error
 
 

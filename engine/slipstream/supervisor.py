@@ -10,6 +10,7 @@ A role gets `--parent PID` and ends by itself when this process is gone (process
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -22,12 +23,14 @@ from types import FrameType
 from slipstream.errors import DeadlineError, RoleError, UserError
 
 POLL_S = 0.1
+FULL_BYTES = 1 << 20
+"""A disk with less than this left is called full."""
 SENTENCE = "slipstream: "
 """How a role's last words begin on stderr; the command line writes them so."""
 
 
-class StoppedBySignal(Exception):
-    """The user or the system asked this process to end."""
+class StoppedBySignal(KeyboardInterrupt):
+    """The user or the system asked this process to end; nothing on the way takes it for a failure."""
 
     def __init__(self, number: int) -> None:
         """Keep which signal it was."""
@@ -47,11 +50,13 @@ class RoleSpec:
     arguments: tuple[str, ...]
     threads: int = 1
     restarts: int = 0
-    """How often it is started again after it died."""
+    """How often it is started again after it died, within `Patience.window_s`."""
     awaited: bool = True
     """The stage ends when all awaited roles have ended with 0."""
     outlives: bool = False
     """Stopped only after all others have ended, because they hand it their last work."""
+    resends: bool = False
+    """Keeps on disk what it could not hand over: killed at once when nobody is left to take it."""
 
     @property
     def name(self) -> str:
@@ -69,6 +74,8 @@ class Patience:
     """From the first awaited role's end to the last one's."""
     backoff_s: float = 1.0
     """Pause before the first restart; doubles with each."""
+    window_s: float = 3600.0
+    """A death longer ago is forgotten: a long run may lose an actor now and then."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -77,9 +84,18 @@ class _Running:
 
     spec: RoleSpec
     process: subprocess.Popen[bytes] | None
-    deaths: int = 0
+    died_at: list[float] = field(default_factory=list)
+    """On the monotonic clock, those within the window."""
+    log_start: int = 0
+    """Where in its log this process began: what stands before is of earlier ones."""
     restart_at: float = 0.0
     finished: bool = False
+
+    def count_death(self, window_s: float) -> int:
+        """Note a death and return how many there were within the window."""
+        now = time.monotonic()
+        self.died_at = [*(at for at in self.died_at if now - at < window_s), now]
+        return len(self.died_at)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -105,12 +121,13 @@ class Supervisor:
         with _signals() as received:
             try:
                 for spec in specs:
-                    roles.append(_Running(spec=spec, process=self._start(spec)))
+                    roles.append(role := _Running(spec=spec, process=None))
+                    self._start(role)
                 self._watch(roles, received)
             finally:
-                for last in (False, True):
-                    wave = [role.process for role in roles if role.spec.outlives is last]
-                    self._stop([process for process in wave if process is not None])
+                self._stop_all(roles)
+            if received:  # while the others were stopped
+                raise StoppedBySignal(received[0])
 
     def _watch(self, roles: Sequence[_Running], received: Sequence[int]) -> None:
         finish_at: float | None = None
@@ -136,7 +153,7 @@ class Supervisor:
             return
         if role.process is None:
             if time.monotonic() >= role.restart_at:
-                role.process = self._start(role.spec)
+                self._start(role)
             return
         code = role.process.poll()
         if code is None:
@@ -145,22 +162,23 @@ class Supervisor:
         if role.finished:
             return
         role.process = None
-        role.deaths += 1
-        if code == UserError.exit_code or role.deaths > role.spec.restarts:
+        deaths = role.count_death(self.patience.window_s)
+        if code == UserError.exit_code or deaths > role.spec.restarts:
             raise self._failure(role, code)
-        pause = self.patience.backoff_s * 2 ** (role.deaths - 1)
+        pause = self.patience.backoff_s * 2 ** (deaths - 1)
         role.restart_at = time.monotonic() + pause
         self.on_event(
-            f"{role.spec.name} {_ending(code)}; restart {role.deaths} of {role.spec.restarts} in {pause:g} s"
+            f"{role.spec.name} {_ending(code)}; restart {deaths} of {role.spec.restarts} in {pause:g} s"
         )
 
-    def _start(self, spec: RoleSpec) -> subprocess.Popen[bytes]:
-        threads = str(spec.threads)
+    def _start(self, role: _Running) -> None:
+        spec, threads = role.spec, str(role.spec.threads)
         names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
         log = self._log(spec)
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("ab") as file:
-            return subprocess.Popen(
+            role.log_start = file.tell()
+            role.process = subprocess.Popen(
                 [*self.program, *spec.arguments, "--parent", str(os.getpid())],
                 stdin=subprocess.DEVNULL,
                 stdout=file,
@@ -169,47 +187,77 @@ class Supervisor:
                 start_new_session=True,  # Ctrl-C reaches the launcher alone, which stops roles in order
             )
 
-    def _stop(self, processes: Sequence[subprocess.Popen[bytes]]) -> None:
-        alive = [process for process in processes if process.poll() is None]
-        for process in alive:
+    def _stop_all(self, roles: Sequence[_Running]) -> None:
+        """End every role, those that outlive others last."""
+        takers = [role for role in roles if role.spec.outlives]
+        orphaned = bool(takers) and not any(_alive(role) for role in takers)
+        for role in roles:
+            if orphaned and role.spec.resends and role.process is not None:
+                role.process.kill()
+        for last in (False, True):
+            self._stop([role for role in roles if role.spec.outlives is last])
+
+    def _stop(self, roles: Sequence[_Running]) -> None:
+        stopping = [(role.spec.name, role.process) for role in roles if role.process is not None]
+        for _, process in stopping:
             process.terminate()
         end = time.monotonic() + self.patience.stop_s
-        for process in alive:
+        for name, process in stopping:
             try:
                 process.wait(timeout=max(0.0, end - time.monotonic()))
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
-                self.on_event(f"process {process.pid} ignored SIGTERM for {self.patience.stop_s:g} s: killed")
+                self.on_event(f"{name} ignored SIGTERM for {self.patience.stop_s:g} s: killed")
 
     def _failure(self, role: _Running, code: int) -> UserError | RoleError:
         log = self._log(role.spec)
-        lines = last_lines(log, 12)
+        lines = last_lines(log, 12, start=role.log_start)
         if code == UserError.exit_code:
             own = [line for line in lines if line.startswith(SENTENCE)]
             if own:
                 return UserError(own[-1].removeprefix(SENTENCE))
         died = f"{role.spec.name} {_ending(code)}"
-        died += f" {role.deaths} times" if role.deaths > 1 else ""
-        return RoleError("\n  ".join([f"{died}; last lines of {log}:", *lines]))
+        died += f" {len(role.died_at)} times" if len(role.died_at) > 1 else ""
+        said = f"last lines of {log}:" if lines else f"it wrote nothing into {log}"
+        if shutil.disk_usage(self.folder).free < FULL_BYTES:  # last words may be lost
+            said = f"the disk of {self.folder} is full, free some space; {said}"
+        return RoleError("\n  ".join([f"{died}; {said}", *lines]))
 
     def _log(self, spec: RoleSpec) -> Path:
         return self.folder / "logs" / f"{spec.name}.log"
 
 
-def last_lines(path: Path, count: int) -> list[str]:
-    """Return the last non-empty lines of a log, reading its end only."""
+def last_lines(path: Path, count: int, *, start: int = 0) -> list[str]:
+    """Return the last non-empty lines of a log behind `start`, reading its end only."""
     with path.open("rb") as file:
-        file.seek(max(0, path.stat().st_size - 16384))
+        file.seek(max(start, path.stat().st_size - 16384))
         text = file.read().decode(errors="replace")
     return [line for line in text.splitlines() if line.strip()][-count:]
 
 
+def _alive(role: _Running) -> bool:
+    return role.process is not None and role.process.poll() is None
+
+
 def _ending(code: int) -> str:
     """Say how a process ended: by a signal's name or an exit code."""
+    if code == -signal.SIGKILL:
+        return "was killed by SIGKILL (by hand, or by the system for want of memory)"
     if code < 0:
         return f"was killed by {signal.Signals(-code).name}"
     return f"ended with exit code {code}"
+
+
+@contextmanager
+def raising_signals() -> Iterator[None]:
+    """Raise StoppedBySignal for SIGTERM and SIGHUP, as Python does KeyboardInterrupt for SIGINT."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise StoppedBySignal(number)
+
+    with _handled((signal.SIGTERM, signal.SIGHUP), stop):
+        yield
 
 
 @contextmanager
@@ -220,14 +268,19 @@ def _signals() -> Iterator[list[int]]:
     def note(number: int, frame: FrameType | None) -> None:
         received.append(number)
 
-    wanted = [
-        number
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-        if signal.getsignal(number) is not signal.SIG_IGN
-    ]
-    before = {number: signal.signal(number, note) for number in wanted}
-    try:
+    with _handled((signal.SIGINT, signal.SIGTERM, signal.SIGHUP), note):
         yield received
+
+
+@contextmanager
+def _handled(
+    numbers: Sequence[signal.Signals], handler: Callable[[int, FrameType | None], None]
+) -> Iterator[None]:
+    """Handle signals that are not ignored with `handler`, and as before afterwards."""
+    wanted = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, handler) for number in wanted}
+    try:
+        yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for number, earlier in before.items():
+            signal.signal(number, earlier)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import sys
 import time
@@ -26,11 +27,21 @@ def wait_for_signal() -> None:
         signal.pause()
 
 
-def end_after_others(folder: Path, pids: Path) -> None:
-    """Note which roles outlive the hub, and end as it does."""
-    others = [int(path.name.rpartition("-")[2]) for path in pids.glob("actor-*")]
-    (folder / "outlived by").write_text(" ".join(str(pid) for pid in others if Path(f"/proc/{pid}").exists()))
-    sys.exit(0)
+def running(started: Path, role: str) -> list[str]:
+    """Return who of a role has come to its work and is still there."""
+    pids = [path.name.rpartition("-")[2] for path in started.glob(f"{role}-*")]
+    return [pid for pid in pids if Path(f"/proc/{pid}").exists()]
+
+
+def wait_for_others(folder: Path, actors: int) -> None:
+    """Wait until the hub does its work and the actor was started this often; the test holds the deadline."""
+    ready = folder / "ready"
+    while not (running(ready, "hub") and running(ready, "actor")) or starts(folder, "actor") < actors:
+        time.sleep(0.02)
+
+
+def starts(folder: Path, role: str) -> int:
+    return len(list((folder / "pids").glob(f"{role}-*")))
 
 
 def work(role: str, output: Path) -> None:
@@ -64,36 +75,46 @@ def work(role: str, output: Path) -> None:
 
 def main() -> None:
     role, output = sys.argv[1], Path(argument("--output"))
-    folder = output.parent if role == "eval" else output
-    pids = folder.parent / "pids"
-    pids.mkdir(exist_ok=True)
-    (pids / f"{role}-{os.getpid()}").write_text(os.environ["OMP_NUM_THREADS"])
-    plan = json.loads((folder.parent / "plan.json").read_text()).get(role, "work")
+    folder = (output.parent if role == "eval" else output).parent
+    (folder / "pids").mkdir(exist_ok=True)
+    (folder / "pids" / f"{role}-{os.getpid()}").write_text(os.environ["OMP_NUM_THREADS"])
+    plan = json.loads((folder / "plan.json").read_text()).get(role, "work")
     if plan == "ignore SIGTERM":
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if (role, plan) == ("hub", "work"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # until it is waited for
     guard_parent(int(argument("--parent")), every_s=0.05)
-    (folder.parent / f"ready-{role}").touch()
-    if plan == "die once" and len(list(pids.glob(f"{role}-*"))) > 1:
-        plan = "finish after restart"
+    times = re.fullmatch(r"die (\d+) times", plan)
+    if times:
+        plan = "die" if starts(folder, role) <= int(times[1]) else "work"
+    if plan == "work" and role == "learner":
+        wanted = folder / "actors wanted"
+        wait_for_others(folder, int(wanted.read_text()) if wanted.exists() else 1)
+    if plan == "work":
+        work(role, output)
+    (folder / "ready").mkdir(exist_ok=True)
+    (folder / "ready" / f"{role}-{os.getpid()}").touch()
+    play(plan, role, folder)
+
+
+def play(plan: str, role: str, folder: Path) -> None:
+    """Stay or end as planned; whoever is ready acts on signals as planned, too."""
     match plan:
-        case "work" | "finish after restart":
-            if role == "actor":
-                wait_for_signal()
-            if role == "learner":
-                deadline = time.monotonic() + 20
-                wanted = 2 if (folder.parent / "wait for restart").exists() else 1
-                while len(list(pids.glob("actor-*"))) < wanted and time.monotonic() < deadline:
-                    time.sleep(0.02)
-            work(role, output)
-            if role == "hub":
-                signal.signal(signal.SIGTERM, lambda number, frame: end_after_others(folder.parent, pids))
-                wait_for_signal()
-        case "die" | "die once":
+        case "work" if role == "hub":
+            signal.sigwait({signal.SIGTERM})
+            (folder / "outlived by").write_text(" ".join(running(folder / "pids", "actor")))
+        case "work" if role == "actor":
+            wait_for_signal()
+        case "die":
             sys.stderr.write("first line\nthe disk is on fire\n")
             sys.exit(3)
         case "refuse":
             sys.stderr.write("noise\nslipstream: model.path: no such folder /models/none; give another\n")
             sys.exit(2)
+        case "die when others are ready":
+            while not (running(folder / "ready", "actor") and running(folder / "ready", "learner")):
+                time.sleep(0.02)
+            os.kill(os.getpid(), signal.SIGKILL)
         case "kill -9":
             os.kill(os.getpid(), signal.SIGKILL)
         case "wait" | "ignore SIGTERM":

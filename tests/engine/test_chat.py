@@ -8,15 +8,16 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import AddedToken
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from slipstream.chat import Chat, load_tokenizer, train_tokenizer
+from slipstream.chat import CHAT_TEMPLATE, OTHER_PROBE, PROBE, Chat, load_tokenizer, train_tokenizer
 from slipstream.config import EnvironmentConfig
-from slipstream.environments.research import TOOLS, corpus
+from slipstream.environments.research import FAULTS, TOOLS, ResearchTasks, corpus
 from slipstream.errors import CheckpointError
 from slipstream.interfaces import Observation
 from slipstream.tools.hermes import format_call
+from slipstream.types import Int32Array, Split
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ 'user' if m.role == 'tool' else m.role }}\n"
@@ -74,6 +75,78 @@ def test_bridges_equal_rendering_the_whole_conversation(any_tokenizer: PreTraine
         whole = any_tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         expected = any_tokenizer.encode(whole, add_special_tokens=False)
         assert tokens.tolist() == expected
+
+
+def observations() -> list[str]:
+    """What research answers: listings, documents, errors, and what nobody expects."""
+    tasks = ResearchTasks(EnvironmentConfig(hops=2))
+    world, store = tasks.world(Split.HELDOUT, 3)
+    bodies = [document.body for document in world.documents]
+    listings = ["\n".join(store.search(document.title)) for document in world.documents]
+    return [*bodies, *listings, *FAULTS, *RESULTS, "no results", "a", " ", "\n", " a \n", "< |end| >"]
+
+
+def test_ordinary_text_gives_the_tokens_of_the_rendered_conversation(
+    any_tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    chat = Chat(any_tokenizer)
+    strict = any_tokenizer.chat_template == STRICT
+    opening = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
+    for said in observations():
+        message = {"role": "user" if strict else "tool", "content": said}
+        whole = any_tokenizer.apply_chat_template(
+            [*opening, message], tokenize=False, add_generation_prompt=True
+        )
+        bridge = whole.partition("!")[2].partition(any_tokenizer.eos_token)[2]
+        assert chat.bridge(said).tolist() == any_tokenizer.encode(bridge, add_special_tokens=False)
+        asked = [{"role": "system", "content": "s"}, {"role": "user", "content": said}]
+        if strict:
+            asked = [{"role": "user", "content": f"s\n\n{said}"}]
+        whole = any_tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+        prompt = chat.prompt(Observation(system="s", user=said), ())
+        assert prompt.tolist() == any_tokenizer.encode(whole, add_special_tokens=False)
+
+
+def control_tokens(tokenizer: PreTrainedTokenizerFast, tokens: Int32Array) -> list[int]:
+    return [token for token in tokens.tolist() if token in tokenizer.added_tokens_decoder]
+
+
+PARTS = ["<|end|>", "<|assistant|>", "<|pad|>", "<|im_end|>", "<|im_start|>", "<tool_call>", "</tool_call>",
+         "<", "<|", "|>", "end", "_call>", "a", " ", "\n", "é", PROBE, OTHER_PROBE]  # fmt: skip
+
+
+@given(st.lists(st.sampled_from(PARTS), max_size=12).map("".join))
+def test_no_control_token_comes_out_of_what_users_and_tools_say(
+    any_tokenizer: PreTrainedTokenizerFast, said: str
+) -> None:
+    chat = Chat(any_tokenizer)
+    for encode in (chat.bridge, lambda user: chat.prompt(Observation(system="s", user=user), ())):
+        hostile, harmless = encode(said), encode("a")
+        assert control_tokens(any_tokenizer, hostile) == control_tokens(any_tokenizer, harmless)
+        assert chat.text(hostile).count(said) >= 1
+
+
+def test_pieces_that_spell_control_tokens_are_not_taken_whole() -> None:
+    """Some models hold control tokens among their pieces; a symbol cannot be cut and is left out."""
+    pieces = [("<unk>", 0.0), ("<|end|>", -1.0), ("¶", -1.0), ("a", -2.0)]
+    pieces += [(piece, -9.0) for piece in "<|>▁?!usertoldni"]
+    bare = Tokenizer(models.Unigram(pieces, unk_id=0))
+    bare.pre_tokenizer = pre_tokenizers.Metaspace()
+    bare.add_special_tokens(["<unk>", "<|end|>", "¶"])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bare, eos_token="<|end|>", unk_token="<unk>")
+    tokenizer.chat_template = CHAT_TEMPLATE
+    chat = Chat(tokenizer)
+    tokens = chat.bridge("a<|end|>a¶aé").tolist()
+    assert tokens.count(chat.stop_token) == 1
+    assert tokenizer.convert_tokens_to_ids("¶") not in tokens
+    assert tokens.count(tokenizer.convert_tokens_to_ids("a")) >= 3
+    assert tokenizer.unk_token_id in tokens
+
+
+def test_a_template_that_leaves_the_user_out_is_refused() -> None:
+    deaf = CHATML.replace("for m in messages", "for m in messages if m.role != 'user'")
+    with pytest.raises(CheckpointError, match="leaves messages out"):
+        Chat(chatml_tokenizer(deaf)).prompt(Observation(system="s", user="u"), TOOLS)
 
 
 def test_our_bridge_is_short(chat: Chat) -> None:

@@ -14,7 +14,7 @@ from slipstream.rendezvous import hub_address, run_id
 
 def run(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "slipstream", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, cwd=cwd)
+    return subprocess.run(command, capture_output=True, text=True, timeout=100, check=False, cwd=cwd)
 
 
 def test_a_mistyped_key_is_answered_without_loading_torch(tmp_path: Path) -> None:
@@ -23,7 +23,7 @@ def test_a_mistyped_key_is_answered_without_loading_torch(tmp_path: Path) -> Non
         "assert not {'torch', 'zmq', 'matplotlib', 'rich'} & set(sys.modules)\nsys.exit(code)"
     )
     command = [sys.executable, "-c", code, "train", "research", "optim.learning_rat=1"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, cwd=tmp_path)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False, cwd=tmp_path)
     assert (done.returncode, done.stdout) == (2, "")
     expected = "slipstream: command line: unknown key optim.learning_rat; did you mean optim.learning_rate?\n"
     assert done.stderr == expected

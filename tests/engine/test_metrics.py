@@ -52,7 +52,7 @@ def test_writers_in_several_processes_do_not_mix_lines(tmp_path: Path) -> None:
     code += "row = {'kind': sys.argv[2], 'pad': 'x' * 500}\n"
     code += "for step in range(200): append_row(Path(sys.argv[1]), {**row, 'step': step})"
     writers = [subprocess.Popen([sys.executable, "-c", code, str(path), kind]) for kind in ("a", "b")]
-    assert [writer.wait(timeout=30) for writer in writers] == [0, 0]
+    assert [writer.wait(timeout=100) for writer in writers] == [0, 0]
     assert len(metrics.read_rows(tmp_path)) == 400
 
 

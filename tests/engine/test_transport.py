@@ -53,7 +53,7 @@ class Serving:
 
     def stop(self) -> str:
         self._stopping.set()
-        self._thread.join(10.0)
+        self._thread.join()
         self.server.close()
         self._log.close()
         return self.server.address
@@ -209,6 +209,19 @@ def test_clients_outlive_a_restarted_hub(tmp_path: Path) -> None:
     hub.stop()
 
 
+def test_a_learner_that_waits_in_slices_joins_a_restarted_hub(tmp_path: Path) -> None:
+    hub = Serving(tmp_path / "log")
+    limits = Deadlines(ping_s=0.2)
+    learner = LearnerClient(SyncDealerChannel(hub.server.address), "run", "learner", deadlines=limits)
+    learner.connect(0)
+    assert learner.pull(0, 0.0) is None
+    hub = Serving(tmp_path / "log", hub.stop())
+    while not hub.ledger.status(0.0)["learner_present"]:
+        assert learner.pull(0, 0.01) is None
+    learner.close()
+    hub.stop()
+
+
 def with_actor(
     address: str,
     folder: Path,
@@ -236,7 +249,7 @@ def test_a_foreign_run_is_refused_by_name(serving: Serving, tmp_path: Path) -> N
 def test_nobody_answering_ends_in_a_deadline(tmp_path: Path) -> None:
     with zmq.Context() as context, context.socket(zmq.ROUTER) as silent:
         port = silent.bind_to_random_port("tcp://127.0.0.1")
-        limits = Deadlines(connect_s=0.2, send_s=0.2)
+        limits = Deadlines(connect_s=0.2)
         with pytest.raises(
             DeadlineError, match=rf"actor a waited 0.2 s for Welcome of the hub at tcp://127.0.0.1:{port}"
         ):
@@ -254,11 +267,13 @@ def test_nobody_answering_ends_in_a_deadline(tmp_path: Path) -> None:
 def test_a_hub_that_dies_is_noticed(tmp_path: Path) -> None:
     hub = Serving(tmp_path / "log")
     address = hub.server.address
-    limits = Deadlines(connect_s=20.0, send_s=0.2, ping_s=0.05, silence_s=0.3)
+    limits = Deadlines(ping_s=0.05, silence_s=0.3)
 
     async def wait(client: ActorClient) -> None:
-        await client.connect()
-        await asyncio.to_thread(hub.stop)
+        try:
+            await client.connect()
+        finally:
+            await asyncio.to_thread(hub.stop)
         await client.receive()
 
     with pytest.raises(
@@ -307,7 +322,7 @@ def test_a_stalled_actor_loses_no_acknowledgement(serving: Serving, tmp_path: Pa
             await client.send(synthetic.trajectory(8))
             await asyncio.sleep(0)
             time.sleep(0.06)  # noqa: ASYNC251 - the stall is what is tested
-        await client.drain(5.0)
+        await client.drain()
 
     limits = Deadlines(ping_s=0.05)
     with_actor(serving.server.address, tmp_path, stall, limits)
@@ -320,7 +335,7 @@ def test_garbage_on_the_socket_is_refused_and_counted(serving: Serving) -> None:
         stranger.connect(serving.server.address)
         for frames in ([b"\xff" * 100], [b""], [b"x"] * 40):
             stranger.send_multipart(frames)
-            assert stranger.poll(5000)
+            assert stranger.poll(60_000)
             (frame,) = stranger.recv_multipart()
             assert isinstance(m.decode_message(frame), m.Refused)
     assert serving.server.malformed == 3

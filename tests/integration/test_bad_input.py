@@ -129,7 +129,7 @@ def test_a_damaged_warm_start_of_a_run_that_has_begun(new_run: Callable[..., Run
 
 @pytest.mark.slow
 def test_damaged_checkpoints_and_a_damaged_log(new_run: Callable[..., Run]) -> None:
-    run = new_run("run", "evaluation.every=6")
+    run = new_run("run", *UNHURRIED, "evaluation.every=6")
     train = run.start()
     run.reach(5, train)
     train.roles()["learner"].kill()
@@ -182,7 +182,7 @@ class Stranger:
     def ask(self, message: Message, *frames: bytes) -> AnyMessage:
         """Send one message and return the answer."""
         self._socket.send_multipart([encode_message(message), *frames])
-        assert self._socket.poll(30_000), f"no answer to {message}"
+        assert self._socket.poll(100_000), f"no answer to {message}"
         return decode_message(self._socket.recv_multipart()[0])
 
     def close(self) -> None:
@@ -195,6 +195,8 @@ def test_strangers_and_a_second_launcher_at_a_live_run(new_run: Callable[..., Ru
     run = new_run("run", *UNHURRIED, "evaluation.every=12")
     train = run.start()
     run.reach(2, train)
+    learner = train.roles()["learner"]
+    learner.suspend()  # the run must not end before the strangers have been
     stranger = Stranger(run)
     try:
         answer = stranger.hello(protocol=99)
@@ -211,6 +213,7 @@ def test_strangers_and_a_second_launcher_at_a_live_run(new_run: Callable[..., Ru
         refused(run.resume().end(), f"{run.folder} is in use by process {train.popen.pid}")
     finally:
         stranger.close()
+        learner.resume()
     ended = train.end()
     assert ended.code == 0, run.story(ended)
     books = check_finished(run.folder, run.config)

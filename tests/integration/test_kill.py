@@ -1,6 +1,7 @@
 """`kill -9` of each role in the middle of a run, and Ctrl-C: nothing is lost, nothing is trained twice."""
 
 import json
+import re
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,8 @@ from slipstream import checkpoint
 
 pytestmark = pytest.mark.timeout(600)
 KILL_AT = 5
+NO_CHECKPOINT = "checkpoint.every=1000"
+"""Whenever the learner is killed, something is lost that must be done again."""
 
 
 def check_resumed(run: Run) -> None:
@@ -25,7 +28,7 @@ def check_resumed(run: Run) -> None:
 
 @pytest.mark.parametrize("role", ["learner", pytest.param("hub", marks=pytest.mark.slow)])
 def test_the_run_ends_with_advice_and_resumes(new_run: Callable[..., Run], role: str) -> None:
-    run = new_run("run", *UNHURRIED)
+    run = new_run("run", *UNHURRIED, NO_CHECKPOINT)
     train = run.start()
     run.reach(KILL_AT, train)
     train.roles()[role].kill()
@@ -37,7 +40,7 @@ def test_the_run_ends_with_advice_and_resumes(new_run: Callable[..., Run], role:
     check_resumed(run)
     books = read_books(run.folder)
     if role == "learner":
-        assert books.rollbacks, "the learner was killed between two checkpoints"
+        assert books.rollbacks == [0]
 
 
 @pytest.mark.slow
@@ -48,7 +51,7 @@ def test_an_actor_is_started_again(new_run: Callable[..., Run]) -> None:
     train.roles()["actor"].kill()
     ended = train.end()
     assert ended.code == 0, run.story(ended)
-    assert "actor-0 was killed by SIGKILL; restart 1 of" in ended.out
+    assert re.search("actor-0 was killed by SIGKILL .*; restart 1 of", ended.out)
     books = check_finished(run.folder, run.config)
     assert {identity.epoch for identity in books.received} == {0, 1}
 
@@ -84,10 +87,10 @@ def test_ctrl_c_ends_in_order_and_resumes(new_run: Callable[..., Run], number: s
 
 
 def forget_a_row(path: Path, step: int) -> None:
-    """Remove a train row, as a hub that dies before it has written it does."""
+    """Remove a train row if it is there: a hub that dies before it has written it leaves none."""
     lines = path.read_text().splitlines(keepends=True)
     kept = [line for line in lines if (json.loads(line)["kind"], json.loads(line)["step"]) != ("train", step)]
-    assert len(kept) == len(lines) - 1
+    assert len(kept) >= len(lines) - 1
     path.write_text("".join(kept))
 
 
@@ -102,15 +105,14 @@ def is_alive(process: psutil.Process) -> bool:
 @pytest.mark.slow
 def test_slip_and_the_best_checkpoint_after_a_rollback(new_run: Callable[..., Run]) -> None:
     """The learner dies behind its last checkpoint; tokens of the branch given up are too old."""
-    run = new_run("run", *UNHURRIED, "checkpoint.every=4", "evaluation.every=2")
+    run = new_run("run", *UNHURRIED, "evaluation.every=2", NO_CHECKPOINT)
     train = run.start()
-    run.reach(7, train)
     best = run.folder / "checkpoints" / "best"
     until(best.exists, "a best checkpoint")
+    run.reach(7, train)
     train.roles()["learner"].kill()
     assert train.end().code == 1
     before = checkpoint.verify(best)
-    fork = checkpoint.load_latest(run.folder / "checkpoints").step
     check_resumed(run)
     after = checkpoint.verify(best)
     assert after["success"] >= before["success"]
@@ -118,4 +120,4 @@ def test_slip_and_the_best_checkpoint_after_a_rollback(new_run: Callable[..., Ru
         assert after["files"] == before["files"]
     summary = json.loads((run.folder / "summary.json").read_text())
     assert summary["slip_max"] <= run.config.max_slip
-    assert fork in read_books(run.folder).rollbacks
+    assert read_books(run.folder).rollbacks == [0]

@@ -71,7 +71,7 @@ def test_two_serial_runs_are_equal(new_run: Callable[..., Run]) -> None:
 
 @pytest.mark.slow
 def test_a_serial_run_goes_on_after_a_kill_as_if_never_interrupted(new_run: Callable[..., Run]) -> None:
-    whole, broken = new_run("whole"), new_run("broken", "environment.tool_latency_s=0.05")
+    whole, broken = new_run("whole"), new_run("broken", "environment.tool_latency_s=0.1")
     # The latency gives the signal time to arrive; it changes no trajectory.
     train = whole.start("--serial")
     process = broken.start("--serial")

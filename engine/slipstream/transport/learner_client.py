@@ -67,6 +67,7 @@ class LearnerClient:
         self._batch: PulledBatch | None = None
         self._events: list[Evaluated | Stop] = []
         self._silence = self._new_silence()
+        self._next_ping = self._deadline(self._limits.ping_s, "an answer")
 
     def connect(self, step: int) -> Welcome:
         """Join the hub as the learner that resumes from the checkpoint of `step`.
@@ -118,8 +119,15 @@ class LearnerClient:
         self._send(Report(about=about, metrics=dict(metrics)))
 
     def finish(self, reason: str) -> None:
-        """Tell the hub that training is over; it tells every actor to stop."""
+        """Tell the hub that training is over; it tells every peer to stop.
+
+        Returns when its own Stop has come: `close` drops what is on its way. Raises DeadlineError.
+        """
         self._send(Finish(reason=reason))
+        deadline = self._deadline(self._limits.drain_s, "Stop")
+        while not any(isinstance(event, Stop) for event in self._events):
+            deadline.check()
+            self._pump(min(self._limits.ping_s, deadline.remaining()))
 
     def events(self, timeout_s: float = 0.0) -> list[Evaluated | Stop]:
         """Return what else the hub said since the last call; waits up to `timeout_s` for the first of it."""
@@ -154,11 +162,14 @@ class LearnerClient:
         frames = self._channel.receive(timeout_s)
         if frames is not None:
             self._silence = self._new_silence()
+            self._next_ping = self._deadline(self._limits.ping_s, "an answer")
             self._take(frames)
             return True
         self._silence.check()
-        if timeout_s >= self._limits.ping_s:
+        if self._next_ping.expired():
+            # A hub that was started again answers that it does not know this learner.
             self._channel.send([encode_message(Ping())], self._limits.ping_s)
+            self._next_ping = self._deadline(self._limits.ping_s, "an answer")
         return False
 
     def _take(self, frames: Sequence[Buffer]) -> None:
