@@ -140,7 +140,7 @@ def _actor_args(parser: argparse.ArgumentParser) -> None:
 def _rollout_args(parser: argparse.ArgumentParser) -> None:
     _recipe_args(parser)
     parser.add_argument("-n", type=int, default=8, help="episodes (default: 8)")
-    parser.add_argument("--checkpoint", type=Path, help="policy to use (default: an untrained one)")
+    parser.add_argument("--checkpoint", type=Path, help="policy to use (default: scripted demonstrations)")
 
 
 def _eval_args(parser: argparse.ArgumentParser) -> None:
