@@ -81,9 +81,9 @@ class SlotCache:
         ends = np.cumsum(lengths)
         within_P = np.arange(len(row_P)) - np.repeat(ends - lengths, lengths)
         position_P = np.repeat(starts, lengths) + within_P
-        self._rows_P, self._positions_P = (
-            torch.from_numpy(x.astype(np.int64)).to(self._device) for x in (row_P, position_P)
-        )
+        _, _, heads, length, _ = self._keys.shape
+        place_PK = (row_P[:, None] * heads + np.arange(heads)) * length + position_P[:, None]
+        self._place = torch.from_numpy(place_PK.ravel()).to(self._device)
         path = shared_paths(lengths, shared)
         self._path_P = torch.from_numpy(path).to(self._device) if shared.any() else None
         own_P = within_P >= np.repeat(shared, lengths)
@@ -99,9 +99,10 @@ class SlotCache:
         for cached_RKLD, new_TKD in zip(stored, (key_TKD, value_TKD), strict=True):
             # The pass may be padded behind the planned tokens.
             new_PKD = new_TKD[: self._tokens] if self._path_P is None else gather(new_TKD, self._path_P)
-            cached_RKLD[self._rows_P, :, self._positions_P] = new_PKD
+            size = new_PKD.shape[-1]
+            cached_RKLD.view(-1, size).index_copy_(0, self._place, new_PKD.reshape(-1, size))
         views = (
-            tuple(cached[chosen, :, : group.length] for cached in stored)
+            tuple(_rows(cached[:, :, : group.length], chosen) for cached in stored)
             for chosen, group in zip(self._chosen, self._groups, strict=True)
         )
         output = self._ragged(query_THD, views, scale)  # type: ignore[arg-type]
@@ -120,15 +121,19 @@ class SlotCache:
         for chosen, least in kinds:
             at, low, high = rows[chosen], int(rows[chosen].min()), int(rows[chosen].max()) + 1
             arrays = [first[chosen], starts[chosen], spans[chosen]]
-            # Neighbouring rows are read in place; scattered rows are copied out.
-            view = high - low <= 2 * len(chosen)
-            if view:
+            neighbours = high - low <= 2 * len(chosen)
+            if neighbours:
                 arrays = [_spread(x, at - low, high - low) for x in arrays]
             longest = int((starts + spans)[chosen].max())
             length = -(-longest // LENGTH_STEP) * LENGTH_STEP
-            self._chosen.append(slice(low, high) if view else torch.from_numpy(at).to(self._device))
+            self._chosen.append(slice(low, high) if neighbours else torch.from_numpy(at).to(self._device))
             self._groups.append(RowGroup(*arrays, length=length, least=least))
         self._ragged = RaggedAttention(self._groups, self._device)
+
+
+def _rows(cached_RKLD: Tensor, chosen: slice | Tensor) -> Tensor:
+    """Return [B, K, L, D]: neighbouring rows in place, scattered rows copied."""
+    return cached_RKLD[chosen] if isinstance(chosen, slice) else cached_RKLD.index_select(0, chosen)
 
 
 def _spread(values: Int64Array, at: Int32Array, slots: int) -> Int64Array:
