@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
@@ -171,7 +172,7 @@ def canary_logprobs(model: PreTrainedModel, token_ids: tuple[int, ...]) -> tuple
     """Return log-probabilities of tokens 1.. of a fixed sequence: what a holder of these weights computes."""
     device = head(model).device
     tokens_T = torch.tensor(token_ids, device=device)
-    segments = PackedSegments(torch.tensor([0, len(token_ids)], device=device))
+    segments = PackedSegments(np.array([0, len(token_ids)]), device)
     hidden_TH = run_decoder(model, tokens_T, torch.arange(len(token_ids), device=device), segments)
     logprob_N, _, _ = linear_logprob(hidden_TH[:-1], head(model), tokens_T[1:])
     return tuple(float(value) for value in logprob_N)

@@ -1,6 +1,12 @@
-"""Floor 2. Trajectories to packed micro-batches, and back: no padding, segments of similar length together.
+"""Floor 2. Trajectories to packed micro-batches, and back: no padding, a common beginning packed once.
 
-Dimensions: T packed tokens, B segments of a micro-batch.
+A policy's hidden state depends on the tokens before it and on nothing else. So segments that begin
+alike, as those of a group do, share one packed token for each token of their common beginning: the
+decoder runs on the nodes of a prefix tree.
+
+    segments  [a b c d], [a b c e]    packed  a b c d e    path  0 1 2 3, 0 1 2 4    shared  0, 3
+
+Dimensions: T packed tokens, B segments of a micro-batch, P tokens of its segments.
 """
 
 from __future__ import annotations
@@ -18,22 +24,60 @@ Int64Array = NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class PackedBatch:
-    """A micro-batch. Position t holds what is needed to score token t from the hidden state of t - 1."""
+    """A micro-batch. Token p of a segment is scored from the hidden state of the packed token path[p - 1]."""
 
     token_ids: Int32Array
-    """[T] tokens of all segments, one after another."""
+    """[T] packed tokens."""
     positions: Int32Array
-    """[T] position of each token in its segment."""
+    """[T] position of each in its segments."""
+    path: Int64Array
+    """[P] the packed token that stands for each token of the segments, one segment after another."""
+    shared: Int64Array
+    """[B] leading tokens of each segment that an earlier segment holds."""
     cu_seqlens: Int64Array
-    """[B + 1] where segments start; the last entry is T."""
+    """[B + 1] where segments start; the last entry is P."""
     weight: Float32Array
-    """[T] 1 where the token is trained; never at a segment's first token."""
+    """[P] 1 where the token is trained; never at a segment's first token."""
     behavior_logprobs: Float32Array
-    """[T] nats; 0 where weight is 0."""
+    """[P] nats; 0 where weight is 0."""
     advantages: Float32Array
-    """[T] advantage of the token's trajectory."""
+    """[P] advantage of the token's trajectory."""
     source: Int64Array
     """[B] index of each segment's trajectory in the packed sequence of trajectories."""
+
+
+def prefix_order(sequences: Sequence[Int32Array]) -> tuple[Int64Array, Int64Array]:
+    """Return [B] the order of token sequences in which those that begin alike are neighbours, and [B] shared.
+
+    shared[b] counts the leading tokens that sequence order[b] has in common with order[b - 1].
+    """
+    # Big-endian bytes compare as the non-negative numbers do.
+    keys = [tokens.astype(">u4").tobytes() for tokens in sequences]
+    order = sorted(range(len(sequences)), key=keys.__getitem__)
+    shared = np.zeros(len(order), dtype=np.int64)
+    for place in range(1, len(order)):
+        shared[place] = _common(sequences[order[place - 1]], sequences[order[place]])
+    return np.array(order, dtype=np.int64), shared
+
+
+def _common(one: Int32Array, other: Int32Array) -> int:
+    length = min(len(one), len(other))
+    differs = one[:length] != other[:length]
+    first = int(differs.argmax()) if length else 0
+    return first if length and differs[first] else length
+
+
+def shared_paths(lengths: Int64Array, shared: Int64Array) -> Int64Array:
+    """Return [P]: the packed token of each token, where segment b begins with shared[b] of segment b - 1."""
+    ends = np.cumsum(lengths)
+    first = np.cumsum(lengths - shared) - (lengths - shared)
+    total = int(ends[-1]) if len(ends) else 0
+    path: Int64Array = np.arange(total) - np.repeat(ends - lengths + shared - first, lengths)
+    for segment in np.flatnonzero(shared):
+        start, common = ends[segment] - lengths[segment], shared[segment]
+        before = start - lengths[segment - 1]
+        path[start : start + common] = path[before : before + common]
+    return path
 
 
 def pack(
@@ -43,24 +87,28 @@ def pack(
     *,
     token_budget: int,
 ) -> list[PackedBatch]:
-    """Split trajectories into micro-batches of at most `token_budget` tokens.
+    """Split trajectories into micro-batches of at most `token_budget` packed tokens.
 
     `advantages` is [trajectories]; `weights` holds a [T] array each, at most the trajectory's loss
-    mask. Trajectories are ordered by length, so that attention, which alone pads, wastes little. A
-    single trajectory longer than the budget gets a micro-batch of its own; one without tokens is left out.
+    mask. Trajectories that begin alike are neighbours. A single trajectory longer than the budget
+    gets a micro-batch of its own; one without tokens is left out.
     """
-    lengths = np.array([len(t.token_ids) for t in trajectories], dtype=np.int64)
+    held = [index for index, trajectory in enumerate(trajectories) if len(trajectory.token_ids)]
+    order, shared = prefix_order([trajectories[index].token_ids for index in held])
     batches: list[PackedBatch] = []
     chosen: list[int] = []
+    commons: list[int] = []
     used = 0
-    for index in np.argsort(-lengths, kind="stable")[: np.count_nonzero(lengths)]:
-        if chosen and used + lengths[index] > token_budget:
-            batches.append(_packed(trajectories, advantages, weights, chosen))
-            chosen, used = [], 0
-        chosen.append(int(index))
-        used += int(lengths[index])
+    for index, common in zip([held[i] for i in order], shared.tolist(), strict=True):
+        length = len(trajectories[index].token_ids)
+        if chosen and used + length - common > token_budget:
+            batches.append(_packed(trajectories, advantages, weights, chosen, commons))
+            chosen, commons, used = [], [], 0
+        commons.append(common if chosen else 0)
+        chosen.append(index)
+        used += length - commons[-1]
     if chosen:
-        batches.append(_packed(trajectories, advantages, weights, chosen))
+        batches.append(_packed(trajectories, advantages, weights, chosen, commons))
     return batches
 
 
@@ -69,16 +117,22 @@ def _packed(
     advantages: Float32Array,
     weights: Sequence[Float32Array],
     chosen: Sequence[int],
+    commons: Sequence[int],
 ) -> PackedBatch:
     parts = [trajectories[i] for i in chosen]
     lengths = np.array([len(t.token_ids) for t in parts], dtype=np.int64)
+    shared = np.array(commons, dtype=np.int64)
     starts = np.cumsum(lengths) - lengths
     weight = np.concatenate([weights[i] for i in chosen]).astype(np.float32)
     # Nothing precedes a first token, so nothing can predict it.
     weight[starts] = 0.0
+    within = np.arange(lengths.sum()) - np.repeat(starts, lengths)
+    own = within >= np.repeat(shared, lengths)
     return PackedBatch(
-        token_ids=np.concatenate([t.token_ids for t in parts]),
-        positions=(np.arange(lengths.sum()) - np.repeat(starts, lengths)).astype(np.int32),
+        token_ids=np.concatenate([t.token_ids for t in parts])[own],
+        positions=within[own].astype(np.int32),
+        path=shared_paths(lengths, shared),
+        shared=shared,
         cu_seqlens=np.append(starts, lengths.sum()),
         weight=weight,
         behavior_logprobs=np.where(

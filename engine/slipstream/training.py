@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn.functional import embedding
 from transformers import PreTrainedModel
 
 from slipstream.attention import PackedSegments, run_decoder
@@ -36,9 +37,9 @@ class DeviceBatch:
     positions_T: Tensor
     segments: PackedSegments
     rows_N: Tensor
-    """[N] int64: positions whose hidden state predicts a trained token."""
+    """[N] int64: packed tokens whose hidden state predicts a trained token."""
     labels_N: Tensor
-    """[N] int64: the trained tokens themselves, at rows_N + 1."""
+    """[N] int64: the trained tokens themselves."""
     weight_N: Tensor
     behavior_N: Tensor
     advantage_N: Tensor
@@ -57,9 +58,9 @@ class DeviceBatch:
         return cls(
             tokens_T=put(batch.token_ids, torch.int64),
             positions_T=put(batch.positions, torch.int64),
-            segments=PackedSegments(put(batch.cu_seqlens, torch.int64)),
-            rows_N=put(trained - 1, torch.int64),
-            labels_N=put(batch.token_ids[trained], torch.int64),
+            segments=PackedSegments(batch.cu_seqlens, device, path=batch.path, shared=batch.shared),
+            rows_N=put(batch.path[trained - 1], torch.int64),
+            labels_N=put(batch.token_ids[batch.path[trained]], torch.int64),
             weight_N=put(batch.weight[trained], torch.float32),
             behavior_N=put(batch.behavior_logprobs[trained], torch.float32),
             advantage_N=put(batch.advantages[trained], torch.float32),
@@ -69,7 +70,8 @@ class DeviceBatch:
 
 def trained_hidden(model: PreTrainedModel, batch: DeviceBatch) -> Tensor:
     """Return the [N, H] hidden states that predict the trained tokens."""
-    return run_decoder(model, batch.tokens_T, batch.positions_T, batch.segments)[batch.rows_N]
+    hidden_TH = run_decoder(model, batch.tokens_T, batch.positions_T, batch.segments)
+    return embedding(batch.rows_N, hidden_TH)
 
 
 @torch.no_grad()

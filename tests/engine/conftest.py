@@ -46,6 +46,7 @@ def make_model() -> ModelMaker:
     def make(
         *,
         vocabulary: int = 37,
+        hidden_size: int = 16,
         kv_heads: int = 2,
         seed: int = 0,
         installed: bool = True,
@@ -53,14 +54,14 @@ def make_model() -> ModelMaker:
     ) -> PreTrainedModel:
         sizes = LlamaConfig(
             vocab_size=vocabulary,
-            hidden_size=16,
+            hidden_size=hidden_size,
             intermediate_size=24,
             num_hidden_layers=2,
             num_attention_heads=4,
             num_key_value_heads=kv_heads,
             max_position_embeddings=max_tokens,
             tie_word_embeddings=True,
-            initializer_range=0.4,
+            initializer_range=1.6 * hidden_size**-0.5,
         )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from transformers import PreTrainedModel
 
 from slipstream.attention import PackedSegments, run_decoder
+from slipstream.packing import prefix_order, shared_paths
 
 LENGTHS = (1, 7, 16, 1, 31)
 
@@ -51,3 +53,30 @@ def test_segments_do_not_see_each_other(make_model: ModelMaker) -> None:
     sequences[1] = (sequences[1] + 1) % 37
     changed = (packed_hidden(model, sequences) - before).abs().amax(dim=1) > 0
     assert changed.nonzero()[:, 0].tolist() == list(range(1, 8))
+
+
+@pytest.mark.parametrize("kv_heads", [4, 1])
+def test_segments_that_share_a_beginning_equal_lone_ones(make_model: ModelMaker, kv_heads: int) -> None:
+    """States and gradients, though each token of a common beginning is packed once."""
+    model, plain = make_model(kv_heads=kv_heads), make_model(kv_heads=kv_heads)
+    random = np.random.default_rng(2)
+    trunk = random.integers(0, 37, 30)
+    tails = [random.integers(0, 37, n) for n in (9, 1, 0, 20)]
+    sequences = [np.append(trunk[:n], tail) for n, tail in zip((30, 30, 11, 5), tails, strict=True)]
+    order, shared = prefix_order(sequences)
+    ordered = [sequences[i] for i in order]
+    lengths = np.array([len(s) for s in ordered])
+    path = shared_paths(lengths, shared)
+    packed, positions = np.zeros(path.max() + 1, np.int64), np.zeros(path.max() + 1, np.int64)
+    packed[path] = np.concatenate(ordered)
+    positions[path] = np.concatenate([np.arange(n) for n in lengths])
+    assert len(packed) < lengths.sum() - 30
+    segments = PackedSegments(np.append(0, np.cumsum(lengths)), path=path, shared=shared)
+    found = run_decoder(model, torch.from_numpy(packed), torch.from_numpy(positions), segments)[path]
+    expected = packed_hidden(plain, [torch.from_numpy(s) for s in ordered])
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    slope = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1))
+    for states in (found, expected):
+        (states * slope).sum().backward()
+    for (name, ours), theirs in zip(model.named_parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-4, rtol=1e-4, msg=name)

@@ -27,35 +27,72 @@ def made(lengths: list[int]) -> tuple[list[Trajectory], Float32Array, list[Float
     )
 
 
+def alike(trajectories: list[Trajectory], common: int) -> list[Trajectory]:
+    """Give all trajectories the first tokens of the first."""
+    first = trajectories[0].token_ids[:common]
+    return [
+        dataclasses.replace(
+            t, token_ids=np.concatenate([first[: len(t.token_ids)], t.token_ids[len(first) :]])
+        )
+        for t in trajectories
+    ]
+
+
 def segments(batch: PackedBatch) -> list[tuple[int, slice]]:
     bounds = batch.cu_seqlens.tolist()
     return [(int(i), slice(*bounds[k : k + 2])) for k, i in enumerate(batch.source)]
 
 
-@given(st.lists(st.integers(1, BUDGET + 1), min_size=1, max_size=40))
-def test_every_token_once_with_what_belongs_to_it(lengths: list[int]) -> None:
+@given(st.lists(st.integers(1, BUDGET + 1), min_size=1, max_size=40), st.integers(0, 20))
+def test_every_token_once_with_what_belongs_to_it(lengths: list[int], common: int) -> None:
     trajectories, advantages, weights = made(lengths)
+    trajectories = alike(trajectories, common)
     batches = pack(trajectories, advantages, weights, token_budget=BUDGET)
     seen = []
     for batch in batches:
         assert len(batch.token_ids) <= BUDGET or len(batch.source) == 1
-        assert batch.cu_seqlens[-1] == len(batch.token_ids)
+        assert batch.cu_seqlens[-1] == len(batch.path)
+        assert sorted(set(batch.path.tolist())) == list(range(len(batch.token_ids)))
         for index, span in segments(batch):
             seen.append(index)
             one = trajectories[index]
             weight = weights[index].copy()
             weight[0] = 0
-            np.testing.assert_array_equal(batch.token_ids[span], one.token_ids)
-            np.testing.assert_array_equal(batch.positions[span], np.arange(lengths[index]))
+            path = batch.path[span]
+            np.testing.assert_array_equal(batch.token_ids[path], one.token_ids)
+            np.testing.assert_array_equal(batch.positions[path], np.arange(lengths[index]))
             np.testing.assert_array_equal(batch.weight[span], weight)
             np.testing.assert_array_equal(batch.behavior_logprobs[span], one.behavior_logprobs * weight)
             np.testing.assert_array_equal(batch.advantages[span], np.full(lengths[index], index + 1))
     assert sorted(seen) == list(range(len(lengths)))
 
 
-def test_batches_are_filled_longest_first() -> None:
-    batches = pack(*made([1, 33, 16, 7, 16, 25, 32]), token_budget=BUDGET)
-    assert [batch.source.tolist() for batch in batches] == [[1], [6], [5], [2, 4], [3, 0]]
+@given(st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=9), min_size=1, max_size=12))
+def test_a_packed_token_stands_for_equal_beginnings_and_for_nothing_else(sequences: list[list[int]]) -> None:
+    """As many packed tokens as there are different beginnings."""
+    trajectories, advantages, weights = made([len(sequence) for sequence in sequences])
+    trajectories = [
+        dataclasses.replace(t, token_ids=np.array(sequence, np.int32))
+        for t, sequence in zip(trajectories, sequences, strict=True)
+    ]
+    (batch,) = pack(trajectories, advantages, weights, token_budget=10_000)
+    beginnings = {tuple(sequence[: n + 1]) for sequence in sequences for n in range(len(sequence))}
+    assert len(batch.token_ids) == len(beginnings)
+    own = np.diff(batch.cu_seqlens) - batch.shared
+    assert own.sum() == len(batch.token_ids)
+    for (index, span), first in zip(segments(batch), np.cumsum(own) - own, strict=True):
+        count = len(sequences[index]) - int(batch.shared[batch.source.tolist().index(index)])
+        assert batch.path[span][len(sequences[index]) - count :].tolist() == list(range(first, first + count))
+
+
+def test_batches_hold_neighbours_in_the_order_of_their_tokens() -> None:
+    """Trajectories 0, 2 and 4 share ten tokens, so that 20 + 10 + 2 fit; the long one is alone."""
+    trajectories, advantages, weights = made([20, 20, 20, 33, 12])
+    for first, trajectory in zip([7, 5, 7, 6, 7], trajectories, strict=True):
+        trajectory.token_ids[:10] = first
+    batches = pack(trajectories, advantages, weights, token_budget=BUDGET)
+    assert [sorted(batch.source.tolist()) for batch in batches] == [[1], [3], [0, 2, 4]]
+    assert batches[-1].shared.tolist() == [0, 10, 10]
 
 
 def test_a_trajectory_without_tokens_is_left_out() -> None:
@@ -76,8 +113,8 @@ def test_device_rows_predict_the_trained_tokens(lengths: list[int]) -> None:
     (batch,) = pack(*made(lengths), token_budget=BUDGET)
     rows = DeviceBatch.of(batch, torch.device("cpu"))
     trained = np.flatnonzero(batch.weight)
-    assert rows.rows_N.tolist() == (trained - 1).tolist()
-    assert rows.labels_N.tolist() == batch.token_ids[trained].tolist()
+    assert rows.rows_N.tolist() == batch.path[trained - 1].tolist()
+    assert rows.labels_N.tolist() == batch.token_ids[batch.path[trained]].tolist()
     assert rows.advantage_N.tolist() == batch.advantages[trained].tolist()
     assert rows.behavior_N.tolist() == batch.behavior_logprobs[trained].tolist()
     counts = [int((batch.weight[span] > 0).sum()) for _, span in segments(batch)]

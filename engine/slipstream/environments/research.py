@@ -131,8 +131,10 @@ class ResearchTasks:
     def __init__(self, config: EnvironmentConfig) -> None:
         self._config = config
         self.world = lru_cache(maxsize=256)(self._world)
+        # A group poses one task many times.
+        self.task = lru_cache(maxsize=4096)(self._task)
 
-    def task(self, split: Split, index: int) -> Task:
+    def _task(self, split: Split, index: int) -> Task:
         """Return the task at `index`; worlds never cross splits."""
         number, person = divmod(index, TASKS_PER_WORLD)
         world, _ = self.world(split, number)

@@ -18,12 +18,13 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from slipstream.attention import run_decoder
+from slipstream.attention import Int64Array, run_decoder
 from slipstream.errors import NumericsError
 from slipstream.inference.cache import SlotCache
 from slipstream.inference.sampling import draw, uniforms
 from slipstream.interfaces import WeightSubscriber
 from slipstream.model import canary_logprobs, copy_weights, head, named_weights
+from slipstream.packing import prefix_order
 from slipstream.types import Completion, Int32Array, Sampling, WeightProof, WeightUpdate
 from slipstream_kernels import checksum64_named
 
@@ -40,8 +41,6 @@ class _Request:
     """One message being sampled in one row."""
 
     sampling: Sampling
-    start: int
-    limit: int
     future: asyncio.Future[Completion]
 
 
@@ -73,6 +72,7 @@ class EmbeddedBackend:
         self._versions = np.full((rows, max_tokens), -1, dtype=np.int32)
         self._length = np.zeros(rows, dtype=np.int32)
         self._cached = np.zeros(rows, dtype=np.int32)
+        self._start = np.zeros(rows, dtype=np.int32)
         self._limit = np.zeros(rows, dtype=np.int32)
         self._active = np.zeros(rows, dtype=bool)
         self._keys = np.zeros(rows, dtype=np.uint64)
@@ -105,12 +105,11 @@ class EmbeddedBackend:
         self._feed(row, token_ids)
         request = _Request(
             sampling=sampling,
-            start=len(token_ids),
-            limit=min(len(token_ids) + sampling.max_tokens, self._max_tokens),
             future=asyncio.get_running_loop().create_future(),
         )
         self._requests[row] = request
-        self._limit[row] = request.limit
+        self._start[row] = len(token_ids)
+        self._limit[row] = min(len(token_ids) + sampling.max_tokens, self._max_tokens)
         self._temperature[row], self._top_p[row] = sampling.temperature, sampling.top_p
         self._active[row] = True
         self._work.set()
@@ -163,27 +162,38 @@ class EmbeddedBackend:
     @torch.no_grad()
     def _step(self) -> None:
         """Feed the new tokens of active rows; draw a token in each row that is then up to date."""
-        rows, spans = self._chosen_rows()
-        starts = self._cached[rows]
-        token_ids = np.concatenate(
-            [self._tokens[r, c : c + n] for r, c, n in zip(rows, starts, spans, strict=True)]
-        )
-        _, positions_T = self._cache.plan(rows, starts, spans)
-        tokens_T = _thick(torch.from_numpy(token_ids).to(self._device))
-        hidden_TH = run_decoder(self._model, tokens_T, _thick(positions_T), self._cache)
+        rows, spans, shared = self._chosen_rows()
+        decodes = (spans == 1) & (self._length[rows] > self._start[rows])
+        feed = self._cache.plan(rows, self._cached[rows], spans, decodes=decodes, shared=shared)
+        tokens_T = torch.from_numpy(self._tokens[feed.rows, feed.positions]).to(self._device)
+        positions_T = torch.from_numpy(feed.positions).to(self._device)
+        hidden_TH = run_decoder(self._model, _thick(tokens_T), _thick(positions_T), self._cache)
         self._cached[rows] += spans
-        last_T = np.cumsum(spans) - 1
         ready = self._cached[rows] == self._length[rows]
-        self.tokens_prefilled += int(spans.sum()) - int(ready.sum())
+        self.tokens_prefilled += len(feed.rows) - int(decodes.sum())
         if ready.any():
-            self._draw(rows[ready], hidden_TH[torch.from_numpy(last_T[ready])])
+            self._draw(rows[ready], hidden_TH[torch.from_numpy(feed.last[ready])])
 
-    def _chosen_rows(self) -> tuple[Int32Array, Int32Array]:
-        """Return the rows of the next pass and how many tokens each feeds, within the pass's token limit."""
+    def _chosen_rows(self) -> tuple[Int32Array, Int32Array, Int64Array]:
+        """Return the rows of the next pass, the tokens each feeds, and how many of them the row before feeds.
+
+        Rows fed from their beginning stand together, so that what they have in common is fed once: the
+        prompts of a group, and most of what is rebuilt after new weights.
+        """
         rows = np.flatnonzero(self._active).astype(np.int32)
         spans = self._length[rows] - self._cached[rows]
-        fits = np.maximum(np.searchsorted(np.cumsum(spans), PASS_TOKENS, side="right"), 1)
-        return rows[:fits], spans[:fits]
+        fits = max(int(np.searchsorted(np.cumsum(spans), PASS_TOKENS, side="right")), 1)
+        rows, spans = rows[:fits], spans[:fits]
+        shared = np.zeros(len(rows), dtype=np.int64)
+        fresh = self._cached[rows] == 0
+        if fresh.any():
+            order, common = prefix_order(
+                [self._tokens[r, :n] for r, n in zip(rows[fresh], spans[fresh], strict=True)]
+            )
+            for values in (rows, spans):
+                values[:] = np.concatenate([values[~fresh], values[fresh][order]])
+            shared[len(rows) - len(common) :] = common
+        return rows, spans, shared
 
     def _draw(self, rows: Int32Array, hidden_RH: torch.Tensor) -> None:
         """Draw the next token of `rows` and finish those that stopped or reached their limit."""
@@ -211,7 +221,7 @@ class EmbeddedBackend:
 
     def _finish(self, row: int, *, stopped: bool) -> None:
         request = self._retire(row)
-        span = slice(request.start, int(self._length[row]))
+        span = slice(int(self._start[row]), int(self._length[row]))
         if not request.future.done():
             request.future.set_result(
                 Completion(
@@ -236,6 +246,21 @@ class EmbeddedBackend:
         self._length[row] = len(token_ids)
         # The last token is always fed: the next one is drawn from its hidden state.
         self._cached[row] = min(int(self._cached[row]), shared, len(token_ids) - 1)
+        if not self._cached[row]:
+            self._borrow(row, token_ids)
+
+    def _borrow(self, row: int, token_ids: Int32Array) -> None:
+        """Copy what is cached of the same beginning in another row, which may have been released since."""
+        count = len(token_ids) - 1
+        differs = self._tokens[:, :count] != token_ids[:count]
+        common = (
+            np.where(differs.any(axis=1), differs.argmax(axis=1), count) if count else np.zeros(self.rows)
+        )
+        held = np.minimum(common, self._cached)
+        lender = int(held.argmax())
+        if held[lender]:
+            self._cache.copy(lender, row, int(held[lender]))
+            self._cached[row] = held[lender]
 
     async def _take_row(self, rollout_id: int) -> int:
         await self._room.acquire()

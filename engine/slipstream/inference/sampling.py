@@ -49,7 +49,7 @@ def draw(
     logprob_RV = torch.log_softmax(logits_RV.float() / scale_R[:, None], dim=-1)
     if top_p_R is not None:
         logprob_RV = _nucleus(logprob_RV, top_p_R)
-    cumulative_RV = torch.cumsum(logprob_RV.exp().double(), dim=-1)
+    cumulative_RV = torch.cumsum(logprob_RV.exp(), dim=-1, dtype=torch.float64)
     target_R1 = (uniform_R * cumulative_RV[:, -1])[:, None]
     token_R = torch.searchsorted(cumulative_RV, target_R1, right=True)[:, 0].clamp_(
         max=logits_RV.shape[-1] - 1
