@@ -36,20 +36,24 @@ class Split:
 
     arm: str
     max_slip: int
+    actors: int
     actor_threads: int
+    """Of each actor."""
     learner_threads: int
     concurrency: int
-    """Live episodes of the actor; the staleness gate holds a synchronous one to a single batch."""
+    """Live episodes of each actor; the staleness gate holds synchronous ones to a single batch."""
 
     @property
     def name(self) -> str:
-        """Return "1+2 threads, 128 live": the actor's, the learner's, episodes."""
-        return f"{self.actor_threads}+{self.learner_threads} threads, {self.concurrency} live"
+        """Return "2x1+1 threads, 128 live": the actors', the learner's, all live episodes."""
+        threads = f"{self.actors}x{self.actor_threads}+{self.learner_threads} threads"
+        return f"{threads}, {self.actors * self.concurrency} live"
 
     def overrides(self) -> tuple[str, ...]:
         """Return the settings that make the split."""
         return (
             f"max_slip={self.max_slip}",
+            f"actor.count={self.actors}",
             f"actor.threads={self.actor_threads}",
             f"learner.threads={self.learner_threads}",
             f"actor.concurrency={self.concurrency}",
@@ -144,13 +148,16 @@ def measure(plan: Plan, warm: Path, split: Split, seed: int) -> Measured:
 
 
 def generation_seconds(plan: Plan, warm: Path, split: Split, seed: int, tokens: float) -> float:
-    """Return the seconds in which an actor, alone on its threads and always full, samples `tokens` tokens."""
+    """Return the seconds in which actors that are never short of episodes or cores sample `tokens` tokens.
+
+    One is measured, alone on its threads.
+    """
     folder = plan.work / "generation"
     configuration_file = folder / "config.toml"
     write_config(folder, plan.split_config(seed, split))
     rate = command([sys.executable, str(GENERATION), str(configuration_file), str(warm)])
     shutil.rmtree(folder)
-    return tokens / float(rate)
+    return tokens / (float(rate) * split.actors)
 
 
 def mean(rows: Sequence[Row], name: str) -> float:

@@ -46,12 +46,14 @@ SHARED: Final = (
     "evaluation.tasks=1",
 )
 SPLITS: Final = (
-    Split(arm="sync", max_slip=0, actor_threads=1, learner_threads=1, concurrency=128),
-    Split(arm="async", max_slip=4, actor_threads=1, learner_threads=1, concurrency=128),
-    Split(arm="sync", max_slip=0, actor_threads=1, learner_threads=2, concurrency=128),
-    Split(arm="async", max_slip=4, actor_threads=1, learner_threads=2, concurrency=128),
-    Split(arm="sync", max_slip=0, actor_threads=2, learner_threads=2, concurrency=128),
-    Split(arm="async", max_slip=4, actor_threads=1, learner_threads=1, concurrency=192),
+    Split(arm="sync", max_slip=0, actors=1, actor_threads=1, learner_threads=2, concurrency=128),
+    Split(arm="async", max_slip=4, actors=1, actor_threads=1, learner_threads=1, concurrency=192),
+    Split(arm="sync", max_slip=0, actors=2, actor_threads=1, learner_threads=2, concurrency=64),
+    Split(arm="async", max_slip=4, actors=2, actor_threads=1, learner_threads=1, concurrency=64),
+    Split(arm="sync", max_slip=0, actors=1, actor_threads=2, learner_threads=2, concurrency=128),
+    Split(arm="async", max_slip=4, actors=2, actor_threads=1, learner_threads=1, concurrency=96),
+    Split(arm="sync", max_slip=0, actors=2, actor_threads=1, learner_threads=1, concurrency=64),
+    Split(arm="async", max_slip=4, actors=2, actor_threads=1, learner_threads=1, concurrency=128),
 )
 """What the sweep tries. Synchronous roles alternate, so each may use both cores. More live episodes hide
 tool calls better and cost more: each one's key-value cache is rebuilt after every weight update."""
@@ -120,14 +122,14 @@ def _median(runs: Sequence[Measured], name: str) -> float:
 
 
 HEADER: Final = (
-    f"{'':<9}{'arm':<7}{'actor+learner':<24}{'to target':>10}{'steps':>7}{'step':>9}"
+    f"{'':<9}{'arm':<7}{'actors+learner':<28}{'to target':>10}{'steps':>7}{'step':>9}"
     f"{'waiting':>9}{'training':>10}{'sync':>9}{'slip':>6}{'fresh':>8}"
 )
 
 
 def _shown(label: str, run: Measured) -> Measured:
     _say(
-        f"{label:<9}{run.split.arm:<7}{run.split.name:<24}{run.seconds:>8.1f} s{run.steps:>7}"
+        f"{label:<9}{run.split.arm:<7}{run.split.name:<28}{run.seconds:>8.1f} s{run.steps:>7}"
         f"{run.step_s:>7.3f} s{run.wait_s:>7.3f} s{run.train_s:>8.3f} s{run.sync_s:>7.3f} s"
         f"{run.slip_mean:>6.2f}{run.success:>8.3f}"
     )

@@ -100,7 +100,7 @@ class BatchConfig(Part):
     groups: int = Field(default=16, ge=1)
     group_size: int = Field(default=8, ge=1)
     token_budget: int = Field(default=4096, ge=64)
-    """Most tokens of one micro-batch; on a CPU small ones keep activations in its caches."""
+    """Most distinct tokens of one micro-batch: what trajectories begin alike with counts once."""
 
     @property
     def trajectories(self) -> int:

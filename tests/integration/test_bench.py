@@ -58,11 +58,11 @@ def test_a_run_ends_at_the_first_window_that_reaches_the_target(runs: ModuleType
 def test_both_arms_share_every_setting_but_those_of_the_split(runs: ModuleType, tmp_path: Path) -> None:
     from slipstream.run_folder import first_difference
 
-    sync = runs.Split(arm="sync", max_slip=0, actor_threads=2, learner_threads=2, concurrency=128)
-    swift = runs.Split(arm="async", max_slip=4, actor_threads=1, learner_threads=1, concurrency=256)
+    sync = runs.Split(arm="sync", max_slip=0, actors=1, actor_threads=2, learner_threads=2, concurrency=128)
+    swift = runs.Split(arm="async", max_slip=4, actors=2, actor_threads=1, learner_threads=1, concurrency=256)
     ours, theirs = (plan(runs, tmp_path).split_config(3, split) for split in (swift, sync))
 
-    assert (ours.max_slip, ours.actor.concurrency, ours.learner.threads) == (4, 256, 1)
+    assert (ours.max_slip, ours.actor.count, ours.actor.concurrency, ours.learner.threads) == (4, 2, 256, 1)
     assert (theirs.max_slip, theirs.actor.threads, theirs.learner.threads) == (0, 2, 2)
     assert ours.environment.tool_latency_s == theirs.environment.tool_latency_s == 0.05
     same = {"max_slip": 0, "actor": theirs.actor, "learner": theirs.learner}
