@@ -18,13 +18,7 @@ from typing import NoReturn
 from slipstream import config as configuration
 from slipstream import run_folder
 from slipstream.config import RunConfig
-from slipstream.errors import (
-    ConfigurationError,
-    RunFolderError,
-    SlipstreamError,
-    StorageError,
-    disk_failure,
-)
+from slipstream.errors import ConfigurationError, RunFolderError, SlipstreamError, StorageError, disk_failure
 from slipstream.process import guard_parent
 from slipstream.types import Split
 
