@@ -1,6 +1,6 @@
 """Floor 1. The configuration of a run: frozen models, one TOML file, dotted overrides.
 
-Every default is the vetted setting of the `research` recipe. Unknown keys are errors that name the
+Defaults are vetted on the `research` recipes. Unknown keys are errors that name the
 file, the key and the nearest valid key. Loading opens the recipe's file and nothing else.
 """
 

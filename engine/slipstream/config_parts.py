@@ -1,4 +1,4 @@
-"""Floor 1. The parts of a run's configuration: frozen models with the defaults of `research`."""
+"""Floor 1. The parts of a run's configuration: frozen models with their defaults."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ from slipstream.display import PlainScreen
 from slipstream.supervisor import Patience
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
 folder = Path(sys.argv[1])
-config = load_config("research")
+config = load_config("research", ["actor.count=1"])
 screen = PlainScreen(config, folder, sys.stdout)
 sys.exit(launch.train(config, folder, resume=False, serial=False, screen=screen,
          program=(sys.executable, {str(ROLE)!r}), patience=Patience(stop_s=100.0)))
@@ -58,7 +58,7 @@ def train(
     patience: Patience = PATIENCE,
 ) -> str:
     """Run the launcher here and return what it showed."""
-    config = config or load_config("research")
+    config = config or load_config("research", ["actor.count=1"])
     stream = io.StringIO()
     screen = PlainScreen(config, folder, stream)
     try:
@@ -103,7 +103,7 @@ def ready(tmp_path: Path, *roles: str) -> bool:
 
 def test_a_run_leaves_summary_curve_configuration_and_logs(tmp_path: Path) -> None:
     folder = plan(tmp_path)
-    shown = train(folder, config=load_config("research", ["actor.threads=2", "evaluation.final_tasks=100"]))
+    shown = train(folder, config=load_config("research", ["actor.count=1", "actor.threads=2", "evaluation.final_tasks=100"]))
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["success_warm_start"] == 0.4
     assert summary["success_final"] == 0.8

@@ -24,7 +24,7 @@ TINY = (
     "warmup.max_steps=40", "warmup.check_every=40", "warmup.min_success=0", "warmup.target_success=0.5",
     "warmup.batch=16", "warmup.learning_rate=0.01", "batch.groups=4", "batch.group_size=4", "steps=6",
     "evaluation.every=3", "evaluation.tasks=16", "evaluation.final_tasks=16", "checkpoint.every=2",
-    "actor.concurrency=16", "optim.learning_rate=0.001",
+    "actor.count=1", "actor.concurrency=16", "optim.learning_rate=0.001",
 )  # fmt: skip
 UNHURRIED = ("steps=12", "environment.tool_latency_s=0.1")
 """Steps long enough that a signal sent in the middle of a run arrives there."""
