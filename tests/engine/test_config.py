@@ -73,7 +73,7 @@ def test_mistakes_on_the_command_line(override: str, message: str) -> None:
 @pytest.mark.parametrize(
     ("override", "key"),
     [
-        ("actor.concurrency=4", "actor.concurrency"),
+        ("actor.concurrency=3", "actor.concurrency"),
         ("sampling.max_tokens=256", "sampling.max_tokens"),
         ("batch.token_budget=128", "batch.token_budget"),
         ("warmup.target_success=0.9", "warmup.target_success"),

@@ -103,7 +103,8 @@ def ready(tmp_path: Path, *roles: str) -> bool:
 
 def test_a_run_leaves_summary_curve_configuration_and_logs(tmp_path: Path) -> None:
     folder = plan(tmp_path)
-    shown = train(folder, config=load_config("research", ["actor.count=1", "actor.threads=2", "evaluation.final_tasks=100"]))
+    settings = ["actor.count=1", "actor.threads=2", "evaluation.final_tasks=100"]
+    shown = train(folder, config=load_config("research", settings))
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["success_warm_start"] == 0.4
     assert summary["success_final"] == 0.8

@@ -36,7 +36,8 @@ LENGTHS = (12, 7, 31, 20, 3, 16, 2, 25)
 
 
 def config_of(*overrides: str) -> RunConfig:
-    return load_config("research", ["objective.kl_coefficient=0.1", "sampling.temperature=0.8", *overrides])
+    settings = ["objective.kl_coefficient=0.1", "sampling.temperature=0.8", "optim.minibatches=1"]
+    return load_config("research", [*settings, *overrides])
 
 
 @torch.no_grad()
