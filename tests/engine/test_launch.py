@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -265,18 +265,27 @@ class Interrupting(PlainScreen):
             signal.raise_signal(self._number)
 
 
+@pytest.fixture
+def signals_at_default() -> Iterator[None]:
+    """Whoever runs the tests in the background lets them inherit signals that are ignored."""
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGTERM, signal.SIGHUP)}
+    before[signal.SIGINT] = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
 @pytest.mark.parametrize("stage", ["warm start", "learning curve"])
+@pytest.mark.usefixtures("signals_at_default")
 def test_a_signal_while_no_role_runs_ends_the_run_likewise(
     tmp_path: Path, stage: str, number: signal.Signals
 ) -> None:
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     folder, stream = plan(tmp_path), io.StringIO()
     screen = Interrupting(folder, stage, number, stream)
     code = launch.train(
         load_config("research"), folder, resume=False, serial=False, screen=screen, program=PROGRAM
     )
-    signal.signal(signal.SIGINT, before)
     assert code == 130
     assert f"stopped by {number.name}; continue with: slipstream train --output" in stream.getvalue()
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
