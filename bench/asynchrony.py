@@ -41,6 +41,8 @@ from typing import Any, Final
 
 from _training_runs import Measured, Plan, RunError, Split, generation_seconds, measure, warm_start
 
+from slipstream.errors import UserError
+
 AIM: Final = 0.7
 SHARED: Final = (
     # At the recipe's own learning rate a dozen steps reach the target: too few to time.
@@ -196,9 +198,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             warm = chosen.warm_start or warm_start(plan, chosen.seed)
             splits = SPLITS[: max(2, chosen.first_splits)]
             figures = compare(plan, warm, splits=splits, rounds=chosen.rounds, seed=chosen.seed)
-        except RunError as error:
+        except (RunError, UserError) as error:
             sys.stderr.write(f"asynchrony: {error}\n")
-            return 1
+            return UserError.exit_code if isinstance(error, UserError) else 1
     _report(figures)
     if chosen.output is not None:
         chosen.output.parent.mkdir(parents=True, exist_ok=True)

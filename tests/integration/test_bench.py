@@ -22,6 +22,7 @@ TINY = [
     "model.heads=2",
     "batch.groups=2",
     "batch.group_size=2",
+    "optim.minibatches=1",
     "warmup.batch=4",
     "warmup.max_steps=1",
     "warmup.min_success=0.0",
