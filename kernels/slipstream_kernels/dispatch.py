@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from enum import StrEnum
+from importlib.util import find_spec
 from typing import assert_never
 
 from slipstream_kernels import native
@@ -52,7 +54,27 @@ def _obstacle(op: str, backend: Backend, device: str) -> BackendError | None:
             if device != "cpu":
                 return BackendError(f"{op}: backend 'native' takes CPU tensors, got tensors on {device}")
             return None if native.available() else BackendUnavailableError(f"{op}: {native.description()}")
-        case Backend.TRITON | Backend.CUDA:
+        case Backend.TRITON:
+            return _triton_obstacle(op, device)
+        case Backend.CUDA:
             return BackendUnavailableError(f"{op}: backend {backend.value!r} is not installed here")
         case _:
             assert_never(backend)
+
+
+def _triton_obstacle(op: str, device: str) -> BackendError | None:
+    if find_spec("triton") is None:
+        return BackendUnavailableError(
+            f"{op}: Triton is not installed; install it (pip install triton), or use backend 'reference'"
+        )
+    if device != "cuda" and not interpreted():
+        return BackendError(
+            f"{op}: backend 'triton' takes CUDA tensors, got tensors on {device}; TRITON_INTERPRET=1 runs its "
+            "kernels on the CPU, slowly, in float32"
+        )
+    return None
+
+
+def interpreted() -> bool:
+    """Return whether Triton kernels run in its interpreter, on CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET") == "1"

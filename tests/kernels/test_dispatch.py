@@ -44,7 +44,9 @@ def test_explicit_choice_that_cannot_be_is_an_error() -> None:
         choose("op", "cuda", implemented=BOTH)
     with pytest.raises(BackendError, match="op: backend 'native' takes CPU tensors, got tensors on cuda"):
         choose("op", Backend.NATIVE, implemented=BOTH, device="cuda")
-    with pytest.raises(BackendUnavailableError, match="backend 'triton' is not installed here"):
+    with pytest.raises(BackendUnavailableError, match="backend 'cuda' is not installed here"):
+        choose("op", "cuda", implemented=(Backend.CUDA, Backend.REFERENCE))
+    with pytest.raises(BackendError, match="'triton' takes CUDA tensors, got tensors on cpu"):
         choose("op", "triton", implemented=(Backend.TRITON, Backend.REFERENCE))
 
 

@@ -50,8 +50,8 @@ def test_values_and_gradients(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     # Several chunks, the last one ragged.
-    monkeypatch.setattr(reference, "CHUNK_ELEMENTS", 1)
-    monkeypatch.setattr(reference, "MIN_CHUNK_ROWS", 10)
+    monkeypatch.setattr(reference.linear, "CHUNK_ELEMENTS", 1)
+    monkeypatch.setattr(reference.linear, "MIN_CHUNK_ROWS", 10)
     h, w, b, labels = case(rows, hidden, vocabulary)
     temperature = torch.rand(rows, dtype=torch.float64) + 0.5 if per_row else 0.7
     got = linear_logprob(h, w, labels, inverse_temperature=temperature, bias_V=b, softcap=softcap)
@@ -98,8 +98,8 @@ def test_confident_rows_keep_their_entropy() -> None:
 def test_chunks_do_not_change_the_values(monkeypatch: pytest.MonkeyPatch) -> None:
     h, w, _, labels = case(50, 16, 40, torch.float32)
     whole = linear_logprob(h, w, labels)
-    monkeypatch.setattr(reference, "CHUNK_ELEMENTS", 1)
-    monkeypatch.setattr(reference, "MIN_CHUNK_ROWS", 7)
+    monkeypatch.setattr(reference.linear, "CHUNK_ELEMENTS", 1)
+    monkeypatch.setattr(reference.linear, "MIN_CHUNK_ROWS", 7)
     for actual, expected in zip(linear_logprob(h, w, labels), whole, strict=True):
         assert_matches_reference(actual, expected)
 
