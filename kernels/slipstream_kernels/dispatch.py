@@ -69,8 +69,8 @@ def _triton_obstacle(op: str, device: str) -> BackendError | None:
         )
     if device != "cuda" and not interpreted():
         return BackendError(
-            f"{op}: backend 'triton' takes CUDA tensors, got tensors on {device}; TRITON_INTERPRET=1 runs its "
-            "kernels on the CPU, slowly, in float32"
+            f"{op}: backend 'triton' takes CUDA tensors, got tensors on {device}; TRITON_INTERPRET=1 runs "
+            "its kernels on the CPU, slowly, in float32"
         )
     return None
 

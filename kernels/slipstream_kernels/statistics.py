@@ -2,11 +2,11 @@
 
 With z the logits of a row in units of ln 2 (z = logit * log2 e), over any part of the vocabulary:
 
-    peak = max z,   total = sum 2^(z - peak),   weighted = sum 2^(z - peak) (z - peak),   label = z at the label
+    peak = max z,   total = sum 2^(z - peak),   weighted = sum 2^(z - peak) (z - peak),   label = z_label
 
 `label` is 0 in a part that does not hold the label. Relative to the peak: entropy as logsumexp - mean logit
-would cancel for confident rows. Parts are merged one after another in the order of the vocabulary, so that the
-bits do not depend on who computed which part.
+would cancel for confident rows. Parts are merged one after another in the order of the vocabulary, so that
+the bits do not depend on who computed which part.
 
 Dimensions: N rows, K parts of the vocabulary.
 """
