@@ -31,7 +31,15 @@ if TYPE_CHECKING:
     )
     from slipstream_kernels.linear_logprob import linear_logprob
     from slipstream_kernels.linear_policy_loss import linear_policy_loss
-    from slipstream_kernels.objective import Aggregation, Objective, PolicyLoss
+    from slipstream_kernels.objective import (
+        Aggregation,
+        Correction,
+        Level,
+        Objective,
+        Penalty,
+        PolicyLoss,
+        Surrogate,
+    )
     from slipstream_kernels.policy_loss import batch_normalizer, finish_metrics, merge_metrics, policy_loss
 
 __all__ = [
@@ -40,12 +48,16 @@ __all__ = [
     "BackendError",
     "BackendUnavailableError",
     "Baseline",
+    "Correction",
     "KernelError",
+    "Level",
     "NativeError",
     "Objective",
     "ObjectiveError",
+    "Penalty",
     "PolicyLoss",
     "ShapeError",
+    "Surrogate",
     "batch_normalizer",
     "checksum64",
     "checksum64_named",
@@ -68,7 +80,7 @@ _NAMES_OF_MODULE = {
     "errors": "BackendError BackendUnavailableError KernelError NativeError ObjectiveError ShapeError",
     "linear_logprob": "linear_logprob",
     "linear_policy_loss": "linear_policy_loss",
-    "objective": "Aggregation Objective PolicyLoss",
+    "objective": "Aggregation Correction Level Objective Penalty PolicyLoss Surrogate",
     "policy_loss": "batch_normalizer finish_metrics merge_metrics policy_loss",
 }
 _MODULE_OF_NAME = {name: module for module, names in _NAMES_OF_MODULE.items() for name in names.split()}

@@ -33,19 +33,24 @@ def policy_loss(
     normalizer: Tensor | float | None = None,
     backend: Backend | str | None = None,
 ) -> PolicyLoss:
-    """Return the decoupled PPO loss of packed tokens.
+    """Return the policy-gradient loss of packed tokens under an objective.
 
     With log-probabilities of the current, proximal, behavior and reference policy, and sg =
     stop-gradient:
 
-        importance = sg min(exp(proximal - behavior), importance_cap)
-        r = exp(logprob - proximal)
-        L = importance * max(-A r, -A clip(r, 1 - clip_low, 1 + clip_high))
-            + kl_coefficient * (logprob - reference)^2 / 2 - entropy_coefficient * entropy
+        rho = sg exp(proximal - behavior)    at Objective.correction_level, then corrected
+        r = exp(logprob - proximal)          at Objective.ratio_level
+        L = rho surrogate(r, A) + kl_coefficient penalty(logprob - reference)
+            - entropy_coefficient entropy
 
-    Tokens whose exp(logprob - behavior) leaves [trust_low, trust_high] contribute 0, and
-    Objective.aggregation combines the others; its denominators count them all the same. Log-ratios
-    are clamped to +-20.
+    Surrogate, Correction, Penalty and Level define their members; by default L is decoupled PPO's
+
+        min(rho, importance_cap) max(-A r, -A clip(r, 1 - clip_low, 1 + clip_high))
+
+    Tokens whose exp(logprob - behavior) leaves [trust_low, trust_high] contribute 0, tokens that the
+    correction masks have no surrogate, and Objective.aggregation combines the others; its
+    denominators count them all the same. Log-ratios are clamped to +-20, outside of which r and the
+    penalty have no gradient.
 
     logprob_N and all arguments ending in _N: [N]; cu_seqlens: [S + 1] segment bounds. weight_N: 0
     takes a token out whatever its other values, NaN and infinity included. proximal_N None stands
@@ -53,8 +58,8 @@ def policy_loss(
     policy. normalizer: the sum of batch_normalizer over all micro-batches of a batch, so that their
     losses and gradients sum to those of the whole batch; None: that of these tokens. `loss` is
     differentiable in logprob_N and entropy_N; everything else is constant. Raises ShapeError,
-    ObjectiveError and BackendError. Sources: Hilton et al. 2021, arXiv:2110.00641, eq. 2; k2:
-    Schulman 2020, "Approximating KL Divergence".
+    ObjectiveError and BackendError. Sources: Hilton et al. 2021, arXiv:2110.00641, eq. 2, and the
+    papers that Surrogate, Level, Correction and Penalty name.
     """
     op, rows = "policy_loss", logprob_N.numel()
     optional = {"proximal_N": proximal_N, "reference_N": reference_N, "entropy_N": entropy_N}
@@ -102,7 +107,7 @@ def batch_normalizer(weight_N: Tensor, cu_seqlens: Tensor, objective: Objective)
 
 
 def merge_metrics(parts: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Return the [] metrics of a whole from those of its micro-batches or ranks: sums, greatest maxima."""
+    """Return the [] metrics of a whole from those of its micro-batches or ranks: sums and extremes."""
     merged: dict[str, Tensor] = {}
     for part in parts:
         for name, value in part.items():
@@ -110,6 +115,8 @@ def merge_metrics(parts: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
                 merged[name] = value
             elif name.endswith("_max"):
                 merged[name] = torch.maximum(merged[name], value)
+            elif name.endswith("_min"):
+                merged[name] = torch.minimum(merged[name], value)
             else:
                 merged[name] = merged[name] + value
     return merged
@@ -122,15 +129,20 @@ def finish_metrics(metrics: Mapping[str, Tensor]) -> dict[str, Tensor]:
     behavior policy:
 
     - ``loss/surrogate``, ``loss/kl``, ``loss/entropy``: the parts of the loss
-    - ``ratio/ess`` = (sum r)^2 / (n sum r^2); ``ratio/mean``; ``ratio/max``
-    - ``mismatch/k1`` = mean(-log r), ``mismatch/k3`` = mean(r - 1 - log r): estimates of
-      KL(behavior || current)
-    - ``importance/mean``: truncated proximal / behavior ratio; ``importance/capped``: share that
-      was truncated
-    - ``clip/positive``, ``clip/negative``: share of tokens with advantage of that sign that the
-      clip silenced
-    - ``masked``: share outside the trust region
-    - ``reference/k2``: mean of (logprob - reference)^2 / 2; ``entropy``: mean, nats
+    - ``ratio/ess`` = (sum r)^2 / (n sum r^2); ``ratio/mean``, ``ratio/min``, ``ratio/max``
+    - ``mismatch/k1`` = mean(-log r), ``mismatch/k2`` = mean((log r)^2 / 2), ``mismatch/k3`` =
+      mean(r - 1 - log r): estimates of KL(behavior || current)
+    - ``proximal/k1``, ``proximal/k2``, ``proximal/k3``: the same with exp(logprob - proximal)
+    - ``reference/k1`` = mean(d), ``reference/k2`` = mean(d^2 / 2), ``reference/k3`` =
+      mean(exp(-d) - 1 + d) with d = logprob - reference: estimates of KL(current || reference)
+    - ``importance/mean``: corrected proximal / behavior ratio; ``importance/capped``,
+      ``importance/rejected``: share that was truncated, that was masked
+    - ``clip/positive``, ``clip/negative``: share of tokens with advantage of that sign whose ratio
+      the surrogate's clip bounded; ``clip/dual``: share of those with negative advantage that the
+      dual clip bounded
+    - ``advantage/positive``, ``advantage/negative``: mean advantage of that sign, k1 in reward
+      taken off
+    - ``masked``: share outside the trust region; ``entropy``: mean, nats
     - ``token_count``: n
     """
     m = metrics
@@ -141,15 +153,26 @@ def finish_metrics(metrics: Mapping[str, Tensor]) -> dict[str, Tensor]:
         "loss/entropy": m["loss_entropy"],
         "ratio/ess": _share(ratio_sum.square(), tokens * m["ratio_square_sum"]),
         "ratio/mean": _share(ratio_sum, tokens),
+        "ratio/min": torch.where(tokens > 0, m["ratio_min"], 0.0),
         "ratio/max": m["ratio_max"],
         "mismatch/k1": _share(-m["log_ratio_sum"], tokens),
+        "mismatch/k2": _share(m["k2_sum"], tokens),
         "mismatch/k3": _share(m["k3_sum"], tokens),
+        "proximal/k1": _share(-m["proximal_log_ratio_sum"], m["proximal_count"]),
+        "proximal/k2": _share(m["proximal_k2_sum"], m["proximal_count"]),
+        "proximal/k3": _share(m["proximal_k3_sum"], m["proximal_count"]),
+        "reference/k1": _share(m["reference_log_ratio_sum"], m["reference_count"]),
+        "reference/k2": _share(m["reference_k2_sum"], m["reference_count"]),
+        "reference/k3": _share(m["reference_k3_sum"], m["reference_count"]),
         "importance/mean": _share(m["importance_sum"], tokens),
         "importance/capped": _share(m["capped_count"], tokens),
+        "importance/rejected": _share(m["rejected_count"], tokens),
         "clip/positive": _share(m["clipped_positive_count"], m["positive_count"]),
         "clip/negative": _share(m["clipped_negative_count"], m["negative_count"]),
+        "clip/dual": _share(m["dual_clipped_count"], m["negative_count"]),
+        "advantage/positive": _share(m["advantage_positive_sum"], m["positive_count"]),
+        "advantage/negative": _share(m["advantage_negative_sum"], m["negative_count"]),
         "masked": _share(m["masked_count"], tokens),
-        "reference/k2": _share(m["reference_k2_sum"], m["reference_count"]),
         "entropy": _share(m["entropy_sum"], m["entropy_count"]),
         "token_count": tokens,
     }
@@ -167,4 +190,4 @@ def _divisor(inputs: reference.PolicyInputs, objective: Objective, given: Tensor
         return given.detach().float()
     if not 0.0 < given < float("inf"):
         raise ShapeError(f"policy_loss: normalizer must be positive and finite, got {given}")
-    return inputs.logprob_N.new_tensor(given, dtype=torch.float32)
+    return inputs.logprob_N.new_full((), given, dtype=torch.float32)

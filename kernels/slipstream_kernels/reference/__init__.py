@@ -8,8 +8,10 @@ from slipstream_kernels.reference.advantage import group_advantage as group_adva
 from slipstream_kernels.reference.advantage import segment_scan as segment_scan
 from slipstream_kernels.reference.linear import LogitSettings as LogitSettings
 from slipstream_kernels.reference.linear import linear_logprob as linear_logprob
-from slipstream_kernels.reference.policy import MAX_LOG_RATIO as MAX_LOG_RATIO
 from slipstream_kernels.reference.policy import PolicyInputs as PolicyInputs
 from slipstream_kernels.reference.policy import normalizer as normalizer
 from slipstream_kernels.reference.policy import policy_loss as policy_loss
-from slipstream_kernels.reference.policy import segment_ids as segment_ids
+from slipstream_kernels.reference.policy import policy_terms as policy_terms
+from slipstream_kernels.reference.policy import token_shares as token_shares
+from slipstream_kernels.reference.surrogate import MAX_LOG_RATIO as MAX_LOG_RATIO
+from slipstream_kernels.reference.surrogate import segment_ids as segment_ids

@@ -1,4 +1,4 @@
-"""Floor 1. The policy loss in plain PyTorch: loss, gradient and metrics of packed tokens.
+"""Floor 1. The policy loss in plain PyTorch: loss, gradients and metrics of packed tokens.
 
 Dimensions: N packed tokens, S segments.
 """
@@ -10,16 +10,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from slipstream_kernels.objective import Aggregation, Objective, PolicyLoss
-
-MAX_LOG_RATIO = 20.0
-"""Log-ratios are clamped to this magnitude before exp, so that no ratio overflows float32."""
-
-
-def segment_ids(cu_seqlens: Tensor, tokens: int) -> Tensor:
-    """Return [N] int64: the segment each token lies in."""
-    index = torch.arange(cu_seqlens.numel() - 1, device=cu_seqlens.device)
-    return torch.repeat_interleave(index, cu_seqlens.diff(), output_size=tokens)
+from slipstream_kernels.objective import Aggregation, Objective, Penalty, PolicyLoss
+from slipstream_kernels.reference.policy_metrics import Pass, metrics_of
+from slipstream_kernels.reference.surrogate import (
+    clamped,
+    corrected,
+    level_log_ratio,
+    penalised,
+    segment_ids,
+    surrogate,
+)
 
 
 def normalizer(weight_N: Tensor, cu_seqlens: Tensor, objective: Objective) -> Tensor:
@@ -29,7 +29,7 @@ def normalizer(weight_N: Tensor, cu_seqlens: Tensor, objective: Objective) -> Te
         case Aggregation.TOKEN_MEAN:
             return weight_N.float().sum()
         case Aggregation.FIXED:
-            return weight_N.new_tensor(segments * objective.fixed_length, dtype=torch.float32)
+            return weight_N.new_full((), segments * objective.fixed_length, dtype=torch.float32)
         case _:
             return (_segment_weight(weight_N, cu_seqlens) > 0).float().sum()
 
@@ -40,8 +40,12 @@ def _segment_weight(weight_N: Tensor, cu_seqlens: Tensor) -> Tensor:
     return zero.index_add(0, ids, weight_N.float())
 
 
-def _token_shares(weight_N: Tensor, cu_seqlens: Tensor, objective: Objective, divisor: Tensor) -> Tensor:
-    """Return [N] shares s such that the loss is sum(s L), whatever the aggregation."""
+def token_shares(weight_N: Tensor, cu_seqlens: Tensor, objective: Objective, divisor: Tensor) -> Tensor:
+    """Return [N] float32 shares s such that the loss is sum(s L), whatever the aggregation.
+
+    `divisor`: [] the batch's normalizer. Weights alone decide, so whatever is rejected later keeps
+    its place in the denominators.
+    """
     share_N = weight_N.float() / divisor.clamp(min=torch.finfo(torch.float32).tiny)
     if objective.aggregation is Aggregation.SEQUENCE_MEAN_TOKEN_MEAN:
         weight = _segment_weight(weight_N, cu_seqlens)[segment_ids(cu_seqlens, weight_N.numel())]
@@ -65,71 +69,98 @@ class PolicyInputs:
 
 
 def policy_loss(inputs: PolicyInputs, objective: Objective, divisor: Tensor) -> PolicyLoss:
-    """Return loss, gradient to the log-probabilities and metrics; see the public op for the formula."""
+    """Return loss, gradients and metrics; see the public op for the formula."""
+    share_N = token_shares(inputs.weight_N, inputs.cu_seqlens, objective, divisor)
+    return policy_terms(inputs, share_N, objective)
+
+
+def policy_terms(inputs: PolicyInputs, share_N: Tensor, objective: Objective) -> PolicyLoss:
+    """Return loss, gradients and metrics of tokens whose shares of the loss are known.
+
+    `share_N`: [N], of token_shares over all tokens. Unless `objective.sequence_level`, tokens are
+    independent of one another: all [N] inputs and shares may be any subset of rows, `cu_seqlens` is
+    not read, and losses and metrics of disjoint subsets merge into those of the whole.
+    """
+    tokens = _live_tokens(inputs)
+    live, current = tokens.live, tokens.logprob.detach()
+    drift = None if tokens.reference is None else tokens.logprob - tokens.reference
+    advantage = tokens.advantage
+    if drift is not None and objective.penalty is Penalty.K1_IN_REWARD:
+        advantage = advantage - objective.kl_coefficient * clamped(drift.detach())
+
+    raw_log_ratio = clamped(current - tokens.behavior)
+    raw_ratio = raw_log_ratio.exp()
+    trusted = live & (raw_ratio >= objective.trust_low) & (raw_ratio <= objective.trust_high)
+    share = torch.where(trusted, share_N.to(current.dtype), 0.0)
+
+    proximal = current if tokens.proximal is None else tokens.proximal
+    mismatch, moved = proximal - tokens.behavior, tokens.logprob - proximal
+    weight = corrected(
+        level_log_ratio(mismatch, objective.correction_level, live, inputs.cu_seqlens), objective
+    )
+    term = surrogate(
+        level_log_ratio(moved, objective.ratio_level, live, inputs.cu_seqlens),
+        tokens.logprob,
+        advantage,
+        weight.importance,
+        objective,
+    )
+    penalty = penalised(drift, objective.penalty)
+    coefficient = objective.kl_coefficient
+    loss_surrogate = (share * term.loss).sum()
+    zero = loss_surrogate.new_zeros(())
+    loss_kl = zero if penalty is None else coefficient * (share * penalty[0]).sum()
+    slope = term.slope if penalty is None else term.slope + coefficient * penalty[1]
+    bonus = -objective.entropy_coefficient
+    loss_entropy = zero if tokens.entropy is None else bonus * (share * tokens.entropy).sum()
+    seen = Pass(
+        live=live,
+        trusted=trusted,
+        advantage=advantage,
+        raw_ratio=raw_ratio,
+        raw_log_ratio=raw_log_ratio,
+        moved=None if tokens.proximal is None else clamped(moved.detach()),
+        drift=None if drift is None else clamped(drift.detach()),
+        entropy=None if tokens.entropy is None else tokens.entropy.detach(),
+        weight=weight,
+        surrogate=term,
+    )
+    losses = {"loss_surrogate": loss_surrogate, "loss_kl": loss_kl, "loss_entropy": loss_entropy}
+    return PolicyLoss(
+        loss=loss_surrogate + loss_kl + loss_entropy,
+        grad_logprob_N=share * slope,
+        grad_entropy_N=None if tokens.entropy is None else bonus * share,
+        metrics={name: value.detach() for name, value in losses.items()} | metrics_of(seen),
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _LiveTokens:
+    """[N] the inputs, 0 where the weight is not positive; all but logprob and entropy are constant."""
+
+    live: Tensor
+    logprob: Tensor
+    behavior: Tensor
+    proximal: Tensor | None
+    reference: Tensor | None
+    entropy: Tensor | None
+    advantage: Tensor
+
+
+def _live_tokens(inputs: PolicyInputs) -> _LiveTokens:
     live = inputs.weight_N > 0
+    dtype = torch.promote_types(inputs.logprob_N.dtype, torch.float32)
 
     def lived(values: Tensor) -> Tensor:
         # Selected before any arithmetic: 0 * inf would be NaN.
-        return torch.where(live, values.float(), 0.0)
+        return torch.where(live, values.to(dtype), 0.0)
 
-    logprob, behavior = lived(inputs.logprob_N), lived(inputs.behavior_N.detach())
-    advantage = lived(inputs.advantage_N.detach())
-    current = logprob.detach()
-    proximal = current if inputs.proximal_N is None else lived(inputs.proximal_N.detach())
-    reference = current if inputs.reference_N is None else lived(inputs.reference_N.detach())
-
-    raw_log_ratio = _clamp(current - behavior)
-    raw_ratio = raw_log_ratio.exp()
-    trusted = live & (raw_ratio >= objective.trust_low) & (raw_ratio <= objective.trust_high)
-    uncapped = _clamp(proximal - behavior).exp()
-    importance = uncapped.clamp(max=objective.importance_cap)
-    ratio = _clamp(logprob - proximal).exp()
-    low, high = 1.0 - objective.clip_low, 1.0 + objective.clip_high
-    unclipped = torch.where(advantage >= 0, ratio <= high, ratio >= low)
-    surrogate = -importance * advantage * torch.where(unclipped, ratio, ratio.detach().clamp(low, high))
-    drift = _clamp(logprob - reference)
-
-    share = torch.where(trusted, _token_shares(inputs.weight_N, inputs.cu_seqlens, objective, divisor), 0.0)
-    loss_surrogate = (share * surrogate).sum()
-    loss_kl = objective.kl_coefficient * (share * 0.5 * drift.square()).sum()
-    entropy = None if inputs.entropy_N is None else lived(inputs.entropy_N)
-    loss_entropy = (
-        loss_kl.new_zeros(()) if entropy is None else -objective.entropy_coefficient * (share * entropy).sum()
+    return _LiveTokens(
+        live=live,
+        logprob=lived(inputs.logprob_N),
+        behavior=lived(inputs.behavior_N.detach()),
+        proximal=None if inputs.proximal_N is None else lived(inputs.proximal_N.detach()),
+        reference=None if inputs.reference_N is None else lived(inputs.reference_N.detach()),
+        entropy=None if inputs.entropy_N is None else lived(inputs.entropy_N),
+        advantage=lived(inputs.advantage_N.detach()),
     )
-
-    within = (current - proximal).abs() <= MAX_LOG_RATIO
-    slope = -importance * advantage * ratio.detach() * (unclipped & within)
-    slope = slope + objective.kl_coefficient * drift.detach() * ((current - reference).abs() <= MAX_LOG_RATIO)
-    sums = {
-        "loss_surrogate": loss_surrogate,
-        "loss_kl": loss_kl,
-        "loss_entropy": loss_entropy,
-        "ratio_sum": lived(raw_ratio).sum(),
-        "ratio_square_sum": lived(raw_ratio.square()).sum(),
-        "ratio_max": lived(raw_ratio).amax() if raw_ratio.numel() else raw_ratio.new_zeros(()),
-        "log_ratio_sum": raw_log_ratio.sum(),
-        "k3_sum": (raw_ratio - 1.0 - raw_log_ratio).sum(),
-        "importance_sum": lived(importance).sum(),
-        "reference_k2_sum": 0.5 * drift.square().sum(),
-        "entropy_sum": loss_kl.new_zeros(()) if entropy is None else entropy.sum(),
-    }
-    counts = {
-        "token_count": live,
-        "positive_count": live & (advantage > 0),
-        "negative_count": live & (advantage < 0),
-        "clipped_positive_count": live & (advantage > 0) & ~unclipped,
-        "clipped_negative_count": live & (advantage < 0) & ~unclipped,
-        "capped_count": live & (uncapped > objective.importance_cap),
-        "masked_count": live & ~trusted,
-        "reference_count": live & (inputs.reference_N is not None),
-        "entropy_count": live & (entropy is not None),
-    }
-    metrics = {name: value.detach() for name, value in sums.items()}
-    metrics |= {name: chosen.sum().float() for name, chosen in counts.items()}
-    return PolicyLoss(
-        loss=loss_surrogate + loss_kl + loss_entropy, grad_logprob_N=share * slope, metrics=metrics
-    )
-
-
-def _clamp(log_ratio: Tensor) -> Tensor:
-    return log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)

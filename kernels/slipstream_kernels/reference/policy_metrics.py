@@ -1,0 +1,119 @@
+"""Floor 1. What one pass of the policy loss counts, as sums that merge over passes.
+
+Dimensions: N packed tokens, K metrics.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from slipstream_kernels.reference.surrogate import Corrected, Term
+
+NO_MINIMUM = torch.finfo(torch.float32).max
+"""The minimum over no token: finite, so that merged metrics stay finite."""
+
+SUMS = (
+    "ratio_sum",
+    "ratio_square_sum",
+    "log_ratio_sum",
+    "k2_sum",
+    "k3_sum",
+    "importance_sum",
+    "proximal_log_ratio_sum",
+    "proximal_k2_sum",
+    "proximal_k3_sum",
+    "reference_log_ratio_sum",
+    "reference_k2_sum",
+    "reference_k3_sum",
+    "entropy_sum",
+    "advantage_positive_sum",
+    "advantage_negative_sum",
+)
+COUNTS = (
+    "token_count",
+    "positive_count",
+    "negative_count",
+    "clipped_positive_count",
+    "clipped_negative_count",
+    "dual_clipped_count",
+    "capped_count",
+    "rejected_count",
+    "masked_count",
+    "proximal_count",
+    "reference_count",
+    "entropy_count",
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Pass:
+    """[N] what the pass has computed, detached; 0 at tokens that are not live, ratios and flags aside."""
+
+    live: Tensor
+    trusted: Tensor
+    advantage: Tensor
+    raw_ratio: Tensor
+    raw_log_ratio: Tensor
+    moved: Tensor | None
+    """Current / proximal log-ratio."""
+    drift: Tensor | None
+    """Current / reference log-ratio."""
+    entropy: Tensor | None
+    weight: Corrected
+    surrogate: Term
+
+
+def metrics_of(seen: Pass) -> dict[str, Tensor]:
+    """Return [] sums, counts, greatest and least ratio of live tokens."""
+    live, ratio = seen.live, torch.where(seen.live, seen.raw_ratio, 0.0)
+    nothing = torch.zeros_like(ratio)
+    divergences = _divergences(seen.raw_log_ratio, seen.raw_ratio)
+    moved = (nothing,) * 3 if seen.moved is None else _divergences(seen.moved, seen.moved.exp())
+    drift = (nothing,) * 3 if seen.drift is None else _divergences(seen.drift, (-seen.drift).exp(), sign=-1.0)
+    sums = (
+        ratio,
+        ratio.square(),
+        *divergences,
+        torch.where(live, seen.weight.importance, 0.0),
+        *moved,
+        *drift,
+        nothing if seen.entropy is None else seen.entropy,
+        seen.advantage.clamp(min=0.0),
+        seen.advantage.clamp(max=0.0),
+    )
+    metrics = dict(zip(SUMS, torch.stack(sums).sum(1).unbind(), strict=True))
+    counted = torch.stack(_flags(seen)).sum(1).to(ratio.dtype)
+    metrics |= dict(zip(COUNTS, counted.unbind(), strict=True))
+    metrics["ratio_max"] = ratio.amax() if ratio.numel() else ratio.new_zeros(())
+    least = torch.where(live, seen.raw_ratio, NO_MINIMUM)
+    metrics["ratio_min"] = least.amin() if ratio.numel() else ratio.new_full((), NO_MINIMUM)
+    return metrics
+
+
+def _divergences(log_ratio: Tensor, ratio: Tensor, sign: float = 1.0) -> tuple[Tensor, ...]:
+    """Return d, k2 = d^2 / 2 and k3 = ratio - 1 - sign d, where ratio = exp(sign d)."""
+    return log_ratio, 0.5 * log_ratio.square(), ratio - 1.0 - sign * log_ratio
+
+
+def _flags(seen: Pass) -> tuple[Tensor, ...]:
+    live, never = seen.live, torch.zeros_like(seen.live)
+    positive, negative = seen.advantage > 0, seen.advantage < 0
+    bounded = never if seen.surrogate.bounded is None else seen.surrogate.bounded
+    dual = never if seen.surrogate.dual is None else seen.surrogate.dual
+    return (
+        live,
+        positive,
+        negative,
+        positive & bounded,
+        negative & bounded,
+        dual,
+        never if seen.weight.capped is None else live & seen.weight.capped,
+        never if seen.weight.rejected is None else live & seen.weight.rejected,
+        live & ~seen.trusted,
+        never if seen.moved is None else live,
+        never if seen.drift is None else live,
+        never if seen.entropy is None else live,
+    )
