@@ -22,7 +22,7 @@ extern "C" {
 #endif
 
 // Grows by one whenever a function below changes its arguments or its meaning.
-enum { SLIPSTREAM_ABI_VERSION = 3 };
+enum { SLIPSTREAM_ABI_VERSION = 4 };
 
 enum slipstream_status {
     SLIPSTREAM_OK = 0,
@@ -46,6 +46,35 @@ SLIPSTREAM_EXPORT int32_t slipstream_abi_version(void);
 // Null arrays are allowed where they hold no element.
 SLIPSTREAM_EXPORT int32_t slipstream_segment_scan_f32(const float* decay, const float* input, const int64_t* cu_seqlens,
                                                       int64_t segments, int64_t tokens, int32_t threads, float* output);
+
+// Rows of logits [rows, columns], row-major float32, in three steps: the caller multiplies hidden states and weight,
+// _statistics reads the logits, and _gradient, once the loss is known, writes their gradient over them. Sums run in a
+// fixed order of 8 lanes and parts of 1,024 columns. labels: [rows], any value; one outside [0, columns) is in another
+// part of the vocabulary. inverse_temperature: [rows] where per_row is not 0, else [1]; positive. softcap: 0 for none.
+
+// Replaces the logits x by z = inverse_temperature * cap(x + bias), cap(x) = softcap * tanh(x / softcap), and writes
+// statistics [4, rows], in units of ln 2 (z2 = z * log2 e): peak = max z2, total = sum 2^(z2 - peak),
+// weighted = sum 2^(z2 - peak) (z2 - peak), and z2 at the label (0 where it is elsewhere).
+// bias: [columns] or null. Without columns: -1e30, 0, 0, 0. Where whole_vocabulary is not 0, [3, rows] instead, in nats:
+// log-probability of the label, entropy, log-sum-exp; labels must then be in [0, columns).
+SLIPSTREAM_EXPORT int32_t slipstream_logit_statistics_f32(float* logits, const int64_t* labels, const float* bias,
+                                                          const float* inverse_temperature, int32_t per_row,
+                                                          float softcap, int64_t rows, int64_t columns,
+                                                          int32_t whole_vocabulary, int32_t threads, float* statistics);
+
+// Writes the gradient of `count` chosen rows over the first `count` rows of z, and leaves the others undefined. With
+// p = exp(z - logsumexp):
+//
+//     dz = grad_logprob (1_label - p) - grad_entropy p (ln p + entropy) + grad_logsumexp p
+//     dx = dz inverse_temperature (1 - (z / (inverse_temperature softcap))^2)
+//
+// chosen: [count] rows, ascending. The other arrays are [rows]; a null gradient is 0.
+SLIPSTREAM_EXPORT int32_t slipstream_logit_gradient_f32(float* logits, const int64_t* labels, const float* logsumexp,
+                                                        const float* entropy, const float* grad_logprob,
+                                                        const float* grad_entropy, const float* grad_logsumexp,
+                                                        const float* inverse_temperature, int32_t per_row,
+                                                        float softcap, const int64_t* chosen, int64_t count,
+                                                        int64_t columns, int32_t threads);
 
 // 64-bit checksum of `size_bytes` bytes at `data` (any alignment; null allowed when size_bytes is 0).
 //

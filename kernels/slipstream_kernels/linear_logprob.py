@@ -1,19 +1,26 @@
-"""Floor 4. Log-probability, entropy and log-sum-exp of a linear head, without the logits of all rows at once.
+"""Floor 5. Log-probability, entropy and log-sum-exp of a linear head, without the logits of all rows at once.
 
 Dimensions: N rows, H hidden, V vocabulary.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from slipstream_kernels import reference
 from slipstream_kernels.checks import check_labels, check_shape
 from slipstream_kernels.dispatch import Backend, choose
-from slipstream_kernels.errors import ShapeError
+from slipstream_kernels.errors import BackendError, ShapeError
+from slipstream_kernels.head import Head
+from slipstream_kernels.library import register
 
-IMPLEMENTED = (Backend.REFERENCE,)
+IMPLEMENTED = (Backend.NATIVE, Backend.REFERENCE)
 
 
 def linear_logprob(
@@ -24,6 +31,8 @@ def linear_logprob(
     inverse_temperature: float | Tensor = 1.0,
     bias_V: Tensor | None = None,
     softcap: float | None = None,
+    vocab_start: int = 0,
+    group: dist.ProcessGroup | None = None,
     backend: Backend | str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Score labels under a linear head.
@@ -37,11 +46,41 @@ def linear_logprob(
     hidden_NH: [N, H]; weight_VH: [V, H]; labels_N: [N] integers in [0, V); inverse_temperature:
     number or [N]; bias_V: [V], finite. Returns logprob_N, entropy_N, logsumexp_N: [N] float32
     (float64 for float64 input), nats. All three are differentiable in hidden, weight and bias,
-    once. Logits are never rounded below float32, and memory is bounded by a chunk of rows. Raises
-    ShapeError and BackendError. Source of the gradient: p = softmax(z); dz = g (1_label - p) -
+    once. Logits are never rounded below float32, and memory is bounded by a chunk of rows.
+
+    A vocabulary may lie in shards: each rank of `group` then passes its rows [vocab_start,
+    vocab_start + V) of weight and bias, in order of rank, and the same hidden states and labels;
+    one gather of [4, N] merges them, and the gradient to hidden_NH is summed over the group.
+
+    Raises ShapeError and BackendError. Source of the gradient: p = softmax(z); dz = g (1_label - p) -
     g_entropy p (ln p + entropy) + g_logsumexp p.
     """
     op = "linear_logprob"
+    check_head(op, hidden_NH, weight_VH, bias_V, softcap)
+    check_shape(op, "labels_N", labels_N, (hidden_NH.shape[0],))
+    if group is None:
+        check_labels(op, labels_N, weight_VH.shape[0])
+    chosen = choose_head(op, backend, hidden_NH, sharded=group is not None)
+    temperature = temperature_of(op, inverse_temperature, hidden_NH)
+    if chosen is Backend.REFERENCE:
+        settings = reference.LogitSettings(inverse_temperature=temperature, softcap=softcap)
+        return reference.linear_logprob(hidden_NH, weight_VH, labels_N, bias_V=bias_V, settings=settings)
+    name = "" if group is None else group.group_name
+    arguments = labels_N.to(torch.int64).contiguous(), temperature, softcap, vocab_start, name
+    score: Callable[..., Any] = _Scored.apply if needs_gradient(hidden_NH, weight_VH, bias_V) else _forward
+    scored: tuple[Tensor, Tensor, Tensor] = score(hidden_NH, weight_VH, bias_V, *arguments)
+    return scored
+
+
+def needs_gradient(*tensors: Tensor | None) -> bool:
+    """Return whether autograd will ask for a gradient to any of them."""
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
+def check_head(
+    op: str, hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, softcap: float | None
+) -> None:
+    """Raise ShapeError unless these can be a linear head and its input."""
     if (
         hidden_NH.ndim != 2
         or weight_VH.ndim != 2
@@ -50,29 +89,156 @@ def linear_logprob(
     ):
         got = f"{list(hidden_NH.shape)} and {list(weight_VH.shape)}"
         raise ShapeError(f"{op}: hidden_NH and weight_VH must be [N, H] and [V, H] with V, H >= 1, got {got}")
-    rows, vocabulary = hidden_NH.shape[0], weight_VH.shape[0]
-    check_shape(op, "labels_N", labels_N, (rows,))
-    check_labels(op, labels_N, vocabulary)
+    if hidden_NH.dtype != weight_VH.dtype or not hidden_NH.is_floating_point():
+        raise ShapeError(
+            f"{op}: hidden_NH and weight_VH must have one floating-point type, got {hidden_NH.dtype} and "
+            f"{weight_VH.dtype}"
+        )
     if bias_V is not None:
-        check_shape(op, "bias_V", bias_V, (vocabulary,))
+        check_shape(op, "bias_V", bias_V, (weight_VH.shape[0],))
     if softcap is not None and not softcap > 0.0:
         raise ShapeError(f"{op}: softcap must be positive or None, got {softcap}")
-    choose(op, backend, implemented=IMPLEMENTED, device=hidden_NH.device.type)
-    settings = reference.LogitSettings(
-        inverse_temperature=_temperature(inverse_temperature, hidden_NH), softcap=softcap
-    )
-    return reference.linear_logprob(hidden_NH, weight_VH, labels_N, bias_V=bias_V, settings=settings)
 
 
-def _temperature(inverse_temperature: float | Tensor, hidden_NH: Tensor) -> Tensor:
-    dtype = torch.promote_types(hidden_NH.dtype, torch.float32)
+def choose_head(op: str, backend: Backend | str | None, hidden_NH: Tensor, *, sharded: bool) -> Backend:
+    """Return the backend of a head op: float64 has only the reference, and shards never have it."""
+    double = hidden_NH.dtype is torch.float64
+    if sharded and (double or backend == Backend.REFERENCE):
+        raise BackendError(f"{op}: shards of a vocabulary need float32 and another backend than 'reference'")
+    if double and backend not in (None, Backend.REFERENCE):
+        raise BackendError(f"{op}: backend {str(backend)!r} takes no float64; choose 'reference', or None")
+    implemented = (Backend.REFERENCE,) if double else IMPLEMENTED
+    return choose(op, backend, implemented=implemented, device=hidden_NH.device.type)
+
+
+def temperature_of(op: str, inverse_temperature: float | Tensor, hidden_NH: Tensor) -> Tensor:
+    """Return [1] or [N] inverse temperatures, float32 or, for float64, float64; raises ShapeError."""
+    dtype = torch.float64 if hidden_NH.dtype is torch.float64 else torch.float32
     if not isinstance(inverse_temperature, Tensor):
         if not 0.0 < inverse_temperature < float("inf"):
-            raise ShapeError(
-                f"linear_logprob: inverse_temperature must be positive, got {inverse_temperature}"
-            )
+            raise ShapeError(f"{op}: inverse_temperature must be positive, got {inverse_temperature}")
         return torch.full((1,), inverse_temperature, dtype=dtype, device=hidden_NH.device)
     if inverse_temperature.requires_grad:
-        raise ShapeError("linear_logprob: inverse_temperature must not require a gradient; detach it")
-    check_shape("linear_logprob", "inverse_temperature", inverse_temperature, (hidden_NH.shape[0],))
-    return inverse_temperature.to(dtype)
+        raise ShapeError(f"{op}: inverse_temperature must not require a gradient; detach it")
+    check_shape(op, "inverse_temperature", inverse_temperature, (hidden_NH.shape[0],))
+    return inverse_temperature.to(dtype).contiguous()
+
+
+def head_of(
+    weight: Tensor, bias: Tensor | None, temperature: Tensor, softcap: float | None, vocab_start: int,
+    group: str,
+) -> Head:  # fmt: skip
+    """Return the head of an op's arguments, in float32."""
+    return Head(
+        weight_VH=weight.float().contiguous(),
+        bias_V=None if bias is None else bias.float().contiguous(),
+        inverse_temperature=temperature,
+        softcap=softcap,
+        vocab_start=vocab_start,
+        group=group,
+    )
+
+
+class _Scored(torch.autograd.Function):
+    """Keeps log-sum-exp and entropy of each row; the backward pass makes the logits of a chunk again."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, *arguments: Any) -> Any:
+        logprob_N, entropy_N, logsumexp_N = _forward(hidden, weight, bias, *arguments)
+        labels, temperature, *ctx.settings = arguments
+        ctx.save_for_backward(hidden, weight, bias, labels, temperature, entropy_N, logsumexp_N)
+        ctx.set_materialize_grads(False)
+        return logprob_N, entropy_N, logsumexp_N
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor | None) -> Any:
+        hidden, weight, bias, labels, temperature, entropy_N, logsumexp_N = ctx.saved_tensors
+        grad_hidden, grad_weight, grad_bias = _backward(
+            hidden, weight, bias, labels, temperature, *ctx.settings, entropy_N, logsumexp_N, *gradients
+        )
+        return grad_hidden, grad_weight, None if bias is None else grad_bias, *[None] * 5
+
+
+def _run_forward(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, temperature: Tensor,
+    softcap: float | None, vocab_start: int, group: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    head = head_of(weight, bias, temperature, softcap, vocab_start, group)
+    hidden = hidden.float().contiguous()
+    logits_CV = head.logits_of(hidden.shape[0])
+    parts = [head.forward(hidden, labels, chunk, logits_CV) for chunk in head.chunks(hidden.shape[0])]
+    # Copied even where there is but one: results of an op may not share their memory.
+    logprob_N, entropy_N, logsumexp_N = (torch.cat(part) for part in zip(*parts, strict=True))
+    return logprob_N, entropy_N, logsumexp_N
+
+
+def _run_backward(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, temperature: Tensor,
+    softcap: float | None, vocab_start: int, group: str, entropy: Tensor, logsumexp: Tensor,
+    grad_logprob: Tensor | None, grad_entropy: Tensor | None, grad_logsumexp: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    head = head_of(weight, bias, temperature, softcap, vocab_start, group)
+    rows, hidden_NH = hidden.shape[0], hidden.float().contiguous()
+    grad_hidden, grad_weight = torch.zeros_like(hidden_NH), torch.zeros_like(head.weight_VH)
+    grad_bias = head.weight_VH.new_zeros(weight.shape[0] if bias is not None else 0)
+    logits = head.logits_of(rows)
+
+    def of(chunk: slice, gradient: Tensor | None) -> Tensor | None:
+        return None if gradient is None else gradient[chunk].contiguous()
+
+    for chunk in head.chunks(rows):
+        logits_CV = logits[: chunk.stop - chunk.start]
+        head.forward(hidden_NH, labels, chunk, logits_CV)
+        grad_CV = head.gradient_(
+            logits_CV,
+            labels,
+            chunk,
+            active_A=torch.arange(chunk.stop - chunk.start),
+            logsumexp_C=logsumexp[chunk],
+            entropy_C=entropy[chunk],
+            grad_logprob_C=of(chunk, grad_logprob),
+            grad_entropy_C=of(chunk, grad_entropy),
+            grad_logsumexp_C=of(chunk, grad_logsumexp),
+        )
+        torch.mm(grad_CV, head.weight_VH, out=grad_hidden[chunk])
+        grad_weight.addmm_(grad_CV.T, hidden_NH[chunk])
+        if bias is not None:
+            grad_bias += grad_CV.sum(0)
+    return (
+        head.summed(grad_hidden).to(hidden.dtype),
+        grad_weight.to(weight.dtype),
+        grad_bias if bias is None else grad_bias.to(bias.dtype),
+    )
+
+
+def _fake_forward(hidden: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    row_N = hidden.new_empty(hidden.shape[0], dtype=torch.float32)
+    return row_N, torch.empty_like(row_N), torch.empty_like(row_N)
+
+
+def _fake_backward(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, *_: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        torch.empty_like(hidden),
+        torch.empty_like(weight),
+        torch.empty_like(bias) if bias is not None else weight.new_empty(0, dtype=torch.float32),
+    )
+
+
+HEAD_SCHEMA = (
+    "Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, Tensor temperature, float? softcap,"
+    " int vocab_start, str group"
+)
+_forward = register(
+    f"linear_logprob({HEAD_SCHEMA}) -> (Tensor, Tensor, Tensor)",
+    implementation=_run_forward,
+    fake=_fake_forward,
+)
+_backward = register(
+    f"linear_logprob_backward({HEAD_SCHEMA}, Tensor entropy, Tensor logsumexp, Tensor? grad_logprob,"
+    " Tensor? grad_entropy, Tensor? grad_logsumexp) -> (Tensor, Tensor, Tensor)",
+    implementation=_run_backward,
+    fake=_fake_backward,
+)

@@ -1,20 +1,38 @@
-"""Floor 5. The whole RL head: hidden states to policy loss, only over rows that are trained.
+"""Floor 6. The whole RL head: hidden states to policy loss, only over rows that are trained.
 
 Dimensions: N packed tokens, M of them with positive weight, H hidden, V vocabulary, S segments.
 """
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import cache, lru_cache
+from typing import Any
+
+import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from slipstream_kernels.checks import check_shape
-from slipstream_kernels.dispatch import Backend, choose
-from slipstream_kernels.errors import ShapeError
-from slipstream_kernels.linear_logprob import linear_logprob
+from slipstream_kernels import reference
+from slipstream_kernels.checks import check_labels, check_shape
+from slipstream_kernels.dispatch import Backend
+from slipstream_kernels.library import register
+from slipstream_kernels.linear_logprob import (
+    HEAD_SCHEMA,
+    check_head,
+    choose_head,
+    head_of,
+    linear_logprob,
+    needs_gradient,
+    temperature_of,
+)
 from slipstream_kernels.objective import Objective, PolicyLoss
+from slipstream_kernels.policy_head import Gradients, PolicyHead, trained_rows
+from slipstream_kernels.policy_inputs import checked_inputs, divisor_of
 from slipstream_kernels.policy_loss import policy_loss
-
-IMPLEMENTED = (Backend.REFERENCE,)
 
 
 def linear_policy_loss(
@@ -25,6 +43,8 @@ def linear_policy_loss(
     inverse_temperature: float | Tensor = 1.0,
     bias_V: Tensor | None = None,
     softcap: float | None = None,
+    vocab_start: int = 0,
+    group: dist.ProcessGroup | None = None,
     behavior_N: Tensor,
     proximal_N: Tensor | None = None,
     reference_N: Tensor | None = None,
@@ -38,49 +58,199 @@ def linear_policy_loss(
     """Return policy_loss of the labels' log-probabilities under a linear head.
 
         logprob, entropy, _ = linear_logprob(hidden, weight, labels, ...)   on the M rows with
-        weight_N > 0 loss = policy_loss(logprob, entropy_N=entropy, ...)
+        weight_N > 0;   loss = policy_loss(logprob, entropy_N=entropy, ...)
 
     hidden_NH: [N, H], row n predicts labels_N[n]; weight_VH: [V, H]; arguments ending in _N: [N],
     as in linear_logprob and policy_loss. Labels of rows with weight 0 are never read, so they may
-    be any number. `loss` backpropagates into hidden, weight and bias; entropy only when
-    Objective.entropy_coefficient is positive. grad_logprob_N: [N]. Raises ShapeError,
-    ObjectiveError and BackendError.
+    be any number. `loss` backpropagates into hidden, weight and bias, once; entropy only when
+    Objective.entropy_coefficient is positive. grad_logprob_N: [N].
+
+    Backends other than the reference take gradients while a chunk's logits are there: 6 M H V
+    operations, and fewer where the objective silences rows, whose gradient is exactly 0. Beside the
+    gradients they hold one chunk of logits. Raises ShapeError, ObjectiveError and BackendError.
     """
     op = "linear_policy_loss"
-    choose(op, backend, implemented=IMPLEMENTED, device=hidden_NH.device.type)
-    if hidden_NH.ndim != 2:
-        raise ShapeError(f"{op}: hidden_NH must have shape [N, H], got {list(hidden_NH.shape)}")
-    count = hidden_NH.shape[0]
-    check_shape(op, "labels_N", labels_N, (count,))
-    check_shape(op, "weight_N", weight_N, (count,))
-    rows = (weight_N > 0).nonzero()[:, 0]
-    if isinstance(inverse_temperature, Tensor):
-        check_shape(op, "inverse_temperature", inverse_temperature, (count,))
-        inverse_temperature = inverse_temperature[rows]
+    check_head(op, hidden_NH, weight_VH, bias_V, softcap)
+    check_shape(op, "labels_N", labels_N, (hidden_NH.shape[0],))
+    temperature = temperature_of(op, inverse_temperature, hidden_NH)
+    inputs = checked_inputs(
+        op, objective, tokens=hidden_NH.shape[0], behavior_N=behavior_N, proximal_N=proximal_N,
+        reference_N=reference_N, advantage_N=advantage_N, weight_N=weight_N, cu_seqlens=cu_seqlens,
+    )  # fmt: skip
+    chosen = choose_head(op, backend, hidden_NH, sharded=group is not None)
+    if chosen is Backend.REFERENCE:
+        settings = temperature, bias_V, softcap
+        return _composed(hidden_NH, weight_VH, labels_N, *settings, inputs, objective, normalizer)
+    if group is None:
+        check_labels(op, labels_N[weight_N > 0], weight_VH.shape[0])
+    differentiable = hidden_NH, weight_VH, bias_V
+    needs = [tensor is not None and needs_gradient(tensor) for tensor in differentiable]
+    shards = "" if group is None else group.group_name
+    arguments = (
+        labels_N.to(torch.int64).contiguous(), temperature, softcap, vocab_start, shards,
+        inputs.behavior_N, inputs.proximal_N, inputs.reference_N, inputs.advantage_N, inputs.weight_N,
+        inputs.cu_seqlens, divisor_of(op, inputs, objective, normalizer), _written(objective), needs,
+    )  # fmt: skip
+    differentiated: Callable[..., Any] = _Differentiable.apply
+    loss, grad_logprob_N, grad_entropy_N, metrics = differentiated(*differentiable, *arguments)
+    return PolicyLoss(
+        loss=loss,
+        grad_logprob_N=grad_logprob_N,
+        grad_entropy_N=grad_entropy_N,
+        metrics=dict(zip(metric_names(), metrics.unbind(), strict=True)),
+    )
+
+
+def _composed(
+    hidden_NH: Tensor, weight_VH: Tensor, labels_N: Tensor, temperature: Tensor, bias_V: Tensor | None,
+    softcap: float | None, inputs: reference.PolicyInputs, objective: Objective,
+    normalizer: Tensor | float | None,
+) -> PolicyLoss:  # fmt: skip
+    """Return the definition: the two ops one after the other, over the trained rows."""
+    rows = (inputs.weight_N > 0).nonzero()[:, 0]
     logprob, entropy, _ = linear_logprob(
         hidden_NH.index_select(0, rows),
         weight_VH,
         labels_N[rows],
-        inverse_temperature=inverse_temperature,
+        inverse_temperature=temperature[rows] if temperature.numel() > 1 else float(temperature),
         bias_V=bias_V,
         softcap=softcap,
+        backend=Backend.REFERENCE,
     )
     # A detached entropy spares its gradient, which costs as much as that of the log-probability.
     entropy = entropy if objective.entropy_coefficient > 0 else entropy.detach()
+    count = hidden_NH.shape[0]
     return policy_loss(
         _scatter(logprob, rows, count),
-        behavior_N=behavior_N,
-        proximal_N=proximal_N,
-        reference_N=reference_N,
-        advantage_N=advantage_N,
-        weight_N=weight_N,
-        cu_seqlens=cu_seqlens,
+        behavior_N=inputs.behavior_N,
+        proximal_N=inputs.proximal_N,
+        reference_N=inputs.reference_N,
+        advantage_N=inputs.advantage_N,
+        weight_N=inputs.weight_N,
+        cu_seqlens=inputs.cu_seqlens,
         objective=objective,
         entropy_N=_scatter(entropy, rows, count),
         normalizer=normalizer,
+        backend=Backend.REFERENCE,
     )
 
 
 def _scatter(values_M: Tensor, rows_M: Tensor, count: int) -> Tensor:
     """Return [count]: `values_M` at `rows_M`, 0 elsewhere."""
     return values_M.new_zeros(count).index_copy(0, rows_M, values_M)
+
+
+@cache
+def metric_names() -> tuple[str, ...]:
+    """Return the names of the metrics of any policy loss, in the order in which the op returns them."""
+    none = torch.zeros(0)
+    inputs = reference.PolicyInputs(
+        logprob_N=none, behavior_N=none, proximal_N=None, reference_N=None, entropy_N=none, advantage_N=none,
+        weight_N=none, cu_seqlens=torch.zeros(1, dtype=torch.int64),
+    )  # fmt: skip
+    return tuple(reference.policy_terms(inputs, none, Objective()).metrics)
+
+
+@lru_cache(maxsize=64)
+def _written(objective: Objective) -> str:
+    """Return an objective as the text that an op can take."""
+    return json.dumps(asdict(objective))
+
+
+@lru_cache(maxsize=64)
+def _read(text: str) -> Objective:
+    return Objective(**json.loads(text))
+
+
+class _Differentiable(torch.autograd.Function):
+    """The op computes its gradients with the loss; the backward pass scales them."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> Any:
+        loss, grad_logprob_N, grad_entropy_N, metrics, *gradients = _head(*arguments)
+        ctx.needs = arguments[-1]
+        ctx.save_for_backward(*gradients)
+        ctx.mark_non_differentiable(grad_logprob_N, grad_entropy_N, metrics)
+        return loss, grad_logprob_N, grad_entropy_N, metrics
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor, *_: Any) -> Any:
+        gradients = [
+            gradient * upstream if needed else None
+            for gradient, needed in zip(ctx.saved_tensors, ctx.needs, strict=True)
+        ]
+        return *gradients, *[None] * 14
+
+
+def _run(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, temperature: Tensor,
+    softcap: float | None, vocab_start: int, group: str, behavior: Tensor, proximal: Tensor | None,
+    kl_reference: Tensor | None, advantage: Tensor, token_weight: Tensor, cu_seqlens: Tensor,
+    normalizer: Tensor, objective: str, needs: list[bool],
+) -> tuple[Tensor, ...]:  # fmt: skip
+    goal, count = _read(objective), hidden.shape[0]
+    rows_M = (token_weight > 0).nonzero()[:, 0]
+    inputs = reference.PolicyInputs(
+        logprob_N=behavior, behavior_N=behavior, proximal_N=proximal, reference_N=kl_reference,
+        entropy_N=None, advantage_N=advantage, weight_N=token_weight, cu_seqlens=cu_seqlens,
+    )  # fmt: skip
+    share_N = reference.token_shares(token_weight, cu_seqlens, goal, normalizer)
+    every = rows_M.numel() == count
+    per_row = temperature if every or temperature.numel() == 1 else temperature[rows_M]
+    head = head_of(weight, bias, per_row, softcap, vocab_start, group)
+    hidden_MH = (hidden if every else hidden.index_select(0, rows_M)).float().contiguous()
+    gradients = Gradients(
+        hidden=torch.empty_like(hidden_MH) if needs[0] else None,
+        weight=torch.empty_like(head.weight_VH) if needs[1] else None,
+        bias=torch.zeros_like(head.weight_VH[:, 0]) if needs[2] else None,
+    )
+    terms = PolicyHead(head, hidden_MH, labels if every else labels[rows_M], gradients).run(
+        inputs if every else trained_rows(inputs, rows_M), share_N if every else share_N[rows_M], goal
+    )
+    if gradients.hidden is not None:
+        head.summed(gradients.hidden)
+
+    def spread(values_M: Tensor | None) -> Tensor:
+        if values_M is None:
+            return hidden.new_zeros(count, dtype=torch.float32)
+        return values_M.clone() if every else _scatter(values_M, rows_M, count)
+
+    grad_hidden = gradients.hidden
+    if grad_hidden is not None and not every:
+        grad_hidden = grad_hidden.new_zeros(hidden.shape).index_copy_(0, rows_M, grad_hidden)
+    return (
+        terms.loss.clone(),
+        spread(terms.grad_logprob_N),
+        spread(terms.grad_entropy_N),
+        torch.stack([value.float() for value in terms.metrics.values()]),
+        _typed(grad_hidden, hidden),
+        _typed(gradients.weight, weight),
+        _typed(gradients.bias, weight if bias is None else bias),
+    )
+
+
+def _typed(gradient: Tensor | None, like: Tensor) -> Tensor:
+    return like.new_empty(0) if gradient is None else gradient.to(like.dtype)
+
+
+def _fake(hidden: Tensor, weight: Tensor, bias: Tensor | None, *arguments: Any) -> tuple[Tensor, ...]:
+    row_N, needs = hidden.new_empty(hidden.shape[0], dtype=torch.float32), arguments[-1]
+    inputs = hidden, weight, weight if bias is None else bias
+    return (
+        row_N.new_empty(()),
+        row_N,
+        torch.empty_like(row_N),
+        row_N.new_empty(len(metric_names())),
+        *(torch.empty_like(t) if needed else t.new_empty(0) for t, needed in zip(inputs, needs, strict=True)),
+    )
+
+
+_head = register(
+    f"linear_policy_loss({HEAD_SCHEMA}, Tensor behavior, Tensor? proximal, Tensor? kl_reference,"
+    " Tensor advantage, Tensor token_weight, Tensor cu_seqlens, Tensor normalizer, str objective,"
+    " bool[] needs)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    implementation=_run,
+    fake=_fake,
+)

@@ -13,7 +13,7 @@ from pathlib import Path
 from slipstream_kernels.errors import BackendUnavailableError, NativeError
 
 LIBRARY = Path(__file__).with_name("libslipstream_cpu.so")
-ABI_VERSION = 3
+ABI_VERSION = 4
 
 _STATUS = {
     1: "a pointer is null",

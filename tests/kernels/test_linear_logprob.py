@@ -129,5 +129,5 @@ def test_refuses_bad_arguments(changes: dict[str, Any], message: str) -> None:
 
 
 def test_explicit_backend_never_falls_back() -> None:
-    with pytest.raises(BackendError, match="linear_logprob: backend 'native' does not exist for this op"):
-        linear_logprob(torch.zeros(2, 3), torch.zeros(5, 3), torch.tensor([0, 1]), backend="native")
+    with pytest.raises(BackendError, match="linear_logprob: backend 'cuda' does not exist for this op"):
+        linear_logprob(torch.zeros(2, 3), torch.zeros(5, 3), torch.tensor([0, 1]), backend="cuda")

@@ -1,0 +1,277 @@
+// Rows of logits, one sweep each: statistics of the softmax, and the gradient of log-probability, entropy and
+// log-sum-exp. Eight lanes and a fixed order of parts make the bits the same for every instruction set and thread count.
+
+#include <cmath>
+#include <cstring>
+
+#include "slipstream.h"
+
+// Chosen by the loader; compilers without this attribute build the portable version alone.
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && !defined(__SANITIZE_ADDRESS__)
+#define FOR_EACH_INSTRUCTION_SET __attribute__((target_clones("avx2", "default")))
+#else
+#define FOR_EACH_INSTRUCTION_SET
+#endif
+#define INLINE static inline __attribute__((always_inline))
+
+namespace {
+
+constexpr int kLanes = 8;
+// Columns of one part: their logits stay in the first-level cache between the two passes over them.
+constexpr int64_t kPart = 1024;
+// Fewer logits are done sooner by one thread than a team is woken.
+constexpr int64_t kParallelLogits = 1 << 15;
+constexpr float kLog2E = 1.44269504f;
+constexpr float kLn2 = 0.693147181f;
+constexpr float kLeast = -1e30f;
+
+typedef float Floats __attribute__((vector_size(4 * kLanes)));
+typedef int32_t Ints __attribute__((vector_size(4 * kLanes)));
+
+INLINE void load(Floats& to, const float* from) { std::memcpy(&to, from, sizeof(Floats)); }
+INLINE void store(float* to, const Floats& from) { std::memcpy(to, &from, sizeof(Floats)); }
+
+// Loads the last `count` < kLanes values; `filler` stands in the other lanes.
+INLINE void load_some(Floats& to, const float* from, int64_t count, float filler) {
+    for (int lane = 0; lane < kLanes; ++lane) to[lane] = lane < count ? from[lane] : filler;
+}
+
+INLINE void store_some(float* to, const Floats& from, int64_t count) {
+    for (int64_t lane = 0; lane < count; ++lane) to[lane] = from[lane];
+}
+
+// x = 2^x with a relative error below 2e-7; exactly 0 below -126.
+INLINE void exp2_lanes(Floats& x) {
+    const Floats kept = x < -126.0f ? Floats{} - 126.0f : x;
+    // Adding 1.5 * 2^23 rounds to an integer, which then stands in the low bits.
+    const Floats shifted = kept + 12582912.0f;
+    const Floats fraction = kept - (shifted - 12582912.0f);
+    // Least relative error of degree 6 on [-0.5, 0.5].
+    Floats power = Floats{} + 1.53375775e-4f;
+    power = power * fraction + 1.33998599e-3f;
+    power = power * fraction + 9.61851981e-3f;
+    power = power * fraction + 5.55032901e-2f;
+    power = power * fraction + 2.40226462e-1f;
+    power = power * fraction + 6.93147182e-1f;
+    power = power * fraction + 1.0f;
+    const Ints exponent = ((Ints)shifted - 0x4B400000 + 127) << 23;
+    const Floats result = power * (Floats)exponent;
+    x = x < -126.0f ? Floats{} : result;
+}
+
+// u = tanh(u): a polynomial near 0, where the quotient of exponentials would lose digits.
+INLINE void tanh_lanes(Floats& u) {
+    const Floats magnitude = u < 0.0f ? -u : u;
+    Floats decay = magnitude * (-2.0f * kLog2E);
+    exp2_lanes(decay);
+    const Floats quotient = (1.0f - decay) / (1.0f + decay);
+    const Floats square = u * u;
+    Floats series = Floats{} + 62.0f / 2835.0f;
+    series = series * square - 17.0f / 315.0f;
+    series = series * square + 2.0f / 15.0f;
+    series = series * square - 1.0f / 3.0f;
+    series = (series * square) * u + u;
+    u = magnitude < 0.25f ? series : (u < 0.0f ? -quotient : quotient);
+}
+
+INLINE float sum_lanes(const Floats& x) {
+    float half[kLanes];
+    store(half, x);
+    for (int width = kLanes / 2; width > 0; width /= 2) {
+        for (int lane = 0; lane < width; ++lane) half[lane] += half[lane + width];
+    }
+    return half[0];
+}
+
+INLINE float max_lanes(const Floats& x) {
+    float most = x[0];
+    for (int lane = 1; lane < kLanes; ++lane) most = x[lane] > most ? x[lane] : most;
+    return most;
+}
+
+struct Statistics {
+    float peak, total, weighted;
+};
+
+// The statistics of two neighbouring parts as one.
+INLINE Statistics merged(const Statistics& left, const Statistics& right) {
+    const float peak = left.peak > right.peak ? left.peak : right.peak;
+    const float left_shift = (left.peak - peak) * kLog2E, right_shift = (right.peak - peak) * kLog2E;
+    const float left_scale = std::exp2(left_shift), right_scale = std::exp2(right_shift);
+    return {peak, left_scale * left.total + right_scale * right.total,
+            left_scale * (left.weighted + left_shift * left.total) +
+                right_scale * (right.weighted + right_shift * right.total)};
+}
+
+struct Logits {
+    const float* bias;
+    float inverse_temperature, softcap;
+    bool change;
+};
+
+// x becomes inverse_temperature * cap(x + bias).
+INLINE void apply(Floats& x, const Logits& how, const Floats& bias) {
+    x = x + bias;
+    if (how.softcap > 0.0f) {
+        x = x * (1.0f / how.softcap);
+        tanh_lanes(x);
+        x = x * how.softcap;
+    }
+    x = x * how.inverse_temperature;
+}
+
+// Makes the logits of one part where they are to be changed, and returns the greatest.
+INLINE float peak_of(float* row, int64_t start, int64_t stop, const Logits& how) {
+    Floats peak = Floats{} + kLeast;
+    for (int64_t v = start; v < stop; v += kLanes) {
+        const int64_t count = stop - v;
+        Floats x, bias = Floats{};
+        count >= kLanes ? load(x, row + v) : load_some(x, row + v, count, kLeast);
+        if (how.change) {
+            if (how.bias != nullptr) {
+                count >= kLanes ? load(bias, how.bias + v) : load_some(bias, how.bias + v, count, 0.0f);
+            }
+            apply(x, how, bias);
+            if (count < kLanes) {
+                store_some(row + v, x, count);
+                for (int lane = static_cast<int>(count); lane < kLanes; ++lane) x[lane] = kLeast;
+            } else {
+                store(row + v, x);
+            }
+        }
+        peak = x > peak ? x : peak;
+    }
+    return max_lanes(peak);
+}
+
+INLINE Statistics statistics_of(const float* row, int64_t start, int64_t stop, float peak) {
+    Floats total = Floats{}, weighted = Floats{};
+    for (int64_t v = start; v < stop; v += kLanes) {
+        Floats x;
+        stop - v >= kLanes ? load(x, row + v) : load_some(x, row + v, stop - v, kLeast);
+        const Floats exponent = (x - peak) * kLog2E;
+        Floats power = exponent;
+        exp2_lanes(power);
+        total = total + power;
+        weighted = weighted + power * exponent;
+    }
+    return {peak, sum_lanes(total), sum_lanes(weighted)};
+}
+
+FOR_EACH_INSTRUCTION_SET void row_statistics(float* row, int64_t columns, int64_t label, const Logits& how,
+                                             bool whole_vocabulary, float* output, int64_t stride) {
+    Statistics whole = {kLeast, 0.0f, 0.0f};
+    for (int64_t start = 0; start < columns; start += kPart) {
+        const int64_t stop = start + kPart < columns ? start + kPart : columns;
+        const Statistics part = statistics_of(row, start, stop, peak_of(row, start, stop, how));
+        whole = start == 0 ? part : merged(whole, part);
+    }
+    const float at_label = label >= 0 && label < columns ? row[label] : 0.0f;
+    if (whole_vocabulary) {
+        const float spread = std::log(whole.total);
+        output[0] = (at_label - whole.peak) - spread;
+        output[stride] = spread - kLn2 * (whole.weighted / whole.total);
+        output[2 * stride] = whole.peak + spread;
+        return;
+    }
+    output[0] = whole.peak * kLog2E;
+    output[stride] = whole.total;
+    output[2 * stride] = whole.weighted;
+    output[3 * stride] = at_label * kLog2E;
+}
+
+struct RowGradient {
+    float logsumexp, entropy, logprob, of_entropy, of_logsumexp, inverse_temperature, softcap;
+};
+
+INLINE void gradient_lanes(Floats& x, const RowGradient& g, float base) {
+    const Floats log_p = x - g.logsumexp;
+    Floats p = log_p * kLog2E;
+    exp2_lanes(p);
+    Floats slope = Floats{} + g.inverse_temperature;
+    if (g.softcap > 0.0f) {
+        const Floats ratio = x * (1.0f / (g.inverse_temperature * g.softcap));
+        slope = slope * (1.0f - ratio * ratio);
+    }
+    x = p * (base - g.of_entropy * (log_p + g.entropy)) * slope;
+}
+
+FOR_EACH_INSTRUCTION_SET void row_gradient(float* row, int64_t columns, int64_t label, const RowGradient& g) {
+    const bool here = label >= 0 && label < columns;
+    float at_label = 0.0f;
+    if (here) {
+        const float ratio = g.softcap > 0.0f ? row[label] / (g.inverse_temperature * g.softcap) : 0.0f;
+        at_label = g.logprob * g.inverse_temperature * (1.0f - ratio * ratio);
+    }
+    const float base = g.of_logsumexp - g.logprob;
+    int64_t v = 0;
+    for (; v + kLanes <= columns; v += kLanes) {
+        Floats x;
+        load(x, row + v);
+        gradient_lanes(x, g, base);
+        store(row + v, x);
+    }
+    if (v < columns) {
+        Floats x;
+        load_some(x, row + v, columns - v, 0.0f);
+        gradient_lanes(x, g, base);
+        store_some(row + v, x, columns - v);
+    }
+    if (here) row[label] += at_label;
+}
+
+}  // namespace
+
+extern "C" int32_t slipstream_logit_statistics_f32(float* logits, const int64_t* labels, const float* bias,
+                                                   const float* inverse_temperature, int32_t per_row, float softcap,
+                                                   int64_t rows, int64_t columns, int32_t whole_vocabulary,
+                                                   int32_t threads, float* statistics) {
+    if (rows < 0 || columns < 0) return SLIPSTREAM_NEGATIVE_SIZE;
+    if (rows == 0) return SLIPSTREAM_OK;
+    if (labels == nullptr || inverse_temperature == nullptr || statistics == nullptr) return SLIPSTREAM_NULL_POINTER;
+    if (columns > 0 && logits == nullptr) return SLIPSTREAM_NULL_POINTER;
+    const int workers = threads < 1 ? 1 : threads;
+    (void)workers;
+#pragma omp parallel for schedule(static) num_threads(workers) if (workers > 1 && rows * columns >= kParallelLogits)
+    for (int64_t n = 0; n < rows; ++n) {
+        const float inverse = inverse_temperature[per_row != 0 ? n : 0];
+        const Logits how = {bias, inverse, softcap, bias != nullptr || softcap > 0.0f || inverse != 1.0f};
+        row_statistics(logits + n * columns, columns, labels[n], how, whole_vocabulary != 0, statistics + n, rows);
+    }
+    return SLIPSTREAM_OK;
+}
+
+extern "C" int32_t slipstream_logit_gradient_f32(float* logits, const int64_t* labels, const float* logsumexp,
+                                                 const float* entropy, const float* grad_logprob,
+                                                 const float* grad_entropy, const float* grad_logsumexp,
+                                                 const float* inverse_temperature, int32_t per_row, float softcap,
+                                                 const int64_t* chosen, int64_t count, int64_t columns,
+                                                 int32_t threads) {
+    if (count < 0 || columns < 0) return SLIPSTREAM_NEGATIVE_SIZE;
+    if (count == 0 || columns == 0) return SLIPSTREAM_OK;
+    if (logits == nullptr || labels == nullptr || logsumexp == nullptr || entropy == nullptr ||
+        inverse_temperature == nullptr || chosen == nullptr) {
+        return SLIPSTREAM_NULL_POINTER;
+    }
+    const int workers = threads < 1 ? 1 : threads;
+    (void)workers;
+#pragma omp parallel for schedule(static) num_threads(workers) if (workers > 1 && count * columns >= kParallelLogits)
+    for (int64_t k = 0; k < count; ++k) {
+        const int64_t n = chosen[k];
+        const RowGradient g = {logsumexp[n],
+                               entropy[n],
+                               grad_logprob == nullptr ? 0.0f : grad_logprob[n],
+                               grad_entropy == nullptr ? 0.0f : grad_entropy[n],
+                               grad_logsumexp == nullptr ? 0.0f : grad_logsumexp[n],
+                               inverse_temperature[per_row != 0 ? n : 0],
+                               softcap};
+        row_gradient(logits + n * columns, columns, labels[n], g);
+    }
+    // In order, and never upwards: no row is written over before it has moved.
+    for (int64_t k = 0; k < count; ++k) {
+        if (chosen[k] != k) {
+            std::memcpy(logits + k * columns, logits + chosen[k] * columns, sizeof(float) * columns);
+        }
+    }
+    return SLIPSTREAM_OK;
+}

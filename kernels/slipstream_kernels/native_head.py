@@ -1,0 +1,115 @@
+"""Floor 3. The linear head on the CPU: PyTorch's matrix product, and sweeps of C++ over its rows of logits.
+
+The seam between a head's ops and what computes them, as triton/linear_logprob.py is: `head_statistics` and
+`logit_gradient_`.
+
+Dimensions: C rows of a chunk, A active rows among them, H hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from slipstream_kernels import native
+from slipstream_kernels.errors import NativeError
+
+_POINTER, _I64, _I32, _F32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_float
+
+
+def head_statistics(
+    hidden_CH: Tensor,
+    weight_VH: Tensor,
+    labels_C: Tensor,
+    *,
+    inverse_temperature: Tensor,
+    bias_V: Tensor | None,
+    softcap: float | None,
+    logits_CV: Tensor,
+    whole_vocabulary: bool = False,
+) -> Tensor:
+    """Return [4, C] statistics (statistics.py) of z = inverse_temperature * cap(hidden @ weight.T + bias).
+
+    With `whole_vocabulary` they are finished: [3, C] log-probability, entropy and log-sum-exp. Everything is
+    float32 and contiguous but labels_C, int64. logits_CV is left with z. Raises NativeError.
+    """
+    torch.mm(hidden_CH, weight_VH.T, out=logits_CV)
+    rows, columns = logits_CV.shape
+    result = hidden_CH.new_empty(3 if whole_vocabulary else 4, rows)
+    _run(
+        _library().slipstream_logit_statistics_f32,
+        logits_CV.data_ptr(),
+        labels_C.data_ptr(),
+        _address(bias_V),
+        inverse_temperature.data_ptr(),
+        inverse_temperature.numel() > 1,
+        softcap or 0.0,
+        rows,
+        columns,
+        whole_vocabulary,
+        torch.get_num_threads(),
+        result.data_ptr(),
+    )
+    return result
+
+
+def logit_gradient_(
+    logits_CV: Tensor,
+    labels_C: Tensor,
+    *,
+    logsumexp_C: Tensor,
+    entropy_C: Tensor,
+    grad_logprob_C: Tensor | None,
+    grad_entropy_C: Tensor | None,
+    grad_logsumexp_C: Tensor | None,
+    inverse_temperature: Tensor,
+    softcap: float | None,
+    active_A: Tensor,
+) -> Tensor:
+    """Return [A, V] gradients to hidden @ weight.T of the active rows, in the place of the first logits.
+
+        dz = g (1_label - p) - g_entropy p (ln p + entropy) + g_logsumexp p,   p = exp(z - logsumexp)
+
+    active_A: int64, ascending. Raises NativeError.
+    """
+    _run(
+        _library().slipstream_logit_gradient_f32,
+        logits_CV.data_ptr(),
+        labels_C.data_ptr(),
+        logsumexp_C.data_ptr(),
+        entropy_C.data_ptr(),
+        _address(grad_logprob_C),
+        _address(grad_entropy_C),
+        _address(grad_logsumexp_C),
+        inverse_temperature.data_ptr(),
+        inverse_temperature.numel() > 1,
+        softcap or 0.0,
+        active_A.data_ptr(),
+        active_A.numel(),
+        logits_CV.shape[1],
+        torch.get_num_threads(),
+    )
+    return logits_CV[: active_A.numel()]
+
+
+@cache
+def _library() -> ctypes.CDLL:
+    library = native.library()
+    statistics, gradient = library.slipstream_logit_statistics_f32, library.slipstream_logit_gradient_f32
+    settings: list[type] = [_POINTER, _I32, _F32]
+    statistics.argtypes = [*[_POINTER] * 3, *settings, _I64, _I64, _I32, _I32, _POINTER]
+    gradient.argtypes = [*[_POINTER] * 7, *settings, _POINTER, _I64, _I64, _I32]
+    return library
+
+
+def _address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _run(function: ctypes._NamedFuncPointer, *arguments: object) -> None:
+    status = function(*arguments)
+    if status != 0:
+        raise NativeError(f"{function.__name__}: {native.reason(status)}")
