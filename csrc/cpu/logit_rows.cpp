@@ -1,5 +1,6 @@
 // Rows of logits, one sweep each: statistics of the softmax, and the gradient of log-probability, entropy and
-// log-sum-exp. Eight lanes and a fixed order of parts make the bits the same for every instruction set and thread count.
+// log-sum-exp. Eight lanes and a fixed order of parts make the bits the same for every instruction set and number of
+// threads.
 
 #include <cmath>
 #include <cstring>
@@ -230,6 +231,9 @@ extern "C" int32_t slipstream_logit_statistics_f32(float* logits, const int64_t*
     if (rows == 0) return SLIPSTREAM_OK;
     if (labels == nullptr || inverse_temperature == nullptr || statistics == nullptr) return SLIPSTREAM_NULL_POINTER;
     if (columns > 0 && logits == nullptr) return SLIPSTREAM_NULL_POINTER;
+    for (int64_t n = 0; whole_vocabulary != 0 && n < rows; ++n) {
+        if (labels[n] < 0 || labels[n] >= columns) return SLIPSTREAM_BAD_LABEL;
+    }
     const int workers = threads < 1 ? 1 : threads;
     (void)workers;
 #pragma omp parallel for schedule(static) num_threads(workers) if (workers > 1 && rows * columns >= kParallelLogits)

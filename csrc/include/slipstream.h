@@ -31,6 +31,7 @@ enum slipstream_status {
     SLIPSTREAM_BAD_SEGMENTS = 3,
     SLIPSTREAM_BAD_MSGPACK = 4,
     SLIPSTREAM_BAD_RECORD = 5,
+    SLIPSTREAM_BAD_LABEL = 6,
 };
 
 // Returns SLIPSTREAM_ABI_VERSION of the library, so that a loader can refuse another one.
@@ -55,8 +56,9 @@ SLIPSTREAM_EXPORT int32_t slipstream_segment_scan_f32(const float* decay, const 
 // Replaces the logits x by z = inverse_temperature * cap(x + bias), cap(x) = softcap * tanh(x / softcap), and writes
 // statistics [4, rows], in units of ln 2 (z2 = z * log2 e): peak = max z2, total = sum 2^(z2 - peak),
 // weighted = sum 2^(z2 - peak) (z2 - peak), and z2 at the label (0 where it is elsewhere).
-// bias: [columns] or null. Without columns: -1e30, 0, 0, 0. Where whole_vocabulary is not 0, [3, rows] instead, in nats:
-// log-probability of the label, entropy, log-sum-exp; labels must then be in [0, columns).
+// bias: [columns] or null. Without columns: -1e30, 0, 0, 0. Where whole_vocabulary is not 0, [3, rows] instead, in
+// nats: log-probability of the label, entropy, log-sum-exp; a label outside [0, columns) is then SLIPSTREAM_BAD_LABEL,
+// and the logits are left without their bias, cap and temperature.
 SLIPSTREAM_EXPORT int32_t slipstream_logit_statistics_f32(float* logits, const int64_t* labels, const float* bias,
                                                           const float* inverse_temperature, int32_t per_row,
                                                           float softcap, int64_t rows, int64_t columns,

@@ -23,10 +23,15 @@ def check_range(op: str, name: str, value: float, low: float, high: float) -> No
         raise ShapeError(f"{op}: {name} must be in [{low}, {high}], got {value}")
 
 
-def check_labels(op: str, labels_N: Tensor, vocabulary: int) -> None:
-    """Raise ShapeError unless labels are integers in [0, vocabulary); values are checked on the CPU only."""
+def check_integers(op: str, labels_N: Tensor) -> None:
+    """Raise ShapeError unless labels are integers."""
     if labels_N.is_floating_point() or labels_N.dtype is torch.bool:
         raise ShapeError(f"{op}: labels_N must hold integers, got {labels_N.dtype}")
+
+
+def check_labels(op: str, labels_N: Tensor, vocabulary: int) -> None:
+    """Raise ShapeError unless labels are integers in [0, vocabulary); values are checked on the CPU only."""
+    check_integers(op, labels_N)
     # Reading values of a GPU tensor would wait for the device; there the gather asserts.
     if labels_N.device.type == "cpu" and labels_N.numel():
         low, high = (int(bound) for bound in torch.aminmax(labels_N))

@@ -35,8 +35,6 @@ class Head:
     inverse_temperature: Tensor
     """[1] or [N] float32."""
     softcap: float | None
-    vocab_start: int
-    """The label of this shard's first row."""
     group: str
     """Name of the process group whose members hold the shards in order of rank, or "" for one shard."""
 
@@ -49,38 +47,43 @@ class Head:
         """Return [C, V] uninitialised, for the largest chunk of so many rows."""
         return self.weight_VH.new_empty(self.chunks(rows)[0].stop, self.weight_VH.shape[0])
 
+    def temperature(self, chunk: slice) -> Tensor:
+        """Return [1] or [C] inverse temperatures of a chunk."""
+        every = self.inverse_temperature
+        return every if every.numel() == 1 else every[chunk]
+
     def forward(
-        self, hidden_NH: Tensor, labels_N: Tensor, chunk: slice, logits_CV: Tensor
+        self, hidden_CH: Tensor, labels_C: Tensor, temperature: Tensor, logits_CV: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return [C] log-probability, entropy and log-sum-exp of a chunk; its logits stay in logits_CV."""
+        """Return [C] log-probability, entropy and log-sum-exp of a chunk, whose logits stay in logits_CV."""
         result = native_head.head_statistics(
-            hidden_NH[chunk],
+            hidden_CH,
             self.weight_VH,
-            self._labels(labels_N, chunk),
-            inverse_temperature=self._temperature(chunk),
+            labels_C,
+            inverse_temperature=temperature,
             bias_V=self.bias_V,
             softcap=self.softcap,
-            logits_CV=logits_CV[: chunk.stop - chunk.start],
+            logits_CV=logits_CV,
             whole_vocabulary=not self.group,
         )
-        logprob_C, entropy_C, logsumexp_C = finish(self._merged(result)) if self.group else result
+        logprob_C, entropy_C, logsumexp_C = finish(self._merged(result)) if self.group else result.unbind()
         return logprob_C, entropy_C, logsumexp_C
 
     def gradient_(
-        self, logits_CV: Tensor, labels_N: Tensor, chunk: slice, *, active_A: Tensor, logsumexp_C: Tensor,
-        entropy_C: Tensor, grad_logprob_C: Tensor | None, grad_entropy_C: Tensor | None = None,
-        grad_logsumexp_C: Tensor | None = None,
+        self, logits_CV: Tensor, labels_C: Tensor, temperature: Tensor, *, active_A: Tensor,
+        logsumexp_C: Tensor, entropy_C: Tensor, grad_logprob_C: Tensor | None,
+        grad_entropy_C: Tensor | None = None, grad_logsumexp_C: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """Return [A, V] gradients to hidden @ weight.T of a chunk's active rows, over its logits."""
         return native_head.logit_gradient_(
             logits_CV,
-            self._labels(labels_N, chunk),
+            labels_C,
             logsumexp_C=logsumexp_C,
             entropy_C=entropy_C,
             grad_logprob_C=grad_logprob_C,
             grad_entropy_C=grad_entropy_C,
             grad_logsumexp_C=grad_logsumexp_C,
-            inverse_temperature=self._temperature(chunk),
+            inverse_temperature=temperature,
             softcap=self.softcap,
             active_A=active_A,
         )
@@ -90,14 +93,6 @@ class Head:
         if self.group:
             dist.all_reduce(grad_hidden, group=_group(self.group))
         return grad_hidden
-
-    def _labels(self, labels_N: Tensor, chunk: slice) -> Tensor:
-        labels_C = labels_N[chunk]
-        return labels_C - self.vocab_start if self.vocab_start else labels_C
-
-    def _temperature(self, chunk: slice) -> Tensor:
-        every = self.inverse_temperature
-        return every if every.numel() == 1 else every[chunk]
 
     def _merged(self, statistics_4C: Tensor) -> Tensor:
         group = _group(self.group)

@@ -6,6 +6,7 @@ Dimensions: N rows, H hidden, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -14,9 +15,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from slipstream_kernels import reference
-from slipstream_kernels.checks import check_labels, check_shape
+from slipstream_kernels.checks import check_integers, check_labels, check_shape
 from slipstream_kernels.dispatch import Backend, choose
-from slipstream_kernels.errors import BackendError, ShapeError
+from slipstream_kernels.errors import BackendError, NativeError, ShapeError
 from slipstream_kernels.head import Head
 from slipstream_kernels.library import register
 
@@ -58,18 +59,34 @@ def linear_logprob(
     op = "linear_logprob"
     check_head(op, hidden_NH, weight_VH, bias_V, softcap)
     check_shape(op, "labels_N", labels_N, (hidden_NH.shape[0],))
-    if group is None:
-        check_labels(op, labels_N, weight_VH.shape[0])
+    check_integers(op, labels_N)
     chosen = choose_head(op, backend, hidden_NH, sharded=group is not None)
     temperature = temperature_of(op, inverse_temperature, hidden_NH)
     if chosen is Backend.REFERENCE:
+        check_labels(op, labels_N, weight_VH.shape[0])
         settings = reference.LogitSettings(inverse_temperature=temperature, softcap=softcap)
         return reference.linear_logprob(hidden_NH, weight_VH, labels_N, bias_V=bias_V, settings=settings)
-    name = "" if group is None else group.group_name
-    arguments = labels_N.to(torch.int64).contiguous(), temperature, softcap, vocab_start, name
-    score: Callable[..., Any] = _Scored.apply if needs_gradient(hidden_NH, weight_VH, bias_V) else _forward
-    scored: tuple[Tensor, Tensor, Tensor] = score(hidden_NH, weight_VH, bias_V, *arguments)
+    name, labels = "" if group is None else group.group_name, shard_labels(labels_N, vocab_start)
+    score: Callable[..., Any] = _Scored.apply if needs_gradient(hidden_NH, weight_VH, bias_V) else _score
+    try:
+        scored: tuple[Tensor, Tensor, Tensor] = score(
+            hidden_NH, weight_VH, bias_V, labels, temperature, softcap, name
+        )
+    except NativeError:
+        check_labels(op, labels_N, weight_VH.shape[0])
+        raise
     return scored
+
+
+def shard_labels(labels_N: Tensor, vocab_start: int) -> Tensor:
+    """Return [N] int64 labels relative to a shard's first row, contiguous."""
+    labels = labels_N.to(torch.int64).contiguous()
+    return labels - vocab_start if vocab_start else labels
+
+
+def _score(*arguments: Any) -> Any:
+    """Run the op: through the dispatcher, which costs as much as a small op itself, only to be compiled."""
+    return _forward(*arguments) if torch.compiler.is_compiling() else _run_forward(*arguments)
 
 
 def needs_gradient(*tensors: Tensor | None) -> bool:
@@ -117,24 +134,30 @@ def temperature_of(op: str, inverse_temperature: float | Tensor, hidden_NH: Tens
     if not isinstance(inverse_temperature, Tensor):
         if not 0.0 < inverse_temperature < float("inf"):
             raise ShapeError(f"{op}: inverse_temperature must be positive, got {inverse_temperature}")
-        return torch.full((1,), inverse_temperature, dtype=dtype, device=hidden_NH.device)
+        return _one_temperature(float(inverse_temperature), dtype, hidden_NH.device)
     if inverse_temperature.requires_grad:
         raise ShapeError(f"{op}: inverse_temperature must not require a gradient; detach it")
     check_shape(op, "inverse_temperature", inverse_temperature, (hidden_NH.shape[0],))
     return inverse_temperature.to(dtype).contiguous()
 
 
+@lru_cache(maxsize=64)
+def _one_temperature(value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return a [1] constant, made once: a tensor of one number costs as much as a small op."""
+    # A tensor made under inference_mode could never be kept for a gradient.
+    with torch.inference_mode(mode=False):
+        return torch.full((1,), value, dtype=dtype, device=device)
+
+
 def head_of(
-    weight: Tensor, bias: Tensor | None, temperature: Tensor, softcap: float | None, vocab_start: int,
-    group: str,
-) -> Head:  # fmt: skip
+    weight: Tensor, bias: Tensor | None, temperature: Tensor, softcap: float | None, group: str
+) -> Head:
     """Return the head of an op's arguments, in float32."""
     return Head(
         weight_VH=weight.float().contiguous(),
         bias_V=None if bias is None else bias.float().contiguous(),
         inverse_temperature=temperature,
         softcap=softcap,
-        vocab_start=vocab_start,
         group=group,
     )
 
@@ -144,7 +167,7 @@ class _Scored(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, *arguments: Any) -> Any:
-        logprob_N, entropy_N, logsumexp_N = _forward(hidden, weight, bias, *arguments)
+        logprob_N, entropy_N, logsumexp_N = _score(hidden, weight, bias, *arguments)
         labels, temperature, *ctx.settings = arguments
         ctx.save_for_backward(hidden, weight, bias, labels, temperature, entropy_N, logsumexp_N)
         ctx.set_materialize_grads(False)
@@ -157,30 +180,34 @@ class _Scored(torch.autograd.Function):
         grad_hidden, grad_weight, grad_bias = _backward(
             hidden, weight, bias, labels, temperature, *ctx.settings, entropy_N, logsumexp_N, *gradients
         )
-        return grad_hidden, grad_weight, None if bias is None else grad_bias, *[None] * 5
+        return grad_hidden, grad_weight, None if bias is None else grad_bias, *[None] * 4
 
 
 def _run_forward(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, temperature: Tensor,
-    softcap: float | None, vocab_start: int, group: str,
+    softcap: float | None, group: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    head = head_of(weight, bias, temperature, softcap, vocab_start, group)
-    hidden = hidden.float().contiguous()
-    logits_CV = head.logits_of(hidden.shape[0])
-    parts = [head.forward(hidden, labels, chunk, logits_CV) for chunk in head.chunks(hidden.shape[0])]
-    # Copied even where there is but one: results of an op may not share their memory.
+    head = head_of(weight, bias, temperature, softcap, group)
+    rows, hidden = hidden.shape[0], hidden.float().contiguous()
+    chunks, logits = head.chunks(rows), head.logits_of(rows)
+    if len(chunks) == 1:
+        return head.forward(hidden, labels, temperature, logits)
+    parts = []
+    for chunk in chunks:
+        logits_CV = logits[: chunk.stop - chunk.start]
+        parts.append(head.forward(hidden[chunk], labels[chunk], head.temperature(chunk), logits_CV))
     logprob_N, entropy_N, logsumexp_N = (torch.cat(part) for part in zip(*parts, strict=True))
     return logprob_N, entropy_N, logsumexp_N
 
 
 def _run_backward(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, temperature: Tensor,
-    softcap: float | None, vocab_start: int, group: str, entropy: Tensor, logsumexp: Tensor,
+    softcap: float | None, group: str, entropy: Tensor, logsumexp: Tensor,
     grad_logprob: Tensor | None, grad_entropy: Tensor | None, grad_logsumexp: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    head = head_of(weight, bias, temperature, softcap, vocab_start, group)
+    head = head_of(weight, bias, temperature, softcap, group)
     rows, hidden_NH = hidden.shape[0], hidden.float().contiguous()
-    grad_hidden, grad_weight = torch.zeros_like(hidden_NH), torch.zeros_like(head.weight_VH)
+    grad_hidden, grad_weight = torch.empty_like(hidden_NH), torch.zeros_like(head.weight_VH)
     grad_bias = head.weight_VH.new_zeros(weight.shape[0] if bias is not None else 0)
     logits = head.logits_of(rows)
 
@@ -188,15 +215,15 @@ def _run_backward(
         return None if gradient is None else gradient[chunk].contiguous()
 
     for chunk in head.chunks(rows):
-        logits_CV = logits[: chunk.stop - chunk.start]
-        head.forward(hidden_NH, labels, chunk, logits_CV)
+        logits_CV, labels_C = logits[: chunk.stop - chunk.start], labels[chunk]
+        head.forward(hidden_NH[chunk], labels_C, head.temperature(chunk), logits_CV)
         grad_CV = head.gradient_(
             logits_CV,
-            labels,
-            chunk,
+            labels_C,
+            head.temperature(chunk),
             active_A=torch.arange(chunk.stop - chunk.start),
-            logsumexp_C=logsumexp[chunk],
-            entropy_C=entropy[chunk],
+            logsumexp_C=logsumexp[chunk].contiguous(),
+            entropy_C=entropy[chunk].contiguous(),
             grad_logprob_C=of(chunk, grad_logprob),
             grad_entropy_C=of(chunk, grad_entropy),
             grad_logsumexp_C=of(chunk, grad_logsumexp),
@@ -210,6 +237,11 @@ def _run_backward(
         grad_weight.to(weight.dtype),
         grad_bias if bias is None else grad_bias.to(bias.dtype),
     )
+
+
+def _separate(*arguments: Any) -> tuple[Tensor, ...]:
+    """Return results that share no memory, as the dispatcher demands of an op."""
+    return tuple(result.clone() for result in _run_forward(*arguments))
 
 
 def _fake_forward(hidden: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -229,11 +261,11 @@ def _fake_backward(
 
 HEAD_SCHEMA = (
     "Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, Tensor temperature, float? softcap,"
-    " int vocab_start, str group"
+    " str group"
 )
 _forward = register(
     f"linear_logprob({HEAD_SCHEMA}) -> (Tensor, Tensor, Tensor)",
-    implementation=_run_forward,
+    implementation=_separate,
     fake=_fake_forward,
 )
 _backward = register(

@@ -17,8 +17,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from slipstream_kernels import reference
-from slipstream_kernels.checks import check_labels, check_shape
+from slipstream_kernels.checks import check_integers, check_labels, check_shape
 from slipstream_kernels.dispatch import Backend
+from slipstream_kernels.errors import NativeError
 from slipstream_kernels.library import register
 from slipstream_kernels.linear_logprob import (
     HEAD_SCHEMA,
@@ -27,6 +28,7 @@ from slipstream_kernels.linear_logprob import (
     head_of,
     linear_logprob,
     needs_gradient,
+    shard_labels,
     temperature_of,
 )
 from slipstream_kernels.objective import Objective, PolicyLoss
@@ -81,18 +83,21 @@ def linear_policy_loss(
     if chosen is Backend.REFERENCE:
         settings = temperature, bias_V, softcap
         return _composed(hidden_NH, weight_VH, labels_N, *settings, inputs, objective, normalizer)
-    if group is None:
-        check_labels(op, labels_N[weight_N > 0], weight_VH.shape[0])
+    check_integers(op, labels_N)
     differentiable = hidden_NH, weight_VH, bias_V
     needs = [tensor is not None and needs_gradient(tensor) for tensor in differentiable]
     shards = "" if group is None else group.group_name
     arguments = (
-        labels_N.to(torch.int64).contiguous(), temperature, softcap, vocab_start, shards,
+        shard_labels(labels_N, vocab_start), temperature, softcap, shards,
         inputs.behavior_N, inputs.proximal_N, inputs.reference_N, inputs.advantage_N, inputs.weight_N,
         inputs.cu_seqlens, divisor_of(op, inputs, objective, normalizer), _written(objective), needs,
     )  # fmt: skip
     differentiated: Callable[..., Any] = _Differentiable.apply
-    loss, grad_logprob_N, grad_entropy_N, metrics = differentiated(*differentiable, *arguments)
+    try:
+        loss, grad_logprob_N, grad_entropy_N, metrics = differentiated(*differentiable, *arguments)
+    except NativeError:
+        check_labels(op, labels_N[weight_N > 0], weight_VH.shape[0])
+        raise
     return PolicyLoss(
         loss=loss,
         grad_logprob_N=grad_logprob_N,
@@ -167,7 +172,9 @@ class _Differentiable(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Any:
-        loss, grad_logprob_N, grad_entropy_N, metrics, *gradients = _head(*arguments)
+        # Through the dispatcher, which costs as much as a small op itself, only to be compiled.
+        run = _head if torch.compiler.is_compiling() else _run
+        loss, grad_logprob_N, grad_entropy_N, metrics, *gradients = run(*arguments)
         ctx.needs = arguments[-1]
         ctx.save_for_backward(*gradients)
         ctx.mark_non_differentiable(grad_logprob_N, grad_entropy_N, metrics)
@@ -180,12 +187,12 @@ class _Differentiable(torch.autograd.Function):
             gradient * upstream if needed else None
             for gradient, needed in zip(ctx.saved_tensors, ctx.needs, strict=True)
         ]
-        return *gradients, *[None] * 14
+        return *gradients, *[None] * 13
 
 
 def _run(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, temperature: Tensor,
-    softcap: float | None, vocab_start: int, group: str, behavior: Tensor, proximal: Tensor | None,
+    softcap: float | None, group: str, behavior: Tensor, proximal: Tensor | None,
     kl_reference: Tensor | None, advantage: Tensor, token_weight: Tensor, cu_seqlens: Tensor,
     normalizer: Tensor, objective: str, needs: list[bool],
 ) -> tuple[Tensor, ...]:  # fmt: skip
@@ -198,7 +205,7 @@ def _run(
     share_N = reference.token_shares(token_weight, cu_seqlens, goal, normalizer)
     every = rows_M.numel() == count
     per_row = temperature if every or temperature.numel() == 1 else temperature[rows_M]
-    head = head_of(weight, bias, per_row, softcap, vocab_start, group)
+    head = head_of(weight, bias, per_row, softcap, group)
     hidden_MH = (hidden if every else hidden.index_select(0, rows_M)).float().contiguous()
     gradients = Gradients(
         hidden=torch.empty_like(hidden_MH) if needs[0] else None,

@@ -21,6 +21,7 @@ _STATUS = {
     3: "cu_seqlens must begin with 0, never fall and end with the number of tokens",
     4: "the bytes are no plain MessagePack value within the limits",
     5: "the bytes are no whole record of a trajectory",
+    6: "a label lies outside the vocabulary",
 }
 _SIGNATURES: dict[str, list[type]] = {
     "slipstream_segment_scan_f32": [

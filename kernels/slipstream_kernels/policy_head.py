@@ -72,7 +72,12 @@ class PolicyHead:
         return terms
 
     def _score(self, chunk: slice) -> Scored:
-        return self._head.forward(self._hidden_MH, self._labels_M, chunk, self._logits)
+        hidden_CH, labels_C = self._hidden_MH[chunk], self._labels_M[chunk]
+        temperature = self._head.temperature(chunk)
+        return self._head.forward(hidden_CH, labels_C, temperature, self._logits_of(chunk))
+
+    def _logits_of(self, chunk: slice) -> Tensor:
+        return self._logits[: chunk.stop - chunk.start]
 
     def _differentiate(self, chunk: slice, scored: Any, terms: PolicyLoss) -> None:
         """Take the gradients of a chunk whose logits are there; rows without one stay out of the products."""
@@ -86,9 +91,9 @@ class PolicyHead:
             moved |= grad_entropy_C != 0
         active_A = moved.nonzero()[:, 0]
         grad_AV = self._head.gradient_(
-            self._logits[: chunk.stop - chunk.start],
-            self._labels_M,
-            chunk,
+            self._logits_of(chunk),
+            self._labels_M[chunk],
+            self._head.temperature(chunk),
             active_A=active_A,
             logsumexp_C=logsumexp_C.contiguous(),
             entropy_C=entropy_C.contiguous(),
