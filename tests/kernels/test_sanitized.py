@@ -1,0 +1,54 @@
+"""The C++ library under AddressSanitizer and UndefinedBehaviorSanitizer, by its own tests."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent.parent
+COMPILER = shutil.which("g++")
+TESTS = ["fused_head", "delivery", "checksum", "advantage"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(COMPILER is None, reason="needs g++ and its sanitizers")
+def test_native_library_is_clean(tmp_path: Path) -> None:
+    for part in ("csrc/cpu", "csrc/include", "kernels", "engine", "tests/kernels"):
+        shutil.copytree(
+            ROOT / part, tmp_path / part, ignore=shutil.ignore_patterns("*.so", "__pycache__", "*.egg-info")
+        )
+    for name in ("setup.py", "pyproject.toml", "README.md", "tests/conftest.py"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    build = [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"]
+    run(build, tmp_path, {"SLIPSTREAM_SANITIZE": "1"})
+    runtimes = " ".join(runtime(name) for name in ("libasan.so", "libubsan.so"))
+    # Python itself frees nothing at its end; PyTorch's own start is not ours to judge.
+    settings = {"LD_PRELOAD": runtimes, "ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "halt_on_error=1"}
+    tests = [f"tests/kernels/test_{name}.py" for name in TESTS]
+    said = run(
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-m", "not slow", *tests],
+        tmp_path,
+        settings,
+    )
+    assert " passed" in said
+    assert "runtime error" not in said
+
+
+def runtime(name: str) -> str:
+    """Return where the compiler keeps a sanitizer's runtime."""
+    assert COMPILER is not None
+    found = subprocess.run([COMPILER, f"-print-file-name={name}"], capture_output=True, text=True, check=True)
+    return found.stdout.strip()
+
+
+def run(command: list[str], folder: Path, variables: dict[str, str]) -> str:
+    done = subprocess.run(
+        command, cwd=folder, env=os.environ | variables, capture_output=True, text=True, timeout=110
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout + done.stderr
