@@ -1,0 +1,97 @@
+"""Floor 2. Which tile a Triton kernel uses: plain tables with reasons, one row a configuration.
+
+A configuration is chosen by the type of the numbers, the hidden size and the Triton version only: never by
+the number of rows nor by the size of the vocabulary, since another tile adds in another order, and results
+must not depend on how rows and vocabulary are cut. Nothing is timed at run time: that would write outputs
+which are also inputs more than once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tile:
+    """How a matrix product with statistics is cut."""
+
+    rows: int
+    columns: int
+    hidden: int
+    warps: int
+    stages: int
+    descriptors: bool
+    """Loads go through host tensor descriptors (TMA), which sm_90 and later have."""
+    warp_specialize: bool = False
+    """Loads, products and statistics run in warps of their own."""
+
+
+TILES = {
+    # 96 KiB and at most 255 registers of 128 threads: two programs share a multiprocessor, and the statistics
+    # of one hide under the products of the other.
+    "pair": Tile(rows=128, columns=128, hidden=64, warps=4, stages=3, descriptors=True),
+    # Twice the products for each byte loaded. Takes effect at 4 warps only: at 8 Triton ignores it silently.
+    "specialised": Tile(
+        rows=128, columns=256, hidden=64, warps=4, stages=3, descriptors=True, warp_specialize=True
+    ),
+    # Logits that are written pass through shared memory: with 2 stages, 96 KiB in bfloat16, still two
+    # programs. 8 warps, since at 4 the block and its rounded copy overflow the registers.
+    "writing": Tile(rows=128, columns=128, hidden=64, warps=8, stages=2, descriptors=True),
+    # In float32 they leave room for one program only, which then needs the third stage.
+    "writing_float32": Tile(rows=128, columns=128, hidden=64, warps=8, stages=3, descriptors=True),
+    # Before sm_90, and where rows do not begin at multiples of 16 bytes, as TMA demands.
+    "pointers": Tile(rows=128, columns=128, hidden=32, warps=8, stages=3, descriptors=False),
+    # The addresses of what is written take registers too.
+    "pointers_writing": Tile(rows=64, columns=64, hidden=32, warps=4, stages=3, descriptors=False),
+    # Exact float32 products run without tensor cores and hold both operands in registers; with a second stage
+    # the registers overflow when logits are written.
+    "float32": Tile(rows=64, columns=64, hidden=32, warps=4, stages=1, descriptors=False),
+    # Two heads at once, one accumulator each: 8 warps, or they would not fit into the registers.
+    "two_heads": Tile(rows=128, columns=128, hidden=64, warps=8, stages=3, descriptors=True),
+    "two_heads_pointers": Tile(rows=64, columns=64, hidden=32, warps=4, stages=2, descriptors=False),
+    # Triton's interpreter pays for each operation, and for rows that are padding.
+    "interpreted": Tile(rows=16, columns=128, hidden=32, warps=4, stages=1, descriptors=False),
+}
+
+EXCLUDED = {
+    # Triton's minor version: tiles it cannot compile. 3.9 splits the rows of a specialised product between
+    # two groups of warps, but not the box of its host descriptor.
+    "3.9": frozenset({"specialised"}),
+}
+SPECIALISED_FROM_HIDDEN = 2048
+"""Below, statistics weigh more against the products, and two programs a multiprocessor hide them better."""
+
+
+def head_tile(
+    *,
+    hidden: int,
+    element_bytes: int,
+    logit_bytes: int = 0,
+    heads: int = 1,
+    triton_version: str,
+    architecture: tuple[int, int] | None,
+    aligned: bool,
+) -> str:
+    """Return the name of the tile for products of width `hidden` with `heads` weights.
+
+    logit_bytes: size of a logit that is written, 0 where none is; architecture: compute capability, None in
+    the interpreter; aligned: rows of all matrices begin at multiples of 16 bytes.
+    """
+    if architecture is None:
+        return "interpreted"
+    if element_bytes == 4:
+        return "float32"
+    if architecture < (9, 0) or not aligned:
+        name = "two_heads_pointers" if heads == 2 else "pointers"
+        return "pointers_writing" if logit_bytes else name
+    if heads == 2:
+        return "two_heads"
+    if logit_bytes:
+        return "writing" if logit_bytes <= 2 else "writing_float32"
+    specialised = "specialised" not in EXCLUDED.get(minor_version(triton_version), frozenset())
+    return "specialised" if specialised and hidden >= SPECIALISED_FROM_HIDDEN else "pair"
+
+
+def minor_version(version: str) -> str:
+    """Return '3.9' for '3.9.0+git1234'."""
+    return ".".join(version.split(".")[:2])
