@@ -1,4 +1,4 @@
-"""Floor 4. Passes of a linear head over its rows, a chunk of logits at a time, on whichever backend.
+"""Floor 4. A linear head over its rows, a chunk of logits at a time, on whichever backend.
 
 A chunk's logits are made by the backend (native_head.py, triton/linear_logprob.py), its statistics merged
 over the shards of the vocabulary, and its gradient written over the logits before two matrix products.
@@ -9,7 +9,8 @@ Dimensions: N rows, C rows of a chunk, A active rows of a chunk, H hidden, V voc
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Final
+from importlib import import_module
+from typing import Any, Final
 
 import torch
 import torch.distributed as dist
@@ -17,10 +18,11 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import _resolve_process_group  # type: ignore[attr-defined]
 
 from slipstream_kernels import native_head
+from slipstream_kernels.dispatch import Backend
 from slipstream_kernels.statistics import finish, merge
 
-CHUNK_BYTES: Final = 128 << 20
-"""Logits held at once."""
+CHUNK_BYTES: Final = {"cpu": 128 << 20, "cuda": 1 << 30}
+"""Logits held at once, by device."""
 LEAST_ROWS: Final = 256
 """Fewer rows would read the weight, and write its gradient, too often."""
 
@@ -29,8 +31,9 @@ LEAST_ROWS: Final = 256
 class Head:
     """A linear head and what happens to its logits."""
 
+    backend: Backend
     weight_VH: Tensor
-    """[V, H] float32, contiguous."""
+    """[V, H], contiguous; float32 on the CPU."""
     bias_V: Tensor | None
     inverse_temperature: Tensor
     """[1] or [N] float32."""
@@ -38,12 +41,33 @@ class Head:
     group: str
     """Name of the process group whose members hold the shards in order of rank, or "" for one shard."""
 
+    @classmethod
+    def of(
+        cls, weight: Tensor, bias: Tensor | None, temperature: Tensor, softcap: float | None, group: str,
+        backend: str,
+    ) -> Head:  # fmt: skip
+        """Return the head of an op's arguments, in the types that the backend computes in."""
+        chosen = Backend(backend)
+        return cls(
+            backend=chosen,
+            weight_VH=(weight.float() if chosen is Backend.NATIVE else weight).contiguous(),
+            bias_V=None if bias is None else bias.float().contiguous(),
+            inverse_temperature=temperature,
+            softcap=softcap,
+            group=group,
+        )
+
+    def hidden(self, hidden_NH: Tensor) -> Tensor:
+        """Return hidden states in the type of the weight, contiguous."""
+        return hidden_NH.to(self.weight_VH.dtype).contiguous()
+
     def chunks(self, rows: int) -> list[slice]:
         """Return slices of the rows whose logits are held at once, at least one."""
-        size = max(LEAST_ROWS, CHUNK_BYTES // (4 * self.weight_VH.shape[0]))
+        row_bytes = self.weight_VH.element_size() * self.weight_VH.shape[0]
+        size = max(LEAST_ROWS, CHUNK_BYTES[self.weight_VH.device.type] // row_bytes)
         return [slice(start, min(start + size, rows)) for start in range(0, max(rows, 1), size)]
 
-    def logits_of(self, rows: int) -> Tensor:
+    def logits(self, rows: int) -> Tensor:
         """Return [C, V] uninitialised, for the largest chunk of so many rows."""
         return self.weight_VH.new_empty(self.chunks(rows)[0].stop, self.weight_VH.shape[0])
 
@@ -56,37 +80,50 @@ class Head:
         self, hidden_CH: Tensor, labels_C: Tensor, temperature: Tensor, logits_CV: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return [C] log-probability, entropy and log-sum-exp of a chunk, whose logits stay in logits_CV."""
-        result = native_head.head_statistics(
-            hidden_CH,
-            self.weight_VH,
-            labels_C,
-            inverse_temperature=temperature,
-            bias_V=self.bias_V,
-            softcap=self.softcap,
-            logits_CV=logits_CV,
-            whole_vocabulary=not self.group,
-        )
-        logprob_C, entropy_C, logsumexp_C = finish(self._merged(result)) if self.group else result.unbind()
-        return logprob_C, entropy_C, logsumexp_C
+        settings: dict[str, Any] = {
+            "inverse_temperature": temperature,
+            "bias_V": self.bias_V,
+            "softcap": self.softcap,
+            "logits_CV": logits_CV,
+        }
+        if self.backend is Backend.NATIVE and not self.group:
+            logprob_C, entropy_C, logsumexp_C = native_head.head_statistics(
+                hidden_CH, self.weight_VH, labels_C, whole_vocabulary=True, **settings
+            ).unbind()
+            return logprob_C, entropy_C, logsumexp_C
+        kernels: Any = native_head if self.backend is Backend.NATIVE else _triton()
+        statistics_4C = kernels.head_statistics(hidden_CH, self.weight_VH, labels_C, **settings)
+        return finish(self._merged(statistics_4C) if self.group else statistics_4C)
 
     def gradient_(
         self, logits_CV: Tensor, labels_C: Tensor, temperature: Tensor, *, active_A: Tensor,
         logsumexp_C: Tensor, entropy_C: Tensor, grad_logprob_C: Tensor | None,
         grad_entropy_C: Tensor | None = None, grad_logsumexp_C: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
-        """Return [A, V] gradients to hidden @ weight.T of a chunk's active rows, over its logits."""
-        return native_head.logit_gradient_(
-            logits_CV,
-            labels_C,
-            logsumexp_C=logsumexp_C,
-            entropy_C=entropy_C,
-            grad_logprob_C=grad_logprob_C,
-            grad_entropy_C=grad_entropy_C,
-            grad_logsumexp_C=grad_logsumexp_C,
-            inverse_temperature=temperature,
-            softcap=self.softcap,
-            active_A=active_A,
-        )
+        """Return [A, V] gradients to hidden @ weight.T of a chunk's active rows; its logits are gone then."""
+        given: dict[str, Any] = {
+            "logsumexp_C": logsumexp_C.contiguous(),
+            "entropy_C": entropy_C.contiguous(),
+            "grad_logprob_C": None if grad_logprob_C is None else grad_logprob_C.contiguous(),
+            "grad_entropy_C": None if grad_entropy_C is None else grad_entropy_C.contiguous(),
+            "grad_logsumexp_C": None if grad_logsumexp_C is None else grad_logsumexp_C.contiguous(),
+            "inverse_temperature": temperature,
+            "softcap": self.softcap,
+        }
+        if self.backend is Backend.NATIVE:
+            return native_head.logit_gradient_(logits_CV, labels_C, active_A=active_A, **given)
+        _triton().logit_gradient_(logits_CV, labels_C, **given)
+        every = active_A.numel() == logits_CV.shape[0]
+        return logits_CV if every else logits_CV.index_select(0, active_A)
+
+    def add_to_weight_(self, grad_VH: Tensor, grad_AV: Tensor, hidden_AH: Tensor, *, first: bool) -> None:
+        """Add the rows' part to the float32 gradient of the weight; the first chunk overwrites it."""
+        if grad_AV.dtype is torch.float32:
+            # beta 0: one pass over the gradient less, which need not hold zeros.
+            grad_VH.addmm_(grad_AV.T, hidden_AH, beta=0.0 if first else 1.0)
+            return
+        part_VH = torch.mm(grad_AV.T, hidden_AH, out_dtype=torch.float32)
+        grad_VH.copy_(part_VH) if first else grad_VH.add_(part_VH)
 
     def summed(self, grad_hidden: Tensor) -> Tensor:
         """Return the gradient to the hidden states, which every shard adds to."""
@@ -97,8 +134,13 @@ class Head:
     def _merged(self, statistics_4C: Tensor) -> Tensor:
         group = _group(self.group)
         parts = [torch.empty_like(statistics_4C) for _ in range(dist.get_world_size(group))]
-        dist.all_gather(parts, statistics_4C, group=group)
+        dist.all_gather(parts, statistics_4C.contiguous(), group=group)
         return merge(torch.stack(parts))
+
+
+def _triton() -> Any:
+    """Return the kernels in Triton, which only a chosen backend loads."""
+    return import_module("slipstream_kernels.triton.linear_logprob")
 
 
 def _group(name: str) -> dist.ProcessGroup:

@@ -21,7 +21,7 @@ from slipstream_kernels.errors import BackendError, NativeError, ShapeError
 from slipstream_kernels.head import Head
 from slipstream_kernels.library import register
 
-IMPLEMENTED = (Backend.NATIVE, Backend.REFERENCE)
+IMPLEMENTED = (Backend.TRITON, Backend.NATIVE, Backend.REFERENCE)
 
 
 def linear_logprob(
@@ -70,7 +70,7 @@ def linear_logprob(
     score: Callable[..., Any] = _Scored.apply if needs_gradient(hidden_NH, weight_VH, bias_V) else _score
     try:
         scored: tuple[Tensor, Tensor, Tensor] = score(
-            hidden_NH, weight_VH, bias_V, labels, temperature, softcap, name
+            hidden_NH, weight_VH, bias_V, labels, temperature, softcap, name, chosen.value
         )
     except NativeError:
         check_labels(op, labels_N, weight_VH.shape[0])
@@ -149,19 +149,6 @@ def _one_temperature(value: float, dtype: torch.dtype, device: torch.device) -> 
         return torch.full((1,), value, dtype=dtype, device=device)
 
 
-def head_of(
-    weight: Tensor, bias: Tensor | None, temperature: Tensor, softcap: float | None, group: str
-) -> Head:
-    """Return the head of an op's arguments, in float32."""
-    return Head(
-        weight_VH=weight.float().contiguous(),
-        bias_V=None if bias is None else bias.float().contiguous(),
-        inverse_temperature=temperature,
-        softcap=softcap,
-        group=group,
-    )
-
-
 class _Scored(torch.autograd.Function):
     """Keeps log-sum-exp and entropy of each row; the backward pass makes the logits of a chunk again."""
 
@@ -180,16 +167,16 @@ class _Scored(torch.autograd.Function):
         grad_hidden, grad_weight, grad_bias = _backward(
             hidden, weight, bias, labels, temperature, *ctx.settings, entropy_N, logsumexp_N, *gradients
         )
-        return grad_hidden, grad_weight, None if bias is None else grad_bias, *[None] * 4
+        return grad_hidden, grad_weight, None if bias is None else grad_bias, *[None] * 5
 
 
 def _run_forward(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, temperature: Tensor,
-    softcap: float | None, group: str,
+    softcap: float | None, group: str, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    head = head_of(weight, bias, temperature, softcap, group)
-    rows, hidden = hidden.shape[0], hidden.float().contiguous()
-    chunks, logits = head.chunks(rows), head.logits_of(rows)
+    head = Head.of(weight, bias, temperature, softcap, group, backend)
+    rows, hidden = hidden.shape[0], head.hidden(hidden)
+    chunks, logits = head.chunks(rows), head.logits(rows)
     if len(chunks) == 1:
         return head.forward(hidden, labels, temperature, logits)
     parts = []
@@ -202,34 +189,34 @@ def _run_forward(
 
 def _run_backward(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, temperature: Tensor,
-    softcap: float | None, group: str, entropy: Tensor, logsumexp: Tensor,
+    softcap: float | None, group: str, backend: str, entropy: Tensor, logsumexp: Tensor,
     grad_logprob: Tensor | None, grad_entropy: Tensor | None, grad_logsumexp: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    head = head_of(weight, bias, temperature, softcap, group)
-    rows, hidden_NH = hidden.shape[0], hidden.float().contiguous()
-    grad_hidden, grad_weight = torch.empty_like(hidden_NH), torch.zeros_like(head.weight_VH)
-    grad_bias = head.weight_VH.new_zeros(weight.shape[0] if bias is not None else 0)
-    logits = head.logits_of(rows)
+    head = Head.of(weight, bias, temperature, softcap, group, backend)
+    rows, hidden_NH = hidden.shape[0], head.hidden(hidden)
+    grad_hidden = torch.empty_like(hidden_NH)
+    grad_weight = torch.empty_like(head.weight_VH, dtype=torch.float32)
+    grad_bias = grad_weight.new_zeros(weight.shape[0] if bias is not None else 0)
+    logits = head.logits(rows)
 
-    def of(chunk: slice, gradient: Tensor | None) -> Tensor | None:
-        return None if gradient is None else gradient[chunk].contiguous()
-
+    gradients = grad_logprob, grad_entropy, grad_logsumexp
     for chunk in head.chunks(rows):
         logits_CV, labels_C = logits[: chunk.stop - chunk.start], labels[chunk]
         head.forward(hidden_NH[chunk], labels_C, head.temperature(chunk), logits_CV)
+        of_logprob, of_entropy, of_logsumexp = (None if g is None else g[chunk] for g in gradients)
         grad_CV = head.gradient_(
             logits_CV,
             labels_C,
             head.temperature(chunk),
-            active_A=torch.arange(chunk.stop - chunk.start),
-            logsumexp_C=logsumexp[chunk].contiguous(),
-            entropy_C=entropy[chunk].contiguous(),
-            grad_logprob_C=of(chunk, grad_logprob),
-            grad_entropy_C=of(chunk, grad_entropy),
-            grad_logsumexp_C=of(chunk, grad_logsumexp),
+            active_A=torch.arange(chunk.stop - chunk.start, device=hidden.device),
+            logsumexp_C=logsumexp[chunk],
+            entropy_C=entropy[chunk],
+            grad_logprob_C=of_logprob,
+            grad_entropy_C=of_entropy,
+            grad_logsumexp_C=of_logsumexp,
         )
         torch.mm(grad_CV, head.weight_VH, out=grad_hidden[chunk])
-        grad_weight.addmm_(grad_CV.T, hidden_NH[chunk])
+        head.add_to_weight_(grad_weight, grad_CV, hidden_NH[chunk], first=chunk.start == 0)
         if bias is not None:
             grad_bias += grad_CV.sum(0)
     return (
@@ -261,7 +248,7 @@ def _fake_backward(
 
 HEAD_SCHEMA = (
     "Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, Tensor temperature, float? softcap,"
-    " str group"
+    " str group, str backend"
 )
 _forward = register(
     f"linear_logprob({HEAD_SCHEMA}) -> (Tensor, Tensor, Tensor)",

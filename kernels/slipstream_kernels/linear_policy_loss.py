@@ -20,12 +20,12 @@ from slipstream_kernels import reference
 from slipstream_kernels.checks import check_integers, check_labels, check_shape
 from slipstream_kernels.dispatch import Backend
 from slipstream_kernels.errors import NativeError
+from slipstream_kernels.head import Head
 from slipstream_kernels.library import register
 from slipstream_kernels.linear_logprob import (
     HEAD_SCHEMA,
     check_head,
     choose_head,
-    head_of,
     linear_logprob,
     needs_gradient,
     shard_labels,
@@ -88,7 +88,7 @@ def linear_policy_loss(
     needs = [tensor is not None and needs_gradient(tensor) for tensor in differentiable]
     shards = "" if group is None else group.group_name
     arguments = (
-        shard_labels(labels_N, vocab_start), temperature, softcap, shards,
+        shard_labels(labels_N, vocab_start), temperature, softcap, shards, chosen.value,
         inputs.behavior_N, inputs.proximal_N, inputs.reference_N, inputs.advantage_N, inputs.weight_N,
         inputs.cu_seqlens, divisor_of(op, inputs, objective, normalizer), _written(objective), needs,
     )  # fmt: skip
@@ -187,12 +187,12 @@ class _Differentiable(torch.autograd.Function):
             gradient * upstream if needed else None
             for gradient, needed in zip(ctx.saved_tensors, ctx.needs, strict=True)
         ]
-        return *gradients, *[None] * 13
+        return *gradients, *[None] * 14
 
 
 def _run(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, temperature: Tensor,
-    softcap: float | None, group: str, behavior: Tensor, proximal: Tensor | None,
+    softcap: float | None, group: str, backend: str, behavior: Tensor, proximal: Tensor | None,
     kl_reference: Tensor | None, advantage: Tensor, token_weight: Tensor, cu_seqlens: Tensor,
     normalizer: Tensor, objective: str, needs: list[bool],
 ) -> tuple[Tensor, ...]:  # fmt: skip
@@ -205,12 +205,12 @@ def _run(
     share_N = reference.token_shares(token_weight, cu_seqlens, goal, normalizer)
     every = rows_M.numel() == count
     per_row = temperature if every or temperature.numel() == 1 else temperature[rows_M]
-    head = head_of(weight, bias, per_row, softcap, group)
-    hidden_MH = (hidden if every else hidden.index_select(0, rows_M)).float().contiguous()
+    head = Head.of(weight, bias, per_row, softcap, group, backend)
+    hidden_MH = head.hidden(hidden if every else hidden.index_select(0, rows_M))
     gradients = Gradients(
         hidden=torch.empty_like(hidden_MH) if needs[0] else None,
-        weight=torch.empty_like(head.weight_VH) if needs[1] else None,
-        bias=torch.zeros_like(head.weight_VH[:, 0]) if needs[2] else None,
+        weight=torch.empty_like(head.weight_VH, dtype=torch.float32) if needs[1] else None,
+        bias=head.weight_VH.new_zeros(weight.shape[0], dtype=torch.float32) if needs[2] else None,
     )
     terms = PolicyHead(head, hidden_MH, labels if every else labels[rows_M], gradients).run(
         inputs if every else trained_rows(inputs, rows_M), share_N if every else share_N[rows_M], goal

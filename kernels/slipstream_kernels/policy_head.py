@@ -44,7 +44,7 @@ class PolicyHead:
         """Prepare to fill `gradients`; that of the hidden states is of these rows alone."""
         self._head, self._hidden_MH, self._labels_M, self._gradients = head, hidden_MH, labels_M, gradients
         self._chunks = head.chunks(hidden_MH.shape[0])
-        self._logits = head.logits_of(hidden_MH.shape[0])
+        self._logits = head.logits(hidden_MH.shape[0])
 
     def run(self, inputs: reference.PolicyInputs, share_M: Tensor, objective: Objective) -> PolicyLoss:
         """Return the loss; logprob_N and entropy_N of `inputs` are set here."""
@@ -95,10 +95,10 @@ class PolicyHead:
             self._labels_M[chunk],
             self._head.temperature(chunk),
             active_A=active_A,
-            logsumexp_C=logsumexp_C.contiguous(),
-            entropy_C=entropy_C.contiguous(),
-            grad_logprob_C=grad_logprob_C.contiguous(),
-            grad_entropy_C=None if grad_entropy_C is None else grad_entropy_C.contiguous(),
+            logsumexp_C=logsumexp_C,
+            entropy_C=entropy_C,
+            grad_logprob_C=grad_logprob_C,
+            grad_entropy_C=grad_entropy_C,
         )
         every = active_A.numel() == chunk.stop - chunk.start
         hidden_CH = self._hidden_MH[chunk]
@@ -108,8 +108,7 @@ class PolicyHead:
             to.hidden[chunk].zero_().index_copy_(0, active_A, grad_AV @ self._head.weight_VH)
         if to.weight is not None:
             hidden_AH = hidden_CH if every else hidden_CH.index_select(0, active_A)
-            # The first chunk overwrites: one pass over the weight's gradient less.
-            to.weight.addmm_(grad_AV.T, hidden_AH, beta=0.0 if chunk.start == 0 else 1.0)
+            self._head.add_to_weight_(to.weight, grad_AV, hidden_AH, first=chunk.start == 0)
         if to.bias is not None:
             to.bias.add_(grad_AV.sum(0))
 

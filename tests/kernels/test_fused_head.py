@@ -59,7 +59,7 @@ def doubled(tensors: tuple[Tensor, ...]) -> list[Tensor]:
 
 
 def small_chunks(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
-    monkeypatch.setattr(head, "CHUNK_BYTES", 1)
+    monkeypatch.setitem(head.CHUNK_BYTES, "cpu", 1)
     monkeypatch.setattr(head, "LEAST_ROWS", rows)
 
 
@@ -184,7 +184,7 @@ def test_bfloat16_gradients_are_as_good_as_pytorchs() -> None:
 def test_ops_pass_the_dispatchers_own_check() -> None:
     hidden, weight, bias, labels = head_case(torch.float32)
     plain = [t.detach() for t in (hidden, weight, bias)]
-    head_arguments = (*plain, labels, torch.ones(1), None, "")
+    head_arguments = (*plain, labels, torch.ones(1), None, "", "native")
     torch.library.opcheck(torch.ops.slipstream.linear_logprob.default, head_arguments)
     scored = [torch.randn(COUNT) for _ in range(5)]
     torch.library.opcheck(torch.ops.slipstream.linear_logprob_backward.default, (*head_arguments, *scored))
