@@ -50,7 +50,7 @@ def test_aggregation_may_be_a_string() -> None:
 
 
 def test_a_message_names_member_choices_and_value() -> None:
-    with pytest.raises(ObjectiveError, match="penalty must be one of k1_in_reward, k2, k3, .* got 'k4'"):
+    with pytest.raises(ObjectiveError, match=r"penalty must be one of k1_in_reward, k2, k3, .* got 'k4'"):
         Objective(penalty="k4")  # type: ignore[arg-type]
 
 
