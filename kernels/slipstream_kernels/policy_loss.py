@@ -16,7 +16,7 @@ from slipstream_kernels.dispatch import Backend, choose
 from slipstream_kernels.errors import ObjectiveError, ShapeError
 from slipstream_kernels.objective import Objective, PolicyLoss
 
-IMPLEMENTED = (Backend.REFERENCE,)
+IMPLEMENTED = (Backend.TRITON, Backend.REFERENCE)
 
 
 def policy_loss(
@@ -80,7 +80,7 @@ def policy_loss(
         raise ObjectiveError(
             "policy_loss: entropy_N must be given when Objective.entropy_coefficient is positive"
         )
-    choose(op, backend, implemented=IMPLEMENTED, device=logprob_N.device.type)
+    chosen = choose(op, backend, implemented=IMPLEMENTED, device=logprob_N.device.type)
     inputs = reference.PolicyInputs(
         logprob_N=logprob_N,
         behavior_N=behavior_N,
@@ -91,7 +91,13 @@ def policy_loss(
         weight_N=weight_N.detach(),
         cu_seqlens=check_cu_seqlens(op, cu_seqlens, rows),
     )
-    return reference.policy_loss(inputs, objective, _divisor(inputs, objective, normalizer))
+    divisor = _divisor(inputs, objective, normalizer)
+    if chosen is Backend.TRITON:
+        # Loaded only here: Triton need not be installed.
+        from slipstream_kernels.triton import policy_loss as kernels
+
+        return kernels.policy_loss(inputs, objective, divisor)
+    return reference.policy_loss(inputs, objective, divisor)
 
 
 def batch_normalizer(weight_N: Tensor, cu_seqlens: Tensor, objective: Objective) -> Tensor:
