@@ -33,7 +33,7 @@ def check_labels(op: str, labels_N: Tensor, vocabulary: int) -> None:
     """Raise ShapeError unless labels are integers in [0, vocabulary); values are checked on the CPU only."""
     check_integers(op, labels_N)
     # Reading values of a GPU tensor would wait for the device; there the gather asserts.
-    if labels_N.device.type == "cpu" and labels_N.numel():
+    if _readable(labels_N) and labels_N.numel():
         low, high = (int(bound) for bound in torch.aminmax(labels_N))
         if low < 0 or high >= vocabulary:
             raise ShapeError(f"{op}: labels_N must be in [0, {vocabulary}), got values from {low} to {high}")
@@ -48,13 +48,18 @@ def check_cu_seqlens(op: str, cu_seqlens: Tensor, tokens: int) -> Tensor:
         got = f"{list(cu_seqlens.shape)} {cu_seqlens.dtype}"
         raise ShapeError(f"{op}: cu_seqlens must be a vector of at least one integer, got {got}")
     bounds = cu_seqlens.to(torch.int64)
-    if bounds.device.type == "cpu":
+    if _readable(bounds):
         ends_right = int(bounds[0]) == 0 and int(bounds[-1]) == tokens
         if not ends_right or bool((bounds.diff() < 0).any()):
             raise ShapeError(
                 f"{op}: cu_seqlens must begin with 0, never fall and end with {tokens}, got {_shown(bounds)}"
             )
     return bounds
+
+
+def _readable(tensor: Tensor) -> bool:
+    """Return whether values can be looked at: on the CPU, and not while an op is being compiled."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def _shown(bounds: Tensor) -> str:

@@ -60,9 +60,9 @@ def linear_logprob(
     check_head(op, hidden_NH, weight_VH, bias_V, softcap)
     check_shape(op, "labels_N", labels_N, (hidden_NH.shape[0],))
     check_integers(op, labels_N)
-    chosen = choose_head(op, backend, hidden_NH, sharded=group is not None)
+    chosen = choose_head(op, backend, hidden_NH.dtype, hidden_NH.device.type, sharded=group is not None)
     temperature = temperature_of(op, inverse_temperature, hidden_NH)
-    if chosen is Backend.REFERENCE:
+    if chosen == Backend.REFERENCE.value:
         check_labels(op, labels_N, weight_VH.shape[0])
         settings = reference.LogitSettings(inverse_temperature=temperature, softcap=softcap)
         return reference.linear_logprob(hidden_NH, weight_VH, labels_N, bias_V=bias_V, settings=settings)
@@ -70,7 +70,7 @@ def linear_logprob(
     score: Callable[..., Any] = _Scored.apply if needs_gradient(hidden_NH, weight_VH, bias_V) else _score
     try:
         scored: tuple[Tensor, Tensor, Tensor] = score(
-            hidden_NH, weight_VH, bias_V, labels, temperature, softcap, name, chosen.value
+            hidden_NH, weight_VH, bias_V, labels, temperature, softcap, name, chosen
         )
     except NativeError:
         check_labels(op, labels_N, weight_VH.shape[0])
@@ -117,15 +117,18 @@ def check_head(
         raise ShapeError(f"{op}: softcap must be positive or None, got {softcap}")
 
 
-def choose_head(op: str, backend: Backend | str | None, hidden_NH: Tensor, *, sharded: bool) -> Backend:
-    """Return the backend of a head op: float64 has only the reference, and shards never have it."""
-    double = hidden_NH.dtype is torch.float64
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def choose_head(
+    op: str, backend: Backend | str | None, dtype: torch.dtype, device: str, *, sharded: bool
+) -> str:
+    """Return the name of a head op's backend: float64 has only the reference, and shards never have it."""
+    double = dtype is torch.float64
     if sharded and (double or backend == Backend.REFERENCE):
         raise BackendError(f"{op}: shards of a vocabulary need float32 and another backend than 'reference'")
     if double and backend not in (None, Backend.REFERENCE):
         raise BackendError(f"{op}: backend {str(backend)!r} takes no float64; choose 'reference', or None")
     implemented = (Backend.REFERENCE,) if double else IMPLEMENTED
-    return choose(op, backend, implemented=implemented, device=hidden_NH.device.type)
+    return choose(op, backend, implemented=implemented, device=device).value
 
 
 def temperature_of(op: str, inverse_temperature: float | Tensor, hidden_NH: Tensor) -> Tensor:
@@ -134,6 +137,8 @@ def temperature_of(op: str, inverse_temperature: float | Tensor, hidden_NH: Tens
     if not isinstance(inverse_temperature, Tensor):
         if not 0.0 < inverse_temperature < float("inf"):
             raise ShapeError(f"{op}: inverse_temperature must be positive, got {inverse_temperature}")
+        if torch.compiler.is_compiling():
+            return torch.full((1,), inverse_temperature, dtype=dtype, device=hidden_NH.device)
         return _one_temperature(float(inverse_temperature), dtype, hidden_NH.device)
     if inverse_temperature.requires_grad:
         raise ShapeError(f"{op}: inverse_temperature must not require a gradient; detach it")

@@ -5,9 +5,7 @@ Dimensions: N packed tokens, M of them with positive weight, H hidden, V vocabul
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
-from dataclasses import asdict
 from functools import cache, lru_cache
 from typing import Any
 
@@ -79,8 +77,8 @@ def linear_policy_loss(
         op, objective, tokens=hidden_NH.shape[0], behavior_N=behavior_N, proximal_N=proximal_N,
         reference_N=reference_N, advantage_N=advantage_N, weight_N=weight_N, cu_seqlens=cu_seqlens,
     )  # fmt: skip
-    chosen = choose_head(op, backend, hidden_NH, sharded=group is not None)
-    if chosen is Backend.REFERENCE:
+    chosen = choose_head(op, backend, hidden_NH.dtype, hidden_NH.device.type, sharded=group is not None)
+    if chosen == Backend.REFERENCE.value:
         settings = temperature, bias_V, softcap
         return _composed(hidden_NH, weight_VH, labels_N, *settings, inputs, objective, normalizer)
     check_integers(op, labels_N)
@@ -88,9 +86,9 @@ def linear_policy_loss(
     needs = [tensor is not None and needs_gradient(tensor) for tensor in differentiable]
     shards = "" if group is None else group.group_name
     arguments = (
-        shard_labels(labels_N, vocab_start), temperature, softcap, shards, chosen.value,
+        shard_labels(labels_N, vocab_start), temperature, softcap, shards, chosen,
         inputs.behavior_N, inputs.proximal_N, inputs.reference_N, inputs.advantage_N, inputs.weight_N,
-        inputs.cu_seqlens, divisor_of(op, inputs, objective, normalizer), _written(objective), needs,
+        inputs.cu_seqlens, divisor_of(op, inputs, objective, normalizer), objective.text, needs,
     )  # fmt: skip
     differentiated: Callable[..., Any] = _Differentiable.apply
     try:
@@ -145,9 +143,14 @@ def _scatter(values_M: Tensor, rows_M: Tensor, count: int) -> Tensor:
     return values_M.new_zeros(count).index_copy(0, rows_M, values_M)
 
 
-@cache
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def metric_names() -> tuple[str, ...]:
     """Return the names of the metrics of any policy loss, in the order in which the op returns them."""
+    return _metric_names()
+
+
+@cache
+def _metric_names() -> tuple[str, ...]:
     none = torch.zeros(0)
     inputs = reference.PolicyInputs(
         logprob_N=none, behavior_N=none, proximal_N=None, reference_N=None, entropy_N=none, advantage_N=none,
@@ -157,14 +160,8 @@ def metric_names() -> tuple[str, ...]:
 
 
 @lru_cache(maxsize=64)
-def _written(objective: Objective) -> str:
-    """Return an objective as the text that an op can take."""
-    return json.dumps(asdict(objective))
-
-
-@lru_cache(maxsize=64)
 def _read(text: str) -> Objective:
-    return Objective(**json.loads(text))
+    return Objective.of(text)
 
 
 class _Differentiable(torch.autograd.Function):
@@ -230,7 +227,7 @@ def _run(
         terms.loss.clone(),
         spread(terms.grad_logprob_N),
         spread(terms.grad_entropy_N),
-        torch.stack([value.float() for value in terms.metrics.values()]),
+        torch.stack([terms.metrics[name].float() for name in metric_names()]),
         _typed(grad_hidden, hidden),
         _typed(gradients.weight, weight),
         _typed(gradients.bias, weight if bias is None else bias),

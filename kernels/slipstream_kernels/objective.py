@@ -5,9 +5,10 @@ Dimensions: N packed tokens.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from types import MappingProxyType
 from typing import TYPE_CHECKING
@@ -153,6 +154,9 @@ class Objective:
     fixed_length: int = 0
     """Tokens each segment counts for under ``fixed``; otherwise 0."""
 
+    text: str = field(init=False, repr=False, compare=False)
+    """Its members as JSON: the form in which a registered op takes an objective."""
+
     @property
     def sequence_level(self) -> bool:
         """Whether a token's terms depend on other tokens of its segment; its share aside."""
@@ -174,6 +178,13 @@ class Objective:
             value = getattr(self, name)
             _require(name, value, 0.0 <= value < math.inf, "zero or positive, and finite")
         self._check_pairs()
+        members = {member.name: getattr(self, member.name) for member in fields(self) if member.init}
+        object.__setattr__(self, "text", json.dumps(members))
+
+    @staticmethod
+    def of(text: str) -> Objective:
+        """Return the objective whose `text` this is; raises ObjectiveError."""
+        return Objective(**json.loads(text))
 
     def _check_choices(self) -> None:
         for name, kind in _CHOICES.items():

@@ -196,6 +196,25 @@ def test_ops_pass_the_dispatchers_own_check() -> None:
     )
 
 
+def test_compiled_into_one_graph_the_bits_are_the_same() -> None:
+    hidden, weight, _, labels = head_case(torch.float32)
+    inputs = loss_case(Objective(clip_high=0.28))
+
+    def loss_of(hidden: Tensor, weight: Tensor) -> Tensor:
+        logprob, _, _ = linear_logprob(2 * hidden, weight, labels)
+        return linear_policy_loss(2 * hidden, weight, labels, **inputs).loss + logprob.mean()
+
+    compiled = torch.compile(loss_of, backend="aot_eager", fullgraph=True)
+    eager, traced = loss_of(hidden, weight), compiled(hidden, weight)
+    assert torch.equal(eager, traced)
+    for one, other in zip(
+        torch.autograd.grad(eager, [hidden, weight]),
+        torch.autograd.grad(traced, [hidden, weight]),
+        strict=True,
+    ):
+        assert torch.equal(one, other)
+
+
 def test_float64_has_only_the_reference_and_shards_never_have_it() -> None:
     hidden, weight, _, labels = doubled(head_case(torch.float32))
     with pytest.raises(BackendError, match="linear_logprob: backend 'native' takes no float64"):

@@ -107,3 +107,9 @@ def test_sequence_level(members: dict[str, Any], expected: bool) -> None:
 )
 def test_named_objectives(objective: Objective, members: dict[str, Any]) -> None:
     assert objective == Objective(**members)
+
+
+def test_its_text_gives_the_same_objective() -> None:
+    objective = Objective(clip_high=0.28, trust_low=0.1, aggregation=Aggregation.FIXED, fixed_length=7)
+    assert Objective.of(objective.text) == objective
+    assert Objective.of(objective.text).importance_cap == float("inf")
