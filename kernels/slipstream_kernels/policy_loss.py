@@ -6,6 +6,7 @@ Dimensions: N packed tokens, S segments.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import fields
 
 import torch
 from torch import Tensor
@@ -61,25 +62,7 @@ def policy_loss(
     ObjectiveError and BackendError. Sources: Hilton et al. 2021, arXiv:2110.00641, eq. 2, and the
     papers that Surrogate, Level, Correction and Penalty name.
     """
-    op, rows = "policy_loss", logprob_N.numel()
-    optional = {"proximal_N": proximal_N, "reference_N": reference_N, "entropy_N": entropy_N}
-    required = {
-        "logprob_N": logprob_N,
-        "behavior_N": behavior_N,
-        "advantage_N": advantage_N,
-        "weight_N": weight_N,
-    }
-    for name, tensor in (required | optional).items():
-        if tensor is not None:
-            check_shape(op, name, tensor, (rows,))
-    if objective.kl_coefficient > 0 and reference_N is None:
-        raise ObjectiveError(
-            "policy_loss: reference_N must be given when Objective.kl_coefficient is positive"
-        )
-    if objective.entropy_coefficient > 0 and entropy_N is None:
-        raise ObjectiveError(
-            "policy_loss: entropy_N must be given when Objective.entropy_coefficient is positive"
-        )
+    op = "policy_loss"
     chosen = choose(op, backend, implemented=IMPLEMENTED, device=logprob_N.device.type)
     inputs = reference.PolicyInputs(
         logprob_N=logprob_N,
@@ -89,8 +72,9 @@ def policy_loss(
         entropy_N=entropy_N,
         advantage_N=advantage_N,
         weight_N=weight_N.detach(),
-        cu_seqlens=check_cu_seqlens(op, cu_seqlens, rows),
+        cu_seqlens=check_cu_seqlens(op, cu_seqlens, logprob_N.numel()),
     )
+    _check(inputs, objective)
     divisor = _divisor(inputs, objective, normalizer)
     if chosen is Backend.TRITON:
         # Loaded only here: Triton need not be installed.
@@ -98,6 +82,21 @@ def policy_loss(
 
         return kernels.policy_loss(inputs, objective, divisor)
     return reference.policy_loss(inputs, objective, divisor)
+
+
+def _check(inputs: reference.PolicyInputs, objective: Objective) -> None:
+    for field in fields(inputs):
+        tensor = getattr(inputs, field.name)
+        if field.name != "cu_seqlens" and tensor is not None:
+            check_shape("policy_loss", field.name, tensor, (inputs.logprob_N.numel(),))
+    if objective.kl_coefficient > 0 and inputs.reference_N is None:
+        raise ObjectiveError(
+            "policy_loss: reference_N must be given when Objective.kl_coefficient is positive"
+        )
+    if objective.entropy_coefficient > 0 and inputs.entropy_N is None:
+        raise ObjectiveError(
+            "policy_loss: entropy_N must be given when Objective.entropy_coefficient is positive"
+        )
 
 
 def batch_normalizer(weight_N: Tensor, cu_seqlens: Tensor, objective: Objective) -> Tensor:

@@ -81,13 +81,8 @@ def policy_terms(inputs: PolicyInputs, share_N: Tensor, objective: Objective) ->
     independent of one another: all [N] inputs and shares may be any subset of rows, `cu_seqlens` is
     not read, and losses and metrics of disjoint subsets merge into those of the whole.
     """
-    tokens = _live_tokens(inputs)
-    live, current = tokens.live, tokens.logprob.detach()
-    drift = None if tokens.reference is None else tokens.logprob - tokens.reference
-    advantage = tokens.advantage
-    if drift is not None and objective.penalty is Penalty.K1_IN_REWARD:
-        advantage = advantage - objective.kl_coefficient * clamped(drift.detach())
-
+    tokens = _live_tokens(inputs, objective)
+    live, current, drift = tokens.live, tokens.logprob.detach(), tokens.drift
     raw_log_ratio = clamped(current - tokens.behavior)
     raw_ratio = raw_log_ratio.exp()
     trusted = live & (raw_ratio >= objective.trust_low) & (raw_ratio <= objective.trust_high)
@@ -101,7 +96,7 @@ def policy_terms(inputs: PolicyInputs, share_N: Tensor, objective: Objective) ->
     term = surrogate(
         level_log_ratio(moved, objective.ratio_level, live, inputs.cu_seqlens),
         tokens.logprob,
-        advantage,
+        tokens.advantage,
         weight.importance,
         objective,
     )
@@ -116,7 +111,7 @@ def policy_terms(inputs: PolicyInputs, share_N: Tensor, objective: Objective) ->
     seen = Pass(
         live=live,
         trusted=trusted,
-        advantage=advantage,
+        advantage=tokens.advantage,
         raw_ratio=raw_ratio,
         raw_log_ratio=raw_log_ratio,
         moved=None if tokens.proximal is None else clamped(moved.detach()),
@@ -136,18 +131,20 @@ def policy_terms(inputs: PolicyInputs, share_N: Tensor, objective: Objective) ->
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class _LiveTokens:
-    """[N] the inputs, 0 where the weight is not positive; all but logprob and entropy are constant."""
+    """[N] the inputs, 0 where the weight is not positive."""
 
     live: Tensor
     logprob: Tensor
     behavior: Tensor
     proximal: Tensor | None
-    reference: Tensor | None
+    drift: Tensor | None
+    """Current / reference log-ratio; differentiable, as logprob and entropy are."""
     entropy: Tensor | None
     advantage: Tensor
+    """Without the penalty that is taken off the reward."""
 
 
-def _live_tokens(inputs: PolicyInputs) -> _LiveTokens:
+def _live_tokens(inputs: PolicyInputs, objective: Objective) -> _LiveTokens:
     live = inputs.weight_N > 0
     dtype = torch.promote_types(inputs.logprob_N.dtype, torch.float32)
 
@@ -155,12 +152,16 @@ def _live_tokens(inputs: PolicyInputs) -> _LiveTokens:
         # Selected before any arithmetic: 0 * inf would be NaN.
         return torch.where(live, values.to(dtype), 0.0)
 
+    logprob, advantage = lived(inputs.logprob_N), lived(inputs.advantage_N.detach())
+    drift = None if inputs.reference_N is None else logprob - lived(inputs.reference_N.detach())
+    if drift is not None and objective.penalty is Penalty.K1_IN_REWARD:
+        advantage = advantage - objective.kl_coefficient * clamped(drift.detach())
     return _LiveTokens(
         live=live,
-        logprob=lived(inputs.logprob_N),
+        logprob=logprob,
         behavior=lived(inputs.behavior_N.detach()),
         proximal=None if inputs.proximal_N is None else lived(inputs.proximal_N.detach()),
-        reference=None if inputs.reference_N is None else lived(inputs.reference_N.detach()),
+        drift=drift,
         entropy=None if inputs.entropy_N is None else lived(inputs.entropy_N),
-        advantage=lived(inputs.advantage_N.detach()),
+        advantage=advantage,
     )

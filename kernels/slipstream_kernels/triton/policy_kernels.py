@@ -92,17 +92,18 @@ def segment_kernel(
     count = tl.zeros([BLOCK], tl.float32)
     for start in range(first, last, BLOCK):
         offset = start + lane
-        load = read(weight, offset, offset < last)
+        within = offset < last
+        load = tl.load(weight + offset, mask=within, other=0.0).to(tl.float32)
         live = load > 0.0
         count += live.to(tl.float32)
         heavy += tl.where(live, load, 0.0)
         if MOVED != "" or MISMATCH != "":
-            current = read(logprob, offset, live)
-            base = current if proximal is None else read(proximal, offset, live)
+            current = read(logprob, offset, within, live)
+            base = current if proximal is None else read(proximal, offset, within, live)
             if MOVED != "":
                 moved += current - base
             if MISMATCH != "":
-                mismatch += base - read(behavior, offset, live)
+                mismatch += base - read(behavior, offset, within, live)
     length = tl.maximum(tl.sum(count, 0), 1.0)
     whole_moved = tl.sum(moved, 0)
     whole_mismatch = tl.sum(mismatch, 0)
@@ -119,7 +120,7 @@ def segment_kernel(
         if MISMATCH != "":
             tl.store(mismatch_out + offset, tl.zeros([BLOCK], tl.float32) + whole_mismatch, mask=within)
         if SHARE:
-            load = read(weight, offset, within)
+            load = tl.load(weight + offset, mask=within, other=0.0).to(tl.float32)
             part = load / tl.maximum(tl.load(divisor), _TINY) / whole_weight
             tl.store(share_out + offset, tl.where(load > 0.0, part, 0.0), mask=within)
 
@@ -176,14 +177,14 @@ def token_kernel(
     block = tl.program_id(0)
     offset = block * BLOCK + tl.arange(0, BLOCK)
     within = offset < tokens
-    load = read(weight, offset, within)
+    load = tl.load(weight + offset, mask=within, other=0.0).to(tl.float32)
     live = load > 0.0
-    current = read(logprob, offset, live)
-    behaved = read(behavior, offset, live)
-    advantage = read(advantage_in, offset, live)
-    base = current if proximal is None else read(proximal, offset, live)
+    current = read(logprob, offset, within, live)
+    behaved = read(behavior, offset, within, live)
+    advantage = read(advantage_in, offset, within, live)
+    base = current if proximal is None else read(proximal, offset, within, live)
     whole = tl.maximum(tl.load(divisor), _TINY)
-    share = load / whole if share_in is None else read(share_in, offset, live)
+    share = load / whole if share_in is None else read(share_in, offset, within, live)
 
     raw_log_ratio = clamped(current - behaved)
     raw_ratio = tl.exp(raw_log_ratio)
@@ -193,7 +194,7 @@ def token_kernel(
     place = sums_out + block * METRICS
     penalty_slope = tl.zeros([BLOCK], tl.float32)
     if reference is not None:
-        drift = current - read(reference, offset, live)
+        drift = current - read(reference, offset, within, live)
         kl_coefficient = tl.load(coefficients + KL)
         if PENALTY == "k1_in_reward":
             advantage -= kl_coefficient * clamped(drift)
@@ -214,7 +215,7 @@ def token_kernel(
         _put_nothing(place, _PROXIMAL_COUNT, 1)
     if entropy is not None:
         weighted = -tl.load(coefficients + BONUS) * share
-        uncertainty = read(entropy, offset, live)
+        uncertainty = read(entropy, offset, within, live)
         tl.store(entropy_gradient_out + offset, weighted, mask=within)
         _put(place, _LOSS_ENTROPY, weighted * uncertainty)
         _put(place, _ENTROPY, uncertainty)
@@ -224,8 +225,8 @@ def token_kernel(
         _put_nothing(place, _ENTROPY, 1)
         _put_nothing(place, _ENTROPY_COUNT, 1)
 
-    mismatch = base - behaved if mismatch_in is None else read(mismatch_in, offset, live)
-    moved = current - base if moved_in is None else read(moved_in, offset, live)
+    mismatch = base - behaved if mismatch_in is None else read(mismatch_in, offset, within, live)
+    moved = current - base if moved_in is None else read(moved_in, offset, within, live)
     importance, capped, rejected = corrected(mismatch, coefficients, CORRECTION)
     loss, slope, bounded, dual = surrogate(moved, current, advantage, importance, coefficients, SURROGATE)
     tl.store(gradient_out + offset, share * (slope + penalty_slope), mask=within)

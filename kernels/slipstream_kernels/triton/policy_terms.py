@@ -64,9 +64,9 @@ def clamped(log_ratio):
 
 
 @triton.jit
-def read(pointer, offset, chosen):
-    # Tokens that are not chosen are never read: they may hold NaN.
-    return tl.load(pointer + offset, mask=chosen, other=0.0).to(tl.float32)
+def read(pointer, offset, within, live):
+    # Selected after loading: a mask made of data would split wide loads. Dead tokens may hold NaN.
+    return tl.where(live, tl.load(pointer + offset, mask=within, other=0.0).to(tl.float32), 0.0)
 
 
 @triton.jit
