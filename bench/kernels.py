@@ -25,7 +25,7 @@ from typing import Final, NoReturn
 
 import torch
 from kernels_suite import gate, machine, measure, memory, report
-from kernels_suite.plan import Place, Scale
+from kernels_suite.plan import Place, Scale, training_dtype
 from kernels_suite.suite import CASES, ceilings
 
 BASELINES: Final = Path(__file__).with_name("baselines.json")
@@ -101,9 +101,9 @@ def _gated(chosen: argparse.Namespace, machine_class: str, rows: Sequence[measur
 
 def _place(chosen: argparse.Namespace) -> Place:
     device = chosen.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if chosen.smoke:
-        return Place(device=device, scale=Scale.SMOKE)
-    return Place(device=device, scale=Scale.GPU if device == "cuda" or chosen.full else Scale.CPU)
+    large = device == "cuda" or chosen.full
+    scale = Scale.SMOKE if chosen.smoke else Scale.GPU if large else Scale.CPU
+    return Place(device=device, scale=scale, dtype=training_dtype(device))
 
 
 def _line(row: measure.Row) -> str:

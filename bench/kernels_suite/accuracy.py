@@ -17,6 +17,8 @@ BFLOAT16_TIMES: Final = 2.0
 """Gradients of bfloat16 inputs: at most this many times the error of eager PyTorch in bfloat16."""
 FP8: Final = 0.03
 """Rounding to float8 itself: three bits of mantissa."""
+BFLOAT16: Final = 2e-2
+"""But never more than this: eager's rounded log-probabilities also fall on the wrong side of the clip."""
 PREFIXES: Final = ("unread_", "fact_")
 """Outputs that have no truth to compare with, and facts to report."""
 
@@ -43,7 +45,7 @@ def limit(case: Case, output: str, of_eager: float | None) -> float:
     if output in {"logprob", "entropy", "entropy_mean"}:
         return LOGPROB
     if case.dtype is torch.bfloat16 and of_eager is not None:
-        return max(FLOAT32, BFLOAT16_TIMES * of_eager)
+        return max(FLOAT32, min(BFLOAT16, BFLOAT16_TIMES * of_eager))
     return FLOAT32
 
 

@@ -9,6 +9,9 @@ from typing import Final, TypeVar
 from slipstream_kernels import BackendError
 
 Result = TypeVar("Result")
+NONE: Final = "none"
+NOT_IMPLEMENTED: Final = "does not exist for this op"
+"""What slipstream_kernels says of a backend that an op does not have: nothing to report."""
 OUT_OF_MEMORY: Final = (
     "out of memory",
     "can't allocate",
@@ -23,7 +26,7 @@ class Failure:
     """Why a variant gave no result."""
 
     status: str
-    """absent: not to be had here; oom; failed."""
+    """absent: not to be had here; NONE: to be had nowhere; oom; failed."""
     note: str
 
 
@@ -32,7 +35,7 @@ def attempt(run: Callable[[], Result]) -> Result | Failure:
     try:
         return run()
     except BackendError as error:
-        return Failure("absent", str(error))
+        return Failure(NONE if NOT_IMPLEMENTED in str(error) else "absent", str(error))
     # Peers and kernels being tried out may raise anything; all of it becomes a row.
     except Exception as error:  # noqa: BLE001
         text = " ".join(str(error).split())

@@ -17,7 +17,7 @@ import slipstream_kernels
 from kernels_suite import eager
 from kernels_suite.plan import Case, Exact, Inputs, Outputs, Place, Scale, Variant, ours
 
-SIDE: Final = {Scale.SMOKE: 512, Scale.CPU: 4096, Scale.GPU: 16384}
+SIDE: Final = {Scale.CHECK: 384, Scale.SMOKE: 512, Scale.CPU: 4096, Scale.GPU: 16384}
 """Rows and columns of the weight."""
 CHANGED: Final = 0.02
 """Share of weights that an optimizer's step changes in bfloat16."""

@@ -41,6 +41,11 @@ class Head:
 QUICKSTART: Final = Head(name="quickstart", rows=4096, hidden=96, vocabulary=480)
 """Recipe research: packed to batch.token_budget, 30 % of the tokens sampled by the policy."""
 SHAPES: Final = {
+    Scale.CHECK: (
+        Head(name="one row", rows=1, hidden=64, vocabulary=1024, trained=(1.0,)),
+        Head(name="ragged", rows=129, hidden=136, vocabulary=1025, trained=(1.0, 0.3)),
+        Head(name="wide", rows=256, hidden=4096, vocabulary=32000, trained=(0.5,)),
+    ),
     Scale.SMOKE: (Head(name="smoke", rows=192, hidden=32, vocabulary=257, trained=(0.5,)),),
     Scale.CPU: (QUICKSTART, Head(name="4k×1k×32k", rows=4096, hidden=1024, vocabulary=32768)),
     Scale.GPU: (

@@ -8,13 +8,14 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final
 
 import torch
 from torch import Tensor
 
 from kernels_suite import accuracy, memory
-from kernels_suite.attempt import Failure, attempt
+from kernels_suite.attempt import NONE, Failure, attempt
 from kernels_suite.floors import gpu_extras, least_cost
 from kernels_suite.plan import Case, Exact, Inputs, Outputs, Variant
 
@@ -39,6 +40,7 @@ class Effort:
 SMOKE: Final = Effort(least_rounds=3, most_rounds=3, seconds=0.2, least_call_s=0.0005)
 HOST_CALL_S: Final = 0.02
 """Calls on tiny inputs are repeated this long within a round: single ones find cold caches."""
+GPU: Final = Effort(least_rounds=5, most_rounds=20, seconds=3.0, least_call_s=0.002)
 FULL: Final = Effort(least_rounds=5, most_rounds=25, seconds=15.0, least_call_s=0.005)
 
 
@@ -76,17 +78,24 @@ def measure(case: Case, setting: Setting) -> Iterator[Row]:
         _fill(case, rows, seconds)
         if setting.device == "cuda":
             for variant in live:
-                rows[variant.name] |= _attempt_row(lambda chosen=variant: gpu_extras(chosen, inputs))
-    yield from rows.values()
+                rows[variant.name] |= _attempt_row(partial(gpu_extras, variant, inputs))
+    yield from (row for row in rows.values() if row["status"] != NONE)
 
 
-def compare(case: Case, variant: Variant) -> dict[str, float] | Failure:
-    """Return the errors of one variant against float64, or why there are none."""
-    if variant.obstacle:
-        return Failure("absent", variant.obstacle)
-    inputs, exact = _small(case)
-    done: dict[str, float] | Failure = attempt(lambda: accuracy.errors(variant.run(inputs), exact))
-    return done
+def comparisons(case: Case) -> Iterator[tuple[Variant, dict[str, float] | Failure]]:
+    """Yield each variant of ours, and eager, with the errors of its outputs against float64."""
+    made = attempt(lambda: _small(case))
+    for variant in case.variants:
+        if not variant.ours and variant.name != case.eager:
+            continue
+        if variant.obstacle or isinstance(made, Failure):
+            yield variant, made if isinstance(made, Failure) else Failure("absent", variant.obstacle)
+            continue
+        yield variant, attempt(partial(_errors, variant, *made))
+
+
+def _errors(variant: Variant, inputs: Inputs, exact: Exact) -> dict[str, float]:
+    return accuracy.errors(variant.run(inputs), exact)
 
 
 def _small(case: Case) -> tuple[Inputs, Exact]:
@@ -107,7 +116,7 @@ def _comparable(case: Case, rows: dict[str, Row]) -> list[Variant]:
         if variant.obstacle:
             row |= {"status": "absent", "note": variant.obstacle}
             continue
-        outputs = attempt(lambda chosen=variant: _compared(chosen, inputs, exact))
+        outputs = attempt(partial(_compared, variant, inputs, exact))
         if isinstance(outputs, Failure):
             row |= {"status": outputs.status, "note": outputs.note}
             continue

@@ -6,7 +6,6 @@ Dimensions, as in slipstream_kernels: N packed tokens, M trained ones, H hidden,
 from __future__ import annotations
 
 import inspect
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -28,6 +27,8 @@ Product: TypeAlias = tuple[int, int, int]
 class Scale(StrEnum):
     """How large the shapes are."""
 
+    CHECK = "check"
+    """Odd shapes, to compare with float64."""
     SMOKE = "smoke"
     """Seconds on two cores: whether everything runs."""
     CPU = "cpu"
@@ -43,15 +44,17 @@ class Place:
     device: str
     """cpu or cuda."""
     scale: Scale
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of hidden states and weights: what training uses there."""
-        return torch.bfloat16 if self.device == "cuda" else torch.float32
+    dtype: torch.dtype
+    """Of hidden states and weights."""
 
     def random(self, seed: int) -> torch.Generator:
         """Return a generator on the device."""
         return torch.Generator(device=self.device).manual_seed(seed)
+
+
+def training_dtype(device: str) -> torch.dtype:
+    """Return the type of hidden states and weights that training uses on a device."""
+    return torch.bfloat16 if device == "cuda" else torch.float32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,9 +131,7 @@ def ours(op: str, call: Callable[[Callable[..., Any], Inputs], Outputs]) -> tupl
         return (Variant(name="slipstream", run=dict, obstacle=reason, ours=True),)
     if "backend" not in inspect.signature(function).parameters:
         return (Variant(name="slipstream", run=partial(call, function), ours=True),)
-    has = getattr(sys.modules[function.__module__], "IMPLEMENTED", tuple(Backend))
     return tuple(
         Variant(name=backend.value, run=partial(call, partial(function, backend=backend.value)), ours=True)
         for backend in Backend
-        if backend in has
     )

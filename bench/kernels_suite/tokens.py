@@ -24,13 +24,14 @@ GAE_LAMBDA: Final = 0.95
 HOLES: Final = 0.3
 """Share of tokens outside the mask: prompts and tool results."""
 SHAPES: Final = {
+    Scale.CHECK: (("one token", 1, 1), ("ragged", 4097, 33), ("long", 20001, 4)),
     Scale.SMOKE: (("smoke", 2048, 16),),
     Scale.CPU: (("64k in 256 segments", 65536, 256), ("1M in 1024 segments", 1 << 20, 1024)),
     Scale.GPU: (("1M in 1024 segments", 1 << 20, 1024),),
 }
 """name, N, S."""
 TINY: Final = ("tiny", 16, 2)
-GROUPS: Final = {Scale.SMOKE: 16, Scale.CPU: 512, Scale.GPU: 8192}
+GROUPS: Final = {Scale.CHECK: 33, Scale.SMOKE: 16, Scale.CPU: 512, Scale.GPU: 8192}
 GROUP_SIZE: Final = 8
 LONGEST_LOOP: Final = 65536
 """Tokens beyond which a Python loop over tokens is no longer run."""
@@ -78,6 +79,9 @@ def make(place: Place, tokens: int, segments: int, holes: float, gradient: bool,
     share = torch.rand(tokens, generator=random, device=place.device)
     cuts = torch.randperm(tokens - 1, generator=random, device=place.device)[: segments - 1] + 1
     ends = cuts.new_tensor([0, tokens])
+    if place.scale is Scale.CHECK:
+        # Empty segments at both ends.
+        ends = ends.repeat(2)
     logprob = -draw().abs()
     return {
         "logprob_N": logprob.requires_grad_(gradient),
