@@ -33,9 +33,8 @@ class Regression:
     def __str__(self) -> str:
         """Return one sentence with row, expected and got."""
         got = "it was not measured" if self.got is None else f"got {self.got:.3f}"
-        return (
-            f"{self.key}: expected a ratio to eager of {self.expected:.3f}, at least {self.least:.3f}; {got}"
-        )
+        wanted = f"expected {self.expected:.3f} times eager, at least {self.least:.3f}"
+        return f"{self.key}: {wanted}; {got}"
 
 
 def read(path: Path) -> dict[str, Any]:
