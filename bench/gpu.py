@@ -224,7 +224,8 @@ def items(rehearse: bool) -> Iterator[tuple[str, Callable[[], Iterator[tuple[str
         cache_bytes=machine.cache_bytes(device),
         command=f"slipstream bench kernels --op {{op}} --device {device}",
     )
-    for op in REHEARSED_OPS if rehearse else CASES:
+    # The one that has no figure to reach comes last: it is the one to lose to the deadline.
+    for op in REHEARSED_OPS if rehearse else sorted(CASES, key=lambda op: op == "linear_kl"):
         for number, case in enumerate(CASES[op](place)):
             yield f"benchmark of {case.key}", partial(measured, case, setting)
             if number and rehearse:

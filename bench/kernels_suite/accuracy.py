@@ -12,7 +12,7 @@ from kernels_suite.plan import Case, Exact, Outputs
 FLOAT32: Final = 1e-5
 """Relative error of a float32 path."""
 LOGPROB: Final = 2e-5
-"""Greatest |difference| of a log-probability or entropy over the greatest |logit|, for inputs of any type."""
+"""Greatest |difference| of a log-probability, entropy or KL over the greatest |logit|, in any type."""
 BFLOAT16_TIMES: Final = 2.0
 """Gradients of bfloat16 inputs: at most this many times the error of eager PyTorch in bfloat16."""
 FP8: Final = 0.03
@@ -42,7 +42,7 @@ def limit(case: Case, output: str, of_eager: float | None) -> float:
         return FP8
     if output in {"checksum", "restored"}:
         return 0.0
-    if output in {"logprob", "entropy", "entropy_mean"}:
+    if output in {"logprob", "entropy", "entropy_mean", "kl"}:
         return LOGPROB
     if case.dtype is torch.bfloat16 and of_eager is not None:
         return max(FLOAT32, min(BFLOAT16, BFLOAT16_TIMES * of_eager))

@@ -13,8 +13,8 @@ import torch
 from kernels_suite.plan import Case, Inputs, Variant
 
 MOST_PIECES: Final = 64
-CPU_ROWS: Final = 2048
-"""Rows of the products behind a CPU's ceiling; their time is scaled up to all rows."""
+MOST_ROWS: Final = {"cpu": 2048, "cuda": 8192}
+"""Rows of the products behind a ceiling; their time is scaled up to all rows."""
 
 
 def least_cost(case: Case, device: str, cache_bytes: int) -> tuple[Callable[[Inputs], object], float]:
@@ -31,7 +31,7 @@ def least_cost(case: Case, device: str, cache_bytes: int) -> tuple[Callable[[Inp
             there.copy_(here)
 
         return copy, 1.0
-    rows = case.rows if device == "cuda" else min(case.rows, CPU_ROWS)
+    rows = min(case.rows, MOST_ROWS[device])
     products = []
     for m, k, n in case.products(rows):
         left = torch.randn(m, k, device=device).to(case.dtype)

@@ -238,7 +238,7 @@ def _exact(run: Callable[[Inputs], Outputs], inputs: Inputs) -> Exact:
     doubled = wide(inputs)
     with torch.no_grad():
         peak = float((doubled["hidden_NH"] @ doubled["weight_VH"].T).abs().max())
-    scales = dict.fromkeys(("logprob", "entropy", "entropy_mean"), peak)
+    scales = dict.fromkeys(("logprob", "entropy", "entropy_mean", "kl"), peak)
     # The loss is a mean of both signs: its own size says nothing about its terms.
     scales["loss"] = float((doubled["advantage_N"].abs() * doubled["weight_N"]).mean())
     return Exact(outputs=run(doubled), scales=scales)

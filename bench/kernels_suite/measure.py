@@ -57,6 +57,8 @@ class Setting:
 
 def measure(case: Case, setting: Setting) -> Iterator[Row]:
     """Yield one row for each variant of the case, measured or with the reason why not."""
+    if setting.device == "cuda":
+        torch.cuda.empty_cache()
     rows = {variant.name: _blank(case, variant, setting) for variant in case.variants}
     live = _comparable(case, rows)
     inputs = _rotation(case, setting, many=bool(live))

@@ -22,8 +22,8 @@ NOTES: Final = """\
 × eager: eager's time over this one's, the median over rounds. % ceiling: the time of the matrix products
 alone (or of a copy of the least bytes), measured in the same rounds, over this one's. Rate: the case's least
 FLOPs or bytes over the time. Extra MB: peak memory of one call beyond its inputs, results included. Worst
-error: greatest of the outputs' errors against float64 (relative norm; log-probability and entropy over the
-greatest logit). Each row of rows.jsonl has the command that repeats it.
+error: greatest of the outputs' errors against float64 (relative norm; log-probability, entropy and KL over
+the greatest logit). Each row of rows.jsonl has the command that repeats it.
 """
 
 
