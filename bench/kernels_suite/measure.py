@@ -41,7 +41,7 @@ SMOKE: Final = Effort(least_rounds=3, most_rounds=3, seconds=0.2, least_call_s=0
 HOST_CALL_S: Final = 0.02
 """Calls on tiny inputs are repeated this long within a round: single ones find cold caches."""
 GPU: Final = Effort(least_rounds=5, most_rounds=20, seconds=3.0, least_call_s=0.002)
-FULL: Final = Effort(least_rounds=5, most_rounds=25, seconds=15.0, least_call_s=0.005)
+FULL: Final = Effort(least_rounds=3, most_rounds=25, seconds=40.0, least_call_s=0.005)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
