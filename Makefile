@@ -12,7 +12,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 INPUTS := pyproject.toml setup.py constraints.txt $(shell find csrc -type f 2>/dev/null)
 OUTPUT ?= runs/research
-BENCH ?= dataflow asynchrony
+BENCH ?= dataflow asynchrony kernels
 ARGS ?=
 
 train: .venv/installed

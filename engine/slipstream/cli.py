@@ -73,10 +73,16 @@ def _dispatch(arguments: list[str]) -> int:
     parser.add_argument("--parent", type=int, help=argparse.SUPPRESS)
     command.declare(parser)
     # Intermixed: overrides may stand before and after options.
-    chosen = parser.parse_intermixed_args(arguments[1:])
+    chosen = parser.parse_intermixed_args(_separated(name, arguments[1:]))
     if chosen.parent is not None:
         guard_parent(chosen.parent)
     return command.run(chosen)
+
+
+def _separated(command: str, arguments: list[str]) -> list[str]:
+    """Return the arguments with `--` after the NAME of a benchmark: what follows is the benchmark's own."""
+    named = command == "bench" and arguments[:1] and not arguments[0].startswith("-")
+    return [arguments[0], "--", *arguments[1:]] if named and "--" not in arguments else arguments
 
 
 def _overview(commands: dict[str, Command]) -> str:
@@ -153,7 +159,7 @@ def _folder_args(parser: argparse.ArgumentParser) -> None:
 
 def _bench_args(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name", metavar="NAME", help="such as dataflow")
-    parser.add_argument("arguments", nargs="*", help="passed on; put options after --")
+    parser.add_argument("arguments", nargs="*", help="passed on")
 
 
 def _train(chosen: argparse.Namespace) -> int:
