@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from slipstream_kernels import reference
+from slipstream_kernels.dispatch import Backend
 from slipstream_kernels.head import Head
 from slipstream_kernels.objective import Objective, PolicyLoss
 from slipstream_kernels.policy_loss import merge_metrics
@@ -53,9 +54,7 @@ class PolicyHead:
         parts = []
         for chunk in self._chunks:
             scored = self._score(chunk)
-            terms = reference.policy_terms(
-                _with_scores(_rows(inputs, chunk), scored), share_M[chunk], objective
-            )
+            terms = self._terms(_with_scores(_rows(inputs, chunk), scored), share_M[chunk], objective)
             self._differentiate(chunk, scored, terms)
             parts.append(terms)
         return _joined(parts)
@@ -64,12 +63,20 @@ class PolicyHead:
         every = [self._score(chunk) for chunk in self._chunks]
         logprob_M, entropy_M, logsumexp_M = (torch.cat(part) for part in zip(*every, strict=True))
         scored = logprob_M, entropy_M, logsumexp_M
-        terms = reference.policy_terms(_with_scores(inputs, scored), share_M, objective)
+        terms = self._terms(_with_scores(inputs, scored), share_M, objective)
         for chunk in self._chunks:
             if len(self._chunks) > 1:
                 self._score(chunk)
             self._differentiate(chunk, tuple(part[chunk] for part in scored), _terms_of(terms, chunk))
         return terms
+
+    def _terms(self, inputs: reference.PolicyInputs, share_M: Tensor, objective: Objective) -> PolicyLoss:
+        if self._head.backend is Backend.TRITON:
+            # Loaded only here: Triton need not be installed.
+            from slipstream_kernels.triton import policy_loss as kernels
+
+            return kernels.policy_terms(inputs, share_M.contiguous(), objective)
+        return reference.policy_terms(inputs, share_M, objective)
 
     def _score(self, chunk: slice) -> Scored:
         hidden_CH, labels_C = self._hidden_MH[chunk], self._labels_M[chunk]

@@ -6,7 +6,6 @@ Dimensions: N packed tokens, S segments.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import fields
 
 import torch
 from torch import Tensor
@@ -14,8 +13,9 @@ from torch import Tensor
 from slipstream_kernels import reference
 from slipstream_kernels.checks import check_cu_seqlens, check_shape
 from slipstream_kernels.dispatch import Backend, choose
-from slipstream_kernels.errors import ObjectiveError, ShapeError
+from slipstream_kernels.errors import ObjectiveError
 from slipstream_kernels.objective import Objective, PolicyLoss
+from slipstream_kernels.policy_inputs import checked_inputs, divisor_of
 
 IMPLEMENTED = (Backend.TRITON, Backend.REFERENCE)
 
@@ -63,40 +63,23 @@ def policy_loss(
     papers that Surrogate, Level, Correction and Penalty name.
     """
     op = "policy_loss"
-    chosen = choose(op, backend, implemented=IMPLEMENTED, device=logprob_N.device.type)
-    inputs = reference.PolicyInputs(
-        logprob_N=logprob_N,
-        behavior_N=behavior_N,
-        proximal_N=proximal_N,
-        reference_N=reference_N,
-        entropy_N=entropy_N,
-        advantage_N=advantage_N,
-        weight_N=weight_N.detach(),
-        cu_seqlens=check_cu_seqlens(op, cu_seqlens, logprob_N.numel()),
-    )
-    _check(inputs, objective)
-    divisor = _divisor(inputs, objective, normalizer)
+    # Triton computes in float32.
+    implemented = IMPLEMENTED[1:] if logprob_N.dtype is torch.float64 else IMPLEMENTED
+    chosen = choose(op, backend, implemented=implemented, device=logprob_N.device.type)
+    inputs = checked_inputs(
+        op, objective, tokens=logprob_N.numel(), logprob_N=logprob_N, behavior_N=behavior_N,
+        proximal_N=proximal_N, reference_N=reference_N, entropy_N=entropy_N, advantage_N=advantage_N,
+        weight_N=weight_N, cu_seqlens=cu_seqlens,
+    )  # fmt: skip
+    if objective.entropy_coefficient > 0 and entropy_N is None:
+        raise ObjectiveError(f"{op}: entropy_N must be given when Objective.entropy_coefficient is positive")
+    divisor = divisor_of(op, inputs, objective, normalizer)
     if chosen is Backend.TRITON:
         # Loaded only here: Triton need not be installed.
         from slipstream_kernels.triton import policy_loss as kernels
 
         return kernels.policy_loss(inputs, objective, divisor)
     return reference.policy_loss(inputs, objective, divisor)
-
-
-def _check(inputs: reference.PolicyInputs, objective: Objective) -> None:
-    for field in fields(inputs):
-        tensor = getattr(inputs, field.name)
-        if field.name != "cu_seqlens" and tensor is not None:
-            check_shape("policy_loss", field.name, tensor, (inputs.logprob_N.numel(),))
-    if objective.kl_coefficient > 0 and inputs.reference_N is None:
-        raise ObjectiveError(
-            "policy_loss: reference_N must be given when Objective.kl_coefficient is positive"
-        )
-    if objective.entropy_coefficient > 0 and inputs.entropy_N is None:
-        raise ObjectiveError(
-            "policy_loss: entropy_N must be given when Objective.entropy_coefficient is positive"
-        )
 
 
 def batch_normalizer(weight_N: Tensor, cu_seqlens: Tensor, objective: Objective) -> Tensor:
@@ -185,14 +168,3 @@ def finish_metrics(metrics: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _share(part: Tensor, whole: Tensor) -> Tensor:
     return torch.where(whole > 0, part / whole.clamp(min=torch.finfo(torch.float32).tiny), 0.0)
-
-
-def _divisor(inputs: reference.PolicyInputs, objective: Objective, given: Tensor | float | None) -> Tensor:
-    if given is None:
-        return reference.normalizer(inputs.weight_N, inputs.cu_seqlens, objective)
-    if isinstance(given, Tensor):
-        check_shape("policy_loss", "normalizer", given, ())
-        return given.detach().float()
-    if not 0.0 < given < float("inf"):
-        raise ShapeError(f"policy_loss: normalizer must be positive and finite, got {given}")
-    return inputs.logprob_N.new_full((), given, dtype=torch.float32)

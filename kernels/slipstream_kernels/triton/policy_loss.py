@@ -55,7 +55,14 @@ class _Loss(torch.autograd.Function):
         return grad_logprob, grad_entropy, None, None, None
 
 
-def policy_loss(inputs: PolicyInputs, objective: Objective, divisor: Tensor) -> PolicyLoss:
+def policy_terms(inputs: PolicyInputs, share_N: Tensor, objective: Objective) -> PolicyLoss:
+    """Return what the reference's policy_terms returns: the pass over tokens whose shares are known."""
+    return policy_loss(inputs, objective, share_N.new_ones(()), share_N)
+
+
+def policy_loss(
+    inputs: PolicyInputs, objective: Objective, divisor: Tensor, share_N: Tensor | None = None
+) -> PolicyLoss:
     """Return what the reference returns, computed in float32 on the device of the inputs."""
     rows = inputs.logprob_N.numel()
     blocks = max(1, triton.cdiv(rows, TOKEN_BLOCK))
@@ -69,7 +76,7 @@ def policy_loss(inputs: PolicyInputs, objective: Objective, divisor: Tensor) -> 
     token_kernel[(blocks,)](
         *tensors.values(),
         divisor,
-        *_segment_values(tensors, inputs.cu_seqlens, objective, divisor),
+        *_segment_values(tensors, inputs.cu_seqlens, objective, divisor, share_N),
         coefficients(objective, new.device),
         gradient_N,
         entropy_gradient_N,
@@ -99,17 +106,20 @@ def policy_loss(inputs: PolicyInputs, objective: Objective, divisor: Tensor) -> 
 
 
 def _segment_values(
-    tensors: dict[str, Any], cu_seqlens: Tensor, objective: Objective, divisor: Tensor
+    tensors: dict[str, Any], cu_seqlens: Tensor, objective: Objective, divisor: Tensor, share_N: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Return [N] shares, logprob - proximal and proximal - behavior, each None where a token has its own."""
+    """Return [N] shares, logprob - proximal and proximal - behavior, each None where a token has its own.
+
+    Shares that are given stay as they are.
+    """
     logprob_N, proximal_N = tensors["logprob_N"], tensors["proximal_N"]
-    shared = objective.aggregation is Aggregation.SEQUENCE_MEAN_TOKEN_MEAN
+    shared = share_N is None and objective.aggregation is Aggregation.SEQUENCE_MEAN_TOKEN_MEAN
     # Without a proximal policy every ratio to it is 1, over whatever it is taken.
     moved = "" if proximal_N is None or objective.ratio_level is Level.TOKEN else objective.ratio_level.value
     mismatch = "" if objective.correction_level is Level.TOKEN else objective.correction_level.value
     if not (shared or moved or mismatch) or not logprob_N.numel():
-        return None, None, None
-    share_N, moved_N, mismatch_N = (
+        return share_N, None, None
+    fresh_N, moved_N, mismatch_N = (
         torch.empty_like(logprob_N, dtype=torch.float32) if wanted else None
         for wanted in (shared, moved, mismatch)
     )
@@ -120,7 +130,7 @@ def _segment_values(
         tensors["weight_N"],
         cu_seqlens.contiguous(),
         divisor,
-        share_N,
+        fresh_N,
         moved_N,
         mismatch_N,
         MOVED=moved,
@@ -130,4 +140,4 @@ def _segment_values(
         num_warps=SEGMENT_WARPS,
         enable_fp_fusion=True,
     )
-    return share_N, moved_N, mismatch_N
+    return fresh_N if shared else share_N, moved_N, mismatch_N

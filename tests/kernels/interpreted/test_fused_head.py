@@ -5,11 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from slipstream_kernels import Objective, head, linear_logprob, linear_policy_loss
+from slipstream_kernels import Aggregation, Objective, head, linear_logprob, linear_policy_loss
 
 
 @pytest.mark.parametrize("softcap", [None, 2.0])
-def test_heads_equal_the_reference(softcap: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("aggregation", ["token_mean", "sequence_mean_token_mean"])
+def test_heads_equal_the_reference(
+    softcap: float | None, aggregation: Aggregation, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(head.CHUNK_BYTES, "cpu", 1)
     monkeypatch.setattr(head, "LEAST_ROWS", 5)
     torch.manual_seed(0)
@@ -20,7 +23,8 @@ def test_heads_equal_the_reference(softcap: float | None, monkeypatch: pytest.Mo
     temperature, mask = torch.rand(12) + 0.5, torch.arange(12).remainder(3).ne(0).float()
     inputs = {
         "behavior_N": torch.full((12,), -3.6), "advantage_N": torch.randn(12), "weight_N": mask,
-        "cu_seqlens": torch.tensor([0, 7, 12]), "objective": Objective(entropy_coefficient=0.1),
+        "cu_seqlens": torch.tensor([0, 7, 12]),
+        "objective": Objective(entropy_coefficient=0.1, aggregation=aggregation),
     }  # fmt: skip
 
     def run(h: torch.Tensor, w: torch.Tensor, b: torch.Tensor, backend: str) -> list[torch.Tensor]:
