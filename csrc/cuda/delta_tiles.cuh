@@ -3,8 +3,6 @@
 #ifndef SLIPSTREAM_DELTA_TILES_CUH
 #define SLIPSTREAM_DELTA_TILES_CUH
 
-#include <cub/block/block_scan.cuh>
-
 #include "delta_format.h"
 #include "launch.cuh"
 #include "mix64.cuh"
@@ -129,22 +127,46 @@ struct Offsets {
     }
 };
 
+// Inclusive sums over the lanes of a warp.
+__device__ __forceinline__ ulonglong2 warp_scan(ulonglong2 sum) {
+    const int lane = threadIdx.x % kWarp;
+#pragma unroll
+    for (int step = 1; step < kWarp; step *= 2) {
+        const unsigned long long x = __shfl_up_sync(kAllLanes, sum.x, step), y = __shfl_up_sync(kAllLanes, sum.y, step);
+        if (lane >= step) {
+            sum.x += x;
+            sum.y += y;
+        }
+    }
+    return sum;
+}
+
 // Turns the sums of tiles into where each begins, and puts the totals behind them; one thread block.
 static __global__ void __launch_bounds__(kScanThreads) scan_tiles(ulonglong2* tiles, int64_t count) {
-    using BlockScan = cub::BlockScan<unsigned long long, kScanThreads>;
-    __shared__ typename BlockScan::TempStorage storage;
+    constexpr int kWarps = kScanThreads / kWarp;
+    __shared__ ulonglong2 of_warp[kWarps];
+    const int warp = threadIdx.x / kWarp;
     ulonglong2 total = {0, 0};
     for (int64_t first = 0; first < count; first += kScanThreads) {
         const int64_t tile = first + threadIdx.x;
         const ulonglong2 mine = tile < count ? tiles[tile] : make_ulonglong2(0, 0);
-        ulonglong2 before, window;
-        BlockScan(storage).ExclusiveSum(mine.x, before.x, window.x);
+        const ulonglong2 upto = warp_scan(mine);
+        if (threadIdx.x % kWarp == kWarp - 1) of_warp[warp] = upto;
         __syncthreads();
-        BlockScan(storage).ExclusiveSum(mine.y, before.y, window.y);
+        ulonglong2 begin = {total.x + upto.x - mine.x, total.y + upto.y - mine.y};
+#pragma unroll
+        for (int other = 0; other < kWarps; ++other) {
+            const ulonglong2 sum = of_warp[other];
+            if (other < warp) {
+                begin.x += sum.x;
+                begin.y += sum.y;
+            }
+            total.x += sum.x;
+            total.y += sum.y;
+        }
+        if (tile < count) tiles[tile] = begin;
+        // Before the next round overwrites the sums.
         __syncthreads();
-        if (tile < count) tiles[tile] = make_ulonglong2(total.x + before.x, total.y + before.y);
-        total.x += window.x;
-        total.y += window.y;
     }
     if (threadIdx.x == 0) tiles[count] = total;
 }

@@ -41,9 +41,9 @@ def segment_scan(
             return _scan_native(decay, value, bounds)
         case Backend.TRITON:
             # Imported here: only a chosen backend loads Triton.
-            from slipstream_kernels.triton import segment_scan as kernels
+            from slipstream_kernels.triton.segment_scan import segment_scan as scan_triton
 
-            return kernels.segment_scan(decay, value, bounds)
+            return scan_triton(decay, value, bounds)
         case Backend.CUDA:
             return _scan_cuda(decay, value, bounds)
         case _:

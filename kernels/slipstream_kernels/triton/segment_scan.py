@@ -39,7 +39,7 @@ def segment_scan(decay_N: Tensor, input_N: Tensor, cu_seqlens: Tensor) -> Tensor
 @triton.jit
 def compose(a_earlier, b_earlier, a_later, b_later):
     """Return the later map after the earlier one; selected where its decay is 0, because 0 * inf is NaN."""
-    return a_later * a_earlier, tl.where(a_later == 0.0, b_later, b_later + a_later * b_earlier)
+    return a_later * a_earlier, b_later + a_later * tl.where(a_later == 0.0, 0.0, b_earlier)
 
 
 @triton.jit
@@ -77,7 +77,7 @@ def carry_tiles(tile_decay, tile_sum, tiles, carry, TILES: tl.constexpr):
         a = tl.load(tile_decay + tile, mask=inside, other=1.0)
         b = tl.load(tile_sum + tile, mask=inside, other=0.0)
         a, b = tl.associative_scan((a, b), 0, compose)
-        result = tl.where(a == 0.0, b, b + a * behind)
+        result = b + a * tl.where(a == 0.0, 0.0, behind)
         tl.store(carry + tile - 1, result, mask=tile >= 1)
         if done == 0:
             tl.store(carry + tile, 0.0, mask=row == 0)
@@ -89,4 +89,4 @@ def scan_tiles(decay, value, begins, tokens, carry, output, TILE: tl.constexpr):
     """Scan each tile with what follows it."""
     token, inside, a, b = scanned_tile(decay, value, begins, tokens, TILE)
     behind = tl.load(carry + tl.program_id(0))
-    tl.store(output + token, tl.where(a == 0.0, b, b + a * behind), mask=inside)
+    tl.store(output + token, b + a * tl.where(a == 0.0, 0.0, behind), mask=inside)
