@@ -1,4 +1,4 @@
-"""The Triton scan compiles ahead of time; its numbers are compared in interpreted/, others in test_advantage.py."""
+"""The Triton scan compiles ahead of time; its numbers are compared in interpreted/, others beside gae."""
 
 from __future__ import annotations
 
