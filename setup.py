@@ -1,8 +1,8 @@
 """Builds csrc/ into plain C libraries inside slipstream_kernels; metadata is in pyproject.toml.
 
 Needs neither torch nor Python headers. Without a C++ compiler (CXX, c++, g++ or clang++) the install is pure
-Python; without nvcc, or without csrc/cuda/*.cu, there is no CUDA library. SLIPSTREAM_SANITIZE=1 builds with
-address and undefined-behaviour checks.
+Python; where nvcc is missing or fails there is no CUDA library. SLIPSTREAM_SANITIZE=1 builds with address and
+undefined-behaviour checks.
 """
 
 import os
@@ -44,7 +44,11 @@ def _compiler() -> str | None:
 def _library(device: str, suffix: str) -> Extension:
     sources = sorted(str(path) for path in Path(f"csrc/{device}").glob(f"*.{suffix}"))
     headers = sorted(str(path) for path in Path("csrc").rglob("*.h"))
-    return Extension(f"slipstream_kernels.libslipstream_{device}", sources=sources, depends=headers)
+    # An optional extension may be missing in the end, without failing the install.
+    optional = device == "cuda"
+    return Extension(
+        f"slipstream_kernels.libslipstream_{device}", sources=sources, depends=headers, optional=optional
+    )
 
 
 class _BuildLibraries(build_ext):
@@ -57,7 +61,7 @@ class _BuildLibraries(build_ext):
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
         if ext.name.endswith("cuda"):
-            _run([shutil.which("nvcc"), *_cuda_flags(), *ext.sources, "-o", str(target)])
+            _build_cuda(ext.sources, target, Path(self.build_temp))
             return
         flags = SANITIZED if os.environ.get("SLIPSTREAM_SANITIZE") == "1" else OPTIMISED
         command = [_compiler(), *CXX_FLAGS, *flags, *ext.sources, "-o", str(target)]
@@ -66,19 +70,25 @@ class _BuildLibraries(build_ext):
             _run(command)
 
 
-def _cuda_flags() -> list[str]:
-    targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in ARCHITECTURES]
-    portable = "-gencode=arch=compute_80,code=compute_80"
-    return [
-        "-O3",
-        "-std=c++17",
-        "-shared",
-        "-cudart=static",
-        "-Xcompiler=-fPIC,-fvisibility=hidden",
-        "-Icsrc/include",
-        *targets,
-        portable,
+def _build_cuda(sources: list[str], target: Path, objects: Path) -> None:
+    """Compile each file for all architectures, two at a time, and link them; on failure go on without."""
+    objects.mkdir(parents=True, exist_ok=True)
+    flags = ["-O3", "-std=c++17", "-Xcompiler=-fPIC,-fvisibility=hidden", "-Icsrc/include", *_targets()]
+    made = [str(objects / f"{Path(source).stem}.o") for source in sources]
+    compile_one = [
+        [shutil.which("nvcc"), *flags, "--threads=2", "-c", source, "-o", path]
+        for source, path in zip(sources, made, strict=True)
     ]
+    link = [shutil.which("nvcc"), "-shared", "-cudart=static", *made, "-o", str(target)]
+    if any(_run(command, check=False) != 0 for command in (*compile_one, link)):
+        target.unlink(missing_ok=True)
+        print("slipstream: nvcc failed (see above): installing without CUDA kernels.")
+
+
+def _targets() -> list[str]:
+    """Machine code for each architecture, and PTX for those that come after."""
+    real = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in ARCHITECTURES]
+    return [*real, "-gencode=arch=compute_80,code=compute_80"]
 
 
 def _run(command: list[str], check: bool = True) -> int:

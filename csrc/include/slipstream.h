@@ -4,7 +4,8 @@
 // Sizes are counts of elements unless the name says bytes. No function throws, allocates for the caller or prints.
 // Functions may be called from several threads at once as long as their outputs do not overlap. `threads` is the most
 // OpenMP threads a call may use; a value below 1 means 1. Results never depend on `threads`.
-// Each function returns a slipstream_status; on anything but SLIPSTREAM_OK the outputs are untouched.
+// Each function returns a slipstream_status; on anything but SLIPSTREAM_OK the outputs are untouched, unless its comment
+// says otherwise.
 
 #ifndef SLIPSTREAM_H
 #define SLIPSTREAM_H
@@ -31,7 +32,13 @@ enum slipstream_status {
     SLIPSTREAM_BAD_SEGMENTS = 3,
     SLIPSTREAM_BAD_MSGPACK = 4,
     SLIPSTREAM_BAD_RECORD = 5,
-    SLIPSTREAM_BAD_LABEL = 6,
+    SLIPSTREAM_BAD_DELTA = 6,
+    SLIPSTREAM_WRONG_BASE = 7,
+    SLIPSTREAM_WRONG_RESULT = 8,
+    SLIPSTREAM_TOO_SMALL = 9,
+    SLIPSTREAM_NOT_FINITE = 10,
+    SLIPSTREAM_MISALIGNED = 11,
+    SLIPSTREAM_BAD_LABEL = 12,
 };
 
 // Returns SLIPSTREAM_ABI_VERSION of the library, so that a loader can refuse another one.
@@ -125,6 +132,107 @@ SLIPSTREAM_EXPORT int32_t slipstream_check_trajectory(const void* record, int64_
 // SLIPSTREAM_BAD_MSGPACK otherwise. Strings are not decoded.
 SLIPSTREAM_EXPORT int32_t slipstream_check_msgpack(const void* data, int64_t size_bytes, int32_t most_depth,
                                                    int64_t most_items);
+
+// ---- Weight codecs -------------------------------------------------------------------------------------------------
+
+// The delta between two arrays of 16-bit values is, with n values, blocks = ceil(n / 512) and everything little-endian,
+//
+//     u32  magic 0x31444c53 ("SLD1"); u16 format version 1; u16 values of a block, 512
+//     u64  n; version of the base; version of the result; checksum64 of the base; checksum64 of the result;
+//          changed values; bytes of positions
+//     u16  an entry a block:  bits 0-9 changed values, bits 10-11 escapes, bit 15 bitmap
+//     u8   positions, block after block: a bitmap of 64 bytes (bit i of byte i / 8 is value i), or gaps
+//     u16  the changed values, in order
+//     u64  checksum64 of everything before
+//
+// where entries, positions and values are each padded with zeros to a multiple of 8 bytes. A gap is the number of equal
+// values since the last changed one, or since the block's begin; the byte 255, an escape, adds 255 to the gap that
+// follows. A block has gaps unless they would take more than 64 bytes.
+
+// First half of encoding: fills `workspace` (8-byte aligned, at least 128 + 72 * blocks bytes) and states the bytes of
+// the delta. SLIPSTREAM_TOO_SMALL for a smaller workspace. before, after: [count].
+SLIPSTREAM_EXPORT int32_t slipstream_delta_plan(const uint16_t* before, const uint16_t* after, int64_t count,
+                                                uint64_t base_version, uint64_t new_version, int32_t threads,
+                                                void* workspace, int64_t workspace_bytes, int64_t* delta_bytes);
+
+// The same, between bfloat16 `weights` and `master` rounded to bfloat16 (nearest even; NaN becomes 0x7fc0), which
+// replaces `weights` in the same sweep. master, weights: [count].
+SLIPSTREAM_EXPORT int32_t slipstream_delta_plan_cast(const float* master, uint16_t* weights, int64_t count,
+                                                     uint64_t base_version, uint64_t new_version, int32_t threads,
+                                                     void* workspace, int64_t workspace_bytes, int64_t* delta_bytes);
+
+// Second half: writes the delta that `workspace` plans. after: the new values, [count]; delta: 8-byte aligned,
+// `delta_bytes` as planned, otherwise SLIPSTREAM_TOO_SMALL.
+SLIPSTREAM_EXPORT int32_t slipstream_delta_write(const uint16_t* after, int64_t count, int32_t threads,
+                                                 const void* workspace, uint8_t* delta, int64_t delta_bytes);
+
+// Writes base with the delta's changes to `output`, [count], which may be `base` itself; `delta` has any alignment.
+// SLIPSTREAM_BAD_DELTA when its bytes are not a whole delta of `count` values, SLIPSTREAM_WRONG_BASE when the checksum
+// of the base is another; SLIPSTREAM_WRONG_RESULT when that of the output is, which takes a forger: then `output` holds
+// values of no version.
+SLIPSTREAM_EXPORT int32_t slipstream_delta_apply(const uint16_t* base, int64_t count, const uint8_t* delta,
+                                                 int64_t delta_bytes, int32_t threads, uint16_t* output);
+
+// Quantizes a matrix to e4m3 (fn: no infinities, largest 448), with one scale for each tile of tile_rows x tile_columns:
+//
+//     scale = max(amax / 448, 2^-126), or 1 where amax is 0;    value = e4m3(weight / scale)
+//
+// by float32 division, rounded to nearest even, saturating. weight: [rows, columns], float32, or bfloat16 where
+// `is_bfloat16` is not 0; values: [rows, columns]; scales: [ceil(rows / tile_rows), ceil(columns / tile_columns)].
+// SLIPSTREAM_NOT_FINITE when a weight is not; values and scales then hold nothing of use.
+SLIPSTREAM_EXPORT int32_t slipstream_fp8_quantize(const void* weight, int32_t is_bfloat16, int64_t rows,
+                                                  int64_t columns, int64_t tile_rows, int64_t tile_columns,
+                                                  int32_t threads, uint8_t* values, float* scales);
+
+// ---- CUDA library --------------------------------------------------------------------------------------------------
+
+// The functions below are in libslipstream_cuda, which also has slipstream_abi_version. Arrays lie in the memory of the
+// current device; each function queues work on `stream` (a cudaStream_t; null is the default stream) and returns at
+// once, so that arrays and workspaces must live, and outputs count, only after the stream has come there. They allocate
+// nothing and may be captured into a graph. A negative status is a cudaError_t with its sign changed. Contents are not
+// checked on the device unless a function says so. Results are the same in every run.
+
+// Number of usable devices; a machine without one gives -cudaErrorNoDevice or -cudaErrorInsufficientDriver.
+SLIPSTREAM_EXPORT int32_t slipstream_cuda_device_count(int32_t* count);
+
+// What CUDA says about a negative status; static memory, never null.
+SLIPSTREAM_EXPORT const char* slipstream_cuda_error(int32_t status);
+
+// slipstream_segment_scan_f32 in two launches, in float32, as a scan over tiles of 4,096 tokens; decay in [0, 1]. Its
+// error is that of a balanced sum. workspace: 8-byte aligned, at least 8 * ceil(tokens / 4096) bytes, else
+// SLIPSTREAM_TOO_SMALL. output may be the same array as input.
+SLIPSTREAM_EXPORT int32_t slipstream_cuda_segment_scan_f32(const float* decay, const float* input,
+                                                           const int64_t* cu_seqlens, int64_t segments, int64_t tokens,
+                                                           void* workspace, int64_t workspace_bytes, float* output,
+                                                           void* stream);
+
+// slipstream_checksum64; checksum: one number on the device.
+SLIPSTREAM_EXPORT int32_t slipstream_cuda_checksum64(const void* data, int64_t size_bytes, uint64_t* checksum,
+                                                     void* stream);
+
+// The three steps of the CPU's functions of the same name; delta_bytes of the plans is one number on the device.
+// Weights are 16-byte aligned, workspaces and deltas 8-byte aligned, otherwise SLIPSTREAM_MISALIGNED.
+SLIPSTREAM_EXPORT int32_t slipstream_cuda_delta_plan(const uint16_t* before, const uint16_t* after, int64_t count,
+                                                     uint64_t base_version, uint64_t new_version, void* workspace,
+                                                     int64_t workspace_bytes, int64_t* delta_bytes, void* stream);
+SLIPSTREAM_EXPORT int32_t slipstream_cuda_delta_plan_cast(const float* master, uint16_t* weights, int64_t count,
+                                                          uint64_t base_version, uint64_t new_version, void* workspace,
+                                                          int64_t workspace_bytes, int64_t* delta_bytes, void* stream);
+SLIPSTREAM_EXPORT int32_t slipstream_cuda_delta_write(const uint16_t* after, int64_t count, const void* workspace,
+                                                      uint8_t* delta, int64_t delta_bytes, void* stream);
+
+// slipstream_delta_apply. workspace and alignment: as for the plans; status: one slipstream_status on the
+// device, SLIPSTREAM_OK when output holds the result. All is checked before the first write to `output`, and nothing is
+// written after a failed check.
+SLIPSTREAM_EXPORT int32_t slipstream_cuda_delta_apply(const uint16_t* base, int64_t count, const uint8_t* delta,
+                                                      int64_t delta_bytes, void* workspace, int64_t workspace_bytes,
+                                                      uint16_t* output, int32_t* status, void* stream);
+
+// slipstream_fp8_quantize with tiles of 128 x 128. status: one slipstream_status on the device, SLIPSTREAM_OK or
+// SLIPSTREAM_NOT_FINITE.
+SLIPSTREAM_EXPORT int32_t slipstream_cuda_fp8_quantize(const void* weight, int32_t is_bfloat16, int64_t rows,
+                                                       int64_t columns, uint8_t* values, float* scales,
+                                                       int32_t* status, void* stream);
 
 #ifdef __cplusplus
 }

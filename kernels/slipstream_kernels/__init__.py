@@ -11,24 +11,21 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from slipstream_kernels.advantage import (
-        Baseline,
-        discounted_return,
-        gae,
-        group_advantage,
-        segment_scan,
-        vtrace,
-    )
+    from slipstream_kernels.advantage import discounted_return, gae, td_lambda, vtrace
     from slipstream_kernels.checksum import checksum64, checksum64_named
-    from slipstream_kernels.dispatch import Backend
+    from slipstream_kernels.dispatch import Backend, backends
     from slipstream_kernels.errors import (
         BackendError,
         BackendUnavailableError,
+        DeltaBaseError,
+        DeltaError,
         KernelError,
         NativeError,
         ObjectiveError,
         ShapeError,
     )
+    from slipstream_kernels.fp8 import Fp8Weight, fp8_dequantize, fp8_quantize
+    from slipstream_kernels.group_advantage import Baseline, group_advantage, whiten
     from slipstream_kernels.linear_logprob import linear_logprob
     from slipstream_kernels.linear_policy_loss import linear_policy_loss
     from slipstream_kernels.objective import (
@@ -41,6 +38,8 @@ if TYPE_CHECKING:
         Surrogate,
     )
     from slipstream_kernels.policy_loss import batch_normalizer, finish_metrics, merge_metrics, policy_loss
+    from slipstream_kernels.segment_scan import segment_scan
+    from slipstream_kernels.weight_delta import Delta, delta_apply, delta_encode, delta_encode_cast
 
 __all__ = [
     "Aggregation",
@@ -49,6 +48,10 @@ __all__ = [
     "BackendUnavailableError",
     "Baseline",
     "Correction",
+    "Delta",
+    "DeltaBaseError",
+    "DeltaError",
+    "Fp8Weight",
     "KernelError",
     "Level",
     "NativeError",
@@ -58,11 +61,17 @@ __all__ = [
     "PolicyLoss",
     "ShapeError",
     "Surrogate",
+    "backends",
     "batch_normalizer",
     "checksum64",
     "checksum64_named",
+    "delta_apply",
+    "delta_encode",
+    "delta_encode_cast",
     "discounted_return",
     "finish_metrics",
+    "fp8_dequantize",
+    "fp8_quantize",
     "gae",
     "group_advantage",
     "linear_logprob",
@@ -70,18 +79,25 @@ __all__ = [
     "merge_metrics",
     "policy_loss",
     "segment_scan",
+    "td_lambda",
     "vtrace",
+    "whiten",
 ]
 
 _NAMES_OF_MODULE = {
-    "advantage": "Baseline discounted_return gae group_advantage segment_scan vtrace",
+    "advantage": "discounted_return gae td_lambda vtrace",
     "checksum": "checksum64 checksum64_named",
-    "dispatch": "Backend",
-    "errors": "BackendError BackendUnavailableError KernelError NativeError ObjectiveError ShapeError",
+    "dispatch": "Backend backends",
+    "errors": "BackendError BackendUnavailableError DeltaBaseError DeltaError KernelError NativeError"
+    " ObjectiveError ShapeError",
+    "fp8": "Fp8Weight fp8_dequantize fp8_quantize",
+    "group_advantage": "Baseline group_advantage whiten",
     "linear_logprob": "linear_logprob",
     "linear_policy_loss": "linear_policy_loss",
     "objective": "Aggregation Correction Level Objective Penalty PolicyLoss Surrogate",
     "policy_loss": "batch_normalizer finish_metrics merge_metrics policy_loss",
+    "segment_scan": "segment_scan",
+    "weight_delta": "Delta delta_apply delta_encode delta_encode_cast",
 }
 _MODULE_OF_NAME = {name: module for module, names in _NAMES_OF_MODULE.items() for name in names.split()}
 

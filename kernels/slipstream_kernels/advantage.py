@@ -1,70 +1,23 @@
-"""Floor 4. Advantages and returns over packed sequences, all on one affine reverse scan; and group baselines.
+"""Floor 4. Advantages and returns over packed sequences, all on one affine reverse scan.
 
-Tokens outside the mask (prompts, tool results) are skipped: the next token of a sampled token is
-the next sampled one. Nothing here is differentiable.
+Tokens outside the mask (prompts, tool results) are skipped: the step after a sampled token is the next
+sampled one. Given turns, a step is a whole turn instead. Nothing here is differentiable.
 
-Dimensions: N packed tokens, M of them sampled, S segments, G trajectories.
+Dimensions: N packed tokens, M steps (sampled tokens, or turns), S segments.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from enum import StrEnum
 
 import torch
 from torch import Tensor
 
-from slipstream_kernels import native, reference
+from slipstream_kernels import reference
 from slipstream_kernels.checks import check_cu_seqlens, check_range, check_shape
-from slipstream_kernels.dispatch import Backend, choose
-from slipstream_kernels.errors import ShapeError
-
-IMPLEMENTED = (Backend.NATIVE, Backend.REFERENCE)
-
-
-class Baseline(StrEnum):
-    """What is taken from a trajectory's reward R, within its group of n."""
-
-    MEAN = "mean"
-    """R - mean   (Dr. GRPO, arXiv:2503.20783)"""
-    STD = "std"
-    """(R - mean) / max(std, std_floor), std with n - 1   (GRPO, arXiv:2402.03300)"""
-    RLOO = "rloo"
-    """R - mean of the others = (R - mean) n / (n - 1)   (arXiv:2402.14740)"""
-    OPO = "opo"
-    """R - mean weighted by length   (arXiv:2505.23585)"""
-
-
-@torch.no_grad()
-def segment_scan(
-    decay_N: Tensor, input_N: Tensor, cu_seqlens: Tensor, *, backend: Backend | str | None = None
-) -> Tensor:
-    """Return the affine reverse scan of each segment.
-
-        output_t = input_t + decay_t * output_{t+1},   output_{t+1} = 0 after the end of a segment
-
-    decay_N, input_N: [N]; cu_seqlens: [S + 1] segment bounds. Returns [N] float32, computed in
-    float64: every backend gives the same bits. Raises ShapeError and BackendError.
-    """
-    op, tokens = "segment_scan", input_N.numel()
-    check_shape(op, "input_N", input_N, (tokens,))
-    check_shape(op, "decay_N", decay_N, (tokens,))
-    bounds = check_cu_seqlens(op, cu_seqlens, tokens).contiguous()
-    decay, value = decay_N.float().contiguous(), input_N.float().contiguous()
-    if choose(op, backend, implemented=IMPLEMENTED, device=input_N.device.type) is Backend.REFERENCE:
-        return reference.segment_scan(decay, value, bounds)
-    output_N = torch.empty_like(value)
-    native.segment_scan(
-        decay.data_ptr(),
-        value.data_ptr(),
-        bounds.data_ptr(),
-        segments=bounds.numel() - 1,
-        tokens=tokens,
-        threads=torch.get_num_threads(),
-        output=output_N.data_ptr(),
-    )
-    return output_N
+from slipstream_kernels.dispatch import Backend
+from slipstream_kernels.segment_scan import segment_scan
 
 
 @torch.no_grad()
@@ -77,6 +30,7 @@ def gae(
     discount: float = 1.0,
     gae_lambda: float = 1.0,
     bootstrap_S: Tensor | None = None,
+    turns_N: Tensor | None = None,
     backend: Backend | str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return generalised advantage estimates and value targets.
@@ -86,18 +40,59 @@ def gae(
 
     values_N, rewards_N, mask_N: [N], where t runs over tokens with mask != 0 and the others are
     ignored, their rewards too; bootstrap_S: [S] value after the last sampled token (0 when None:
-    the episode ended). Returns advantage_N and target_N: [N] float32, 0 outside the mask. Raises
-    ShapeError and BackendError. Source: Schulman et al. 2016, arXiv:1506.02438, eq. 16.
+    the episode ended). Returns advantage_N and target_N: [N] float32, 0 outside the mask.
+
+    turns_N: [N] integers make t run over turns, the runs of sampled tokens with equal number: the value
+    of a turn is that of its first token, its reward the sum of its tokens', and all its tokens get its
+    advantage and target. So discount counts turns, and long turns cost nothing. Raises ShapeError and
+    BackendError. Source: Schulman et al. 2016, arXiv:1506.02438, eq. 16.
     """
     op = "gae"
     _check_factors(op, discount=discount, gae_lambda=gae_lambda)
-    steps = _Steps.of(op, mask_N, cu_seqlens)
-    value, reward = steps.take(op, "values_N", values_N), steps.take(op, "rewards_N", rewards_N)
+    steps = _Steps.of(op, mask_N, cu_seqlens, turns_N)
+    value, reward = steps.take(op, "values_N", values_N), steps.total(op, "rewards_N", rewards_N)
     delta = reward + discount * steps.following(op, value, bootstrap_S) - value
     advantage = segment_scan(
         torch.full_like(delta, discount * gae_lambda), delta, steps.bounds, backend=backend
     )
     return steps.spread(advantage), steps.spread(advantage + value)
+
+
+@torch.no_grad()
+def td_lambda(
+    values_N: Tensor,
+    rewards_N: Tensor,
+    mask_N: Tensor,
+    cu_seqlens: Tensor,
+    *,
+    discount: float = 1.0,
+    trace_lambda: float = 1.0,
+    bootstrap_S: Tensor | None = None,
+    backend: Backend | str | None = None,
+) -> Tensor:
+    """Return lambda-returns, the value targets of TD(lambda).
+
+        return_t = r_t + discount ((1 - trace_lambda) V_{t+1} + trace_lambda return_{t+1})
+
+    and both V and return are bootstrap_S after the last sampled token. Arguments as in gae, whose
+    target this is. Returns [N] float32, 0 outside the mask. Raises ShapeError and BackendError. Source:
+    Sutton and Barto 2018, "Reinforcement Learning", eq. 12.2 and 12.3.
+    """
+    op = "td_lambda"
+    _check_factors(op, discount=discount, trace_lambda=trace_lambda)
+    steps = _Steps.of(op, mask_N, cu_seqlens)
+    value, reward = steps.take(op, "values_N", values_N), steps.take(op, "rewards_N", rewards_N)
+    after = steps.following(op, value, bootstrap_S)
+    # After the last step the bootstrap value stands for the return too, so that it counts whole.
+    share = steps.last().to(after) * trace_lambda + (1.0 - trace_lambda)
+    return steps.spread(
+        segment_scan(
+            torch.full_like(reward, discount * trace_lambda),
+            reward + discount * share * after,
+            steps.bounds,
+            backend=backend,
+        )
+    )
 
 
 @torch.no_grad()
@@ -164,75 +159,64 @@ def discounted_return(
     )
 
 
-@torch.no_grad()
-def group_advantage(
-    rewards_G: Tensor,
-    group_ids: Tensor,
-    *,
-    kind: Baseline | str = Baseline.MEAN,
-    std_floor: float = 0.0,
-    lengths_G: Tensor | None = None,
-) -> Tensor:
-    """Return each trajectory's reward relative to its group.
-
-    rewards_G: [G] finite; group_ids: [G] integers, in any order; kind: a Baseline; std_floor: least
-    divisor of "std"; lengths_G: [G] positive, required by "opo" and refused otherwise. Returns [G]
-    float32; groups of one, and groups whose rewards are all equal, give exactly 0. Raises
-    ShapeError.
-    """
-    op, size = "group_advantage", (rewards_G.numel(),)
-    check_shape(op, "rewards_G", rewards_G, size)
-    check_shape(op, "group_ids", group_ids, size)
-    check_range(op, "std_floor", std_floor, 0.0, math.inf)
-    if kind not in list(Baseline):
-        raise ShapeError(f"{op}: kind must be one of {', '.join(Baseline)}, got {kind!r}")
-    if (lengths_G is not None) is not (kind == Baseline.OPO):
-        raise ShapeError(
-            f"{op}: lengths_G must be given when kind is opo, and only then, got kind {str(kind)!r}"
-        )
-    if not bool(torch.isfinite(rewards_G).all()):
-        raise ShapeError(
-            f"{op}: rewards_G must be finite, got {int((~torch.isfinite(rewards_G)).sum())} that are not"
-        )
-    if lengths_G is not None:
-        check_shape(op, "lengths_G", lengths_G, size)
-        check_range(op, "lengths_G", float(lengths_G.min()) if size[0] else 1.0, 1.0, math.inf)
-    return reference.group_advantage(
-        rewards_G, group_ids, kind=str(kind), std_floor=std_floor, lengths_G=lengths_G
-    )
-
-
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class _Steps:
-    """The sampled tokens of packed segments, moved together."""
+    """The steps of packed segments, moved together; P sampled tokens make M steps."""
 
     rows: Tensor
-    """[M] int64 positions in the packed axis."""
+    """[P] int64 positions of the sampled tokens in the packed axis."""
+    firsts: Tensor
+    """[M] int64 positions of the first token of each step."""
+    step_of: Tensor
+    """[P] int64 step of each sampled token."""
     bounds: Tensor
-    """[S + 1] int64 segment bounds over the M tokens."""
+    """[S + 1] int64 segment bounds over the M steps."""
     tokens: int
     """N."""
 
     @staticmethod
-    def of(op: str, mask_N: Tensor, cu_seqlens: Tensor) -> _Steps:
+    def of(op: str, mask_N: Tensor, cu_seqlens: Tensor, turns_N: Tensor | None = None) -> _Steps:
         tokens = mask_N.numel()
         check_shape(op, "mask_N", mask_N, (tokens,))
         bounds = check_cu_seqlens(op, cu_seqlens, tokens)
         sampled = mask_N != 0
-        before = torch.nn.functional.pad(sampled.cumsum(0), (1, 0))
-        return _Steps(rows=sampled.nonzero()[:, 0], bounds=before[bounds], tokens=tokens)
+        rows = sampled.nonzero()[:, 0]
+        begins = torch.ones_like(rows, dtype=torch.bool)
+        if turns_N is not None:
+            check_shape(op, "turns_N", turns_N, (tokens,))
+            segment = torch.searchsorted(bounds, rows, right=True)
+            turn = turns_N[rows]
+            begins[1:] = (turn[1:] != turn[:-1]) | (segment[1:] != segment[:-1])
+        firsts = rows[begins]
+        before = torch.nn.functional.pad(
+            torch.zeros_like(sampled).index_fill(0, firsts, True).cumsum(0), (1, 0)
+        )
+        return _Steps(
+            rows=rows, firsts=firsts, step_of=begins.cumsum(0) - 1, bounds=before[bounds], tokens=tokens
+        )
 
     def take(self, op: str, name: str, tensor_N: Tensor) -> Tensor:
-        """Return [M] float32 values at the sampled tokens."""
+        """Return [M] float32 values at the first token of each step."""
         check_shape(op, name, tensor_N, (self.tokens,))
-        return tensor_N.float()[self.rows]
+        return tensor_N.float()[self.firsts]
+
+    def total(self, op: str, name: str, tensor_N: Tensor) -> Tensor:
+        """Return [M] float32 sums over the tokens of each step."""
+        check_shape(op, name, tensor_N, (self.tokens,))
+        zero = torch.zeros_like(self.firsts, dtype=torch.float64)
+        return zero.index_add(0, self.step_of, tensor_N.double()[self.rows]).float()
 
     def spread(self, values_M: Tensor) -> Tensor:
-        """Return [N]: values at the sampled tokens, 0 elsewhere."""
-        return values_M.new_zeros(self.tokens).index_copy(0, self.rows, values_M)
+        """Return [N]: the value of its step at each sampled token, 0 elsewhere."""
+        return values_M.new_zeros(self.tokens).index_copy(0, self.rows, values_M[self.step_of])
+
+    def last(self) -> Tensor:
+        """Return [M] bool: whether a step is the last of its segment."""
+        flags = torch.zeros_like(self.firsts, dtype=torch.bool)
+        return flags.index_fill(0, self.bounds[1:][self.bounds.diff() > 0] - 1, True)
 
     def following(self, op: str, values_M: Tensor, bootstrap_S: Tensor | None) -> Tensor:
-        """Return [M]: the value one token later, and the bootstrap value after a segment's last token."""
+        """Return [M]: the value one step later, and the bootstrap value after a segment's last step."""
         shifted = torch.cat([values_M[1:], values_M.new_zeros(1)])[: values_M.numel()]
         filled = self.bounds.diff() > 0
         last = self.bounds[1:][filled] - 1

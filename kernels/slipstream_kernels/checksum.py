@@ -1,4 +1,4 @@
-"""Floor 3. 64-bit checksums of raw bytes, for arrays and tensors; NumPy only, torch is never imported here.
+"""Floor 3. 64-bit checksums of raw bytes, for arrays and tensors; torch is imported only for its tensors.
 
 The bytes are read as little-endian 64-bit words w_0 .. w_{n-1}, the last one padded with zero
 bytes. Modulo 2^64:
@@ -13,12 +13,12 @@ part of it.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
-from slipstream_kernels import native
+from slipstream_kernels import native, native_cuda
 from slipstream_kernels.dispatch import Backend, choose
 from slipstream_kernels.errors import ShapeError
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     ArrayLike: TypeAlias = "Tensor | NDArray[Any] | bytes"
 
-IMPLEMENTED = (Backend.NATIVE, Backend.REFERENCE)
+IMPLEMENTED = (Backend.CUDA, Backend.NATIVE, Backend.REFERENCE)
 CHUNK_WORDS = 1 << 16
 """Words the reference mixes at once, so that its temporaries stay in the cache."""
 _STRIDE = np.uint64(0x9E3779B97F4A7C15)
@@ -38,12 +38,18 @@ _HALF = np.uint64(32)
 def checksum64(data: ArrayLike, *, threads: int = 1, backend: Backend | str | None = None) -> int:
     """Return the checksum of the bytes of an array, tensor or byte string, in [0, 2^64).
 
-    Non-contiguous data counts as its C-contiguous copy, a tensor on another device as its copy on
-    the CPU. Every backend gives the same number, whatever `threads` (of the native backend). Raises
-    ShapeError and BackendError.
+    Non-contiguous data counts as its C-contiguous copy. A CUDA tensor stays on its device with
+    backend "cuda", which None takes where it is available; otherwise its copy on the CPU is read.
+    Every backend gives the same number, whatever `threads` (of the native backend). Raises ShapeError
+    and BackendError.
     """
+    device = getattr(getattr(data, "device", None), "type", "cpu")
+    stays = device == "cuda" and (backend == Backend.CUDA or (backend is None and native_cuda.available()))
+    chosen = choose("checksum64", backend, implemented=IMPLEMENTED, device="cuda" if stays else "cpu")
+    if chosen is Backend.CUDA:
+        return _on_device(cast("Tensor", data))
     raw = _bytes_of(data)
-    if choose("checksum64", backend, implemented=IMPLEMENTED) is Backend.NATIVE:
+    if chosen is Backend.NATIVE:
         return native.checksum64(raw.ctypes.data, size_bytes=raw.size, threads=threads)
     return checksum64_reference(raw)
 
@@ -83,6 +89,19 @@ def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
     for _ in range(2):
         x = (x ^ (x >> _HALF)) * _MULTIPLIER
     return x ^ (x >> _HALF)
+
+
+def _on_device(tensor: Tensor) -> int:
+    """Return the checksum of a CUDA tensor; one number crosses to the host."""
+    import torch
+
+    flat = tensor.detach().contiguous()
+    with torch.cuda.device(flat.device):
+        result = torch.empty(1, dtype=torch.int64, device=flat.device)
+        stream = torch.cuda.current_stream().cuda_stream
+        size_bytes = flat.numel() * flat.element_size()
+        native_cuda.call("slipstream_cuda_checksum64", flat.data_ptr(), size_bytes, result.data_ptr(), stream)
+        return int(result) % (1 << 64)
 
 
 def _bytes_of(data: ArrayLike) -> NDArray[np.uint8]:

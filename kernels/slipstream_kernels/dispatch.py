@@ -8,8 +8,10 @@ from enum import StrEnum
 from importlib.util import find_spec
 from typing import assert_never
 
-from slipstream_kernels import native
+from slipstream_kernels import native, native_cuda
 from slipstream_kernels.errors import BackendError, BackendUnavailableError
+
+_NO_TRITON = "Triton is not installed; install it (pip install triton), or use backend 'reference'"
 
 
 class Backend(StrEnum):
@@ -20,7 +22,9 @@ class Backend(StrEnum):
     NATIVE = "native"
     """C++ behind the plain C ABI, on the CPU."""
     TRITON = "triton"
+    """Kernels in Triton, on CUDA tensors."""
     CUDA = "cuda"
+    """CUDA C++ behind the plain C ABI, on CUDA tensors."""
 
 
 def choose(
@@ -34,7 +38,9 @@ def choose(
     not installed here.
     """
     if backend is None:
-        return next(b for b in implemented if not _obstacle(op, b, device))
+        # A library that could not be loaded is tried again each time: not for tensors it cannot serve.
+        fitting = (b for b in implemented if b is not Backend.CUDA or device == "cuda")
+        return next(b for b in fitting if not _obstacle(op, b, device))
     names = ", ".join(implemented)
     if backend not in implemented:
         raise BackendError(
@@ -44,6 +50,26 @@ def choose(
     if obstacle := _obstacle(op, chosen, device):
         raise obstacle
     return chosen
+
+
+def backends() -> dict[str, str]:
+    """Return for each backend "available", or one sentence that says why it does not work here.
+
+    A backend that is available serves the ops that have it, for tensors on its device.
+    """
+    found = {str(backend): "available" for backend in Backend}
+    if not native.available():
+        found[Backend.NATIVE] = native.description()
+    if find_spec("triton") is None:
+        found[Backend.TRITON] = _NO_TRITON
+    elif not interpreted() and not _has_gpu():
+        found[Backend.TRITON] = (
+            "Triton needs a CUDA device, and PyTorch finds none; TRITON_INTERPRET=1 runs its kernels on the"
+            " CPU, slowly, in float32"
+        )
+    if not native_cuda.available():
+        found[Backend.CUDA] = native_cuda.description()
+    return found
 
 
 def _obstacle(op: str, backend: Backend, device: str) -> BackendError | None:
@@ -57,22 +83,35 @@ def _obstacle(op: str, backend: Backend, device: str) -> BackendError | None:
         case Backend.TRITON:
             return _triton_obstacle(op, device)
         case Backend.CUDA:
-            return BackendUnavailableError(f"{op}: backend {backend.value!r} is not installed here")
+            return _cuda_obstacle(op, device)
         case _:
             assert_never(backend)
 
 
+def _cuda_obstacle(op: str, device: str) -> BackendError | None:
+    if not native_cuda.available():
+        return BackendUnavailableError(f"{op}: {native_cuda.description()}")
+    if device != "cuda":
+        return BackendError(f"{op}: backend 'cuda' takes CUDA tensors, got tensors on {device}")
+    return None
+
+
 def _triton_obstacle(op: str, device: str) -> BackendError | None:
     if find_spec("triton") is None:
-        return BackendUnavailableError(
-            f"{op}: Triton is not installed; install it (pip install triton), or use backend 'reference'"
-        )
+        return BackendUnavailableError(f"{op}: {_NO_TRITON}")
     if device != "cuda" and not interpreted():
         return BackendError(
             f"{op}: backend 'triton' takes CUDA tensors, got tensors on {device}; TRITON_INTERPRET=1 runs "
             "its kernels on the CPU, slowly, in float32"
         )
     return None
+
+
+def _has_gpu() -> bool:
+    # Imported here: choosing a backend for arrays needs no torch.
+    import torch
+
+    return torch.cuda.is_available()
 
 
 def interpreted() -> bool:

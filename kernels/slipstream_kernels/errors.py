@@ -3,6 +3,8 @@
 KernelError
 ├── ShapeError                  an argument has the wrong shape, type or range
 ├── ObjectiveError              an objective that cannot be computed
+├── DeltaError                  a delta of weights is damaged or not one
+│   └── DeltaBaseError              it was made from other weights than these
 └── BackendError                the chosen backend cannot run the op
     ├── BackendUnavailableError     it exists but is not installed here
     └── NativeError                 a native function refused its arguments
@@ -19,6 +21,14 @@ class ShapeError(KernelError, ValueError):
 
 class ObjectiveError(KernelError, ValueError):
     """An objective whose members cannot work together."""
+
+
+class DeltaError(KernelError, ValueError):
+    """The bytes are not a whole delta of weights, or their result is not what they promise."""
+
+
+class DeltaBaseError(DeltaError):
+    """The delta was made from other weights than those it is applied to."""
 
 
 class BackendError(KernelError, RuntimeError):

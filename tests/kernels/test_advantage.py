@@ -16,7 +16,9 @@ from slipstream_kernels import (
     group_advantage,
     native,
     segment_scan,
+    td_lambda,
     vtrace,
+    whiten,
 )
 from slipstream_kernels.testing import assert_matches_reference, cu_seqlens_of
 
@@ -103,6 +105,125 @@ def test_return_bootstraps_each_truncated_segment() -> None:
     assert result.tolist() == [1 + 0.5 * 6, 0.0, 2 + 0.5 * 8, 4.0]
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_turn_level_gae_golden(backend: str) -> None:
+    nan = float("nan")
+    advantage, target = gae(
+        torch.tensor([0.2, 0.3, nan, nan, 0.4, 0.5, 0.6]),
+        torch.tensor([0, 0, nan, 0, -0.05, 0, 1.0]),
+        torch.tensor([1, 1, 0, 0, 1, 1, 1]),
+        torch.tensor([0, 7]),
+        discount=0.99,
+        gae_lambda=0.95,
+        turns_N=torch.tensor([0, 0, -1, -1, 1, 1, 1]),
+        backend=backend,
+    )
+    # By hand: 0.95 - 0.4 in the last turn; 0.99 * 0.4 - 0.2 + 0.99 * 0.95 * 0.55 in the first.
+    assert advantage.tolist() == pytest.approx([0.713275, 0.713275, 0, 0, 0.55, 0.55, 0.55], abs=1e-6)
+    assert target.tolist() == pytest.approx([0.913275, 0.913275, 0, 0, 0.95, 0.95, 0.95], abs=1e-6)
+
+
+def test_turns_end_with_their_segment_and_bootstrap() -> None:
+    # Both segments hold turn 0; the second is truncated, the third has no sampled token.
+    advantage, target = gae(
+        torch.tensor([1.0, 2.0, 3.0, 4.0]),
+        torch.tensor([1.0, 1.0, 1.0, 1.0]),
+        torch.tensor([1, 1, 1, 0]),
+        torch.tensor([0, 1, 3, 4]),
+        discount=0.5,
+        gae_lambda=0.5,
+        bootstrap_S=torch.tensor([0.0, 8.0, 100.0]),
+        turns_N=torch.zeros(4, dtype=torch.int16),
+    )
+    assert advantage.tolist() == [0.0, 2.0 + 0.5 * 8 - 2, 2.0 + 0.5 * 8 - 2, 0.0]
+    assert target.tolist() == [1.0, 6.0, 6.0, 0.0]
+
+
+@pytest.mark.parametrize("lengths", [[], [0], [1], [0, 5, 0, 9], [64] * 3])
+def test_turns_of_one_token_are_tokens(lengths: list[int]) -> None:
+    tokens, bounds = sum(lengths), cu_seqlens_of(lengths)
+    values, rewards, mask = torch.randn(tokens), torch.randn(tokens), torch.randint(0, 2, (tokens,))
+    factors: dict[str, Any] = {"discount": 0.9, "gae_lambda": 0.8, "bootstrap_S": torch.randn(len(lengths))}
+    by_turn = gae(values, rewards, mask, bounds, turns_N=torch.arange(tokens), **factors)
+    for ours, theirs in zip(by_turn, gae(values, rewards, mask, bounds, **factors), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_turn_level_equals_float64_over_long_segments() -> None:
+    lengths, turns = [50, 0, 31], []
+    for length in lengths:
+        turns += (torch.arange(length) // 7).tolist()
+    values, rewards, mask = torch.randn(81), torch.randn(81), torch.ones(81)
+    advantage, _ = gae(
+        values,
+        rewards,
+        mask,
+        cu_seqlens_of(lengths),
+        discount=0.97,
+        gae_lambda=0.9,
+        turns_N=torch.tensor(turns),
+    )
+    expected = torch.zeros(81, dtype=torch.float64)
+    for start, end in ((0, 50), (50, 81)):
+        carry, after = 0.0, 0.0
+        for first in reversed(range(start, end, 7)):
+            last = min(first + 7, end)
+            value = float(values[first])
+            carry = float(rewards[first:last].double().sum()) + 0.97 * after - value + 0.97 * 0.9 * carry
+            after = value
+            expected[first:last] = carry
+    assert_matches_reference(advantage, expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_td_lambda_golden(backend: str) -> None:
+    result = td_lambda(
+        torch.tensor([9.0, 2.0, 4.0, 3.0]),
+        torch.tensor([1.0, 0.0, 2.0, 1.0]),
+        torch.tensor([1, 1, 1, 0]),
+        torch.tensor([0, 3, 4]),
+        discount=0.5,
+        trace_lambda=0.25,
+        bootstrap_S=torch.tensor([8.0, 5.0]),
+        backend=backend,
+    )
+    # By hand: 2 + 0.5 * 8 = 6; 0.5 (0.75 * 4 + 0.25 * 6) = 2.25; 1 + 0.5 (0.75 * 2 + 0.25 * 2.25).
+    assert result.tolist() == [2.03125, 2.25, 6.0, 0.0]
+
+
+def test_td_lambda_is_the_target_of_gae() -> None:
+    values, rewards, mask = torch.randn(40), torch.randn(40), torch.randint(0, 2, (40,))
+    bounds, bootstrap = torch.tensor([0, 11, 11, 40]), torch.randn(3)
+    for factor in (0.0, 0.7, 1.0):
+        _, target = gae(values, rewards, mask, bounds, discount=0.9, gae_lambda=factor, bootstrap_S=bootstrap)
+        ours = td_lambda(
+            values, rewards, mask, bounds, discount=0.9, trace_lambda=factor, bootstrap_S=bootstrap
+        )
+        assert_matches_reference(ours, target)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_one_long_segment_among_short_ones(backend: str) -> None:
+    lengths = [3, 20_000, 0, 1, 2, 5]
+    decay, value = 0.9 + 0.1 * torch.rand(sum(lengths)), torch.randn(sum(lengths))
+    bounds = cu_seqlens_of(lengths)
+    scanned = segment_scan(decay, value, bounds, backend=backend)
+    for start, end in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
+        alone = segment_scan(
+            decay[start:end], value[start:end], torch.tensor([0, end - start]), backend="reference"
+        )
+        assert torch.equal(scanned[start:end], alone)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_infinity_stays_in_its_segment(backend: str) -> None:
+    value = torch.tensor([1.0, 2.0, float("inf"), float("nan"), 5.0])
+    result = segment_scan(torch.ones(5), value, torch.tensor([0, 2, 4, 5]), backend=backend)
+    assert result[:2].tolist() == [3.0, 2.0]
+    assert result[4] == 5.0
+    assert not result[2:4].isfinite().any()
+
+
 def test_everything_masked_is_zero() -> None:
     advantage, target = gae(torch.ones(3), torch.ones(3), torch.zeros(3), torch.tensor([0, 2, 3]))
     assert advantage.tolist() == target.tolist() == [0.0] * 3
@@ -114,6 +235,7 @@ def test_everything_masked_is_zero() -> None:
         (Baseline.MEAN, [0.5, -0.5, -0.5, 0.5]),
         (Baseline.STD, [0.866025, -0.866025, -0.866025, 0.866025]),
         (Baseline.RLOO, [0.666667, -0.666667, -0.666667, 0.666667]),
+        (Baseline.LEAVE_ONE_OUT, [0.666667, -0.666667, -0.666667, 0.666667]),
         (Baseline.OPO, [0.25, -0.75, -0.75, 0.25]),
     ],
 )
@@ -126,6 +248,47 @@ def test_group_baselines_golden(kind: Baseline, expected: list[float]) -> None:
     actual = torch.empty(9)
     actual[order] = group_advantage(rewards, groups, kind=kind, lengths_G=lengths)
     assert actual.tolist() == pytest.approx([*expected, 0, 0, 0, 0, 0], abs=1e-6)
+
+
+def test_reinforce_pp_whitens_over_the_tokens_of_the_batch() -> None:
+    rewards, lengths = torch.tensor([1.0, 0.0]), torch.tensor([3, 2])
+    for kind in (Baseline.REINFORCE_PP, Baseline.REINFORCE_PP_BASELINE):
+        # By hand, of five tokens: mean 0.6 (or 0.1), variance (3 * 0.16 + 2 * 0.36) / 4 = 0.3.
+        result = group_advantage(rewards, torch.tensor([0, 0]), kind=kind, lengths_G=lengths)
+        assert result.tolist() == pytest.approx([0.730297, -1.095445], abs=1e-6)
+    apart = {"group_ids": torch.tensor([0, 1]), "lengths_G": lengths}
+    assert group_advantage(rewards, kind="reinforce_pp", **apart).tolist() == pytest.approx(
+        [0.730297, -1.095445], abs=1e-6
+    )
+    assert group_advantage(rewards, kind="reinforce_pp_baseline", **apart).tolist() == [0.0, 0.0]
+
+
+def test_groups_of_equal_rewards_take_no_part_in_whitening() -> None:
+    rewards = torch.tensor([1.0, 0.0, 5.0, 5.0, 7.0])
+    groups, lengths = torch.tensor([0, 0, 1, 1, 2]), torch.tensor([3, 2, 100, 50, 9])
+    result = group_advantage(rewards, groups, kind="reinforce_pp_baseline", lengths_G=lengths)
+    assert result.tolist() == pytest.approx([0.730297, -1.095445, 0, 0, 0], abs=1e-6)
+    assert result[2:].tolist() == [0.0] * 3
+    equal = group_advantage(torch.full((3,), 0.1), groups[:3], kind="reinforce_pp", lengths_G=lengths[:3])
+    assert equal.tolist() == [0.0] * 3
+
+
+def test_whiten_equals_reinforce_pp_token_by_token() -> None:
+    rewards, lengths = torch.randn(6), torch.tensor([3, 1, 4, 1, 5, 9])
+    tokens = rewards.repeat_interleave(lengths)
+    whitened = whiten(tokens, torch.ones(23))
+    expected = (tokens.double() - tokens.double().mean()) / tokens.double().std()
+    assert_matches_reference(whitened, expected)
+    by_trajectory = group_advantage(rewards, torch.arange(6), kind="reinforce_pp", lengths_G=lengths)
+    assert_matches_reference(by_trajectory.repeat_interleave(lengths), expected)
+
+
+def test_whiten_ignores_what_is_masked() -> None:
+    values = torch.tensor([1.0, float("nan"), 3.0, float("inf")])
+    assert whiten(values, torch.tensor([1, 0, 1, 0])).tolist() == pytest.approx([-0.707107, 0, 0.707107, 0])
+    assert whiten(values, torch.zeros(4)).tolist() == [0.0] * 4
+    assert whiten(values[::2], torch.ones(2), std_floor=10.0).tolist() == pytest.approx([-0.1, 0.1])
+    assert whiten(torch.full((3,), 0.1), torch.ones(3)).tolist() == [0.0] * 3
 
 
 def test_std_floor_bounds_the_amplification() -> None:
@@ -147,15 +310,17 @@ def test_refuses_bad_arguments() -> None:
     one = torch.tensor([0])
     with pytest.raises(ShapeError, match="rewards_G must be finite, got 1"):
         group_advantage(torch.tensor([float("nan")]), one)
-    with pytest.raises(ShapeError, match="kind must be one of mean, std, rloo, opo, got 'median'"):
+    with pytest.raises(ShapeError, match=r"kind must be one of mean, std, rloo, .*, got 'median'"):
         group_advantage(torch.tensor([1.0]), one, kind="median")
-    with pytest.raises(ShapeError, match="lengths_G must be given when kind is opo"):
+    with pytest.raises(ShapeError, match="lengths_G must be given when kind is one of opo"):
         group_advantage(torch.tensor([1.0]), one, kind="opo")
     with pytest.raises(ShapeError, match=r"discount must be in \[0.0, 1.0\], got 1.5"):
         discounted_return(torch.ones(1), torch.ones(1), torch.tensor([0, 1]), discount=1.5)
     with pytest.raises(ShapeError, match=r"bootstrap_S must have shape \[1\]"):
         discounted_return(torch.ones(1), torch.ones(1), torch.tensor([0, 1]), bootstrap_S=torch.ones(2))
-    with pytest.raises(
-        BackendError, match="backend 'triton' does not exist for this op; choose one of native"
-    ):
+    with pytest.raises(ShapeError, match=r"turns_N must have shape \[1\]"):
+        gae(torch.ones(1), torch.ones(1), torch.ones(1), torch.tensor([0, 1]), turns_N=torch.ones(2))
+    with pytest.raises(ShapeError, match=r"trace_lambda must be in \[0.0, 1.0\], got -1.0"):
+        td_lambda(torch.ones(1), torch.ones(1), torch.ones(1), torch.tensor([0, 1]), trace_lambda=-1.0)
+    with pytest.raises(BackendError, match="segment_scan: backend 'triton' takes CUDA tensors"):
         segment_scan(torch.ones(1), torch.ones(1), torch.tensor([0, 1]), backend="triton")

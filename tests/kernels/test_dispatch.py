@@ -7,8 +7,21 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from slipstream_kernels import Backend, BackendError, BackendUnavailableError, NativeError, native
+from slipstream_kernels import (
+    Backend,
+    BackendError,
+    BackendUnavailableError,
+    NativeError,
+    backends,
+    checksum64,
+    delta_encode,
+    fp8_quantize,
+    native,
+    native_cuda,
+    segment_scan,
+)
 from slipstream_kernels.dispatch import choose
 
 BOTH = (Backend.NATIVE, Backend.REFERENCE)
@@ -44,10 +57,38 @@ def test_explicit_choice_that_cannot_be_is_an_error() -> None:
         choose("op", "cuda", implemented=BOTH)
     with pytest.raises(BackendError, match="op: backend 'native' takes CPU tensors, got tensors on cuda"):
         choose("op", Backend.NATIVE, implemented=BOTH, device="cuda")
-    with pytest.raises(BackendUnavailableError, match="backend 'cuda' is not installed here"):
-        choose("op", "cuda", implemented=(Backend.CUDA, Backend.REFERENCE))
     with pytest.raises(BackendError, match="'triton' takes CUDA tensors, got tensors on cpu"):
         choose("op", "triton", implemented=(Backend.TRITON, Backend.REFERENCE))
+
+
+@pytest.mark.skipif(native_cuda.available(), reason="a GPU is here")
+def test_cuda_without_a_gpu_is_named() -> None:
+    with pytest.raises(BackendUnavailableError, match=r"op: the CUDA library libslipstream_cuda\.so"):
+        choose("op", "cuda", implemented=(Backend.CUDA, Backend.REFERENCE), device="cuda")
+    with pytest.raises(BackendUnavailableError, match="segment_scan: the CUDA library"):
+        segment_scan(torch.ones(1), torch.ones(1), torch.tensor([0, 1]), backend="cuda")
+    with pytest.raises(BackendUnavailableError, match="checksum64: the CUDA library"):
+        checksum64(b"", backend="cuda")
+    with pytest.raises(BackendUnavailableError, match="fp8_quantize: the CUDA library"):
+        fp8_quantize(torch.ones(1, 1), backend="cuda")
+    half = torch.ones(1, dtype=torch.bfloat16)
+    with pytest.raises(BackendUnavailableError, match="delta_encode: the CUDA library"):
+        delta_encode(half, half, backend="cuda")
+
+
+@pytest.mark.usefixtures("no_library")
+def test_backends_are_listed_with_what_they_lack(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(native_cuda, "LIBRARY", tmp_path / "libslipstream_cuda.so")
+    monkeypatch.setattr(native_cuda, "library", native_cuda.library.__wrapped__)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    found = backends()
+    assert list(found) == list(Backend)
+    assert found["reference"] == "available"
+    assert found["native"].startswith("the native library libslipstream_cpu.so is missing")
+    assert found["cuda"].startswith("the CUDA library libslipstream_cuda.so is missing, because nvcc")
+    assert torch.cuda.is_available() or "Triton" in found["triton"]
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert backends()["triton"] in ("available", found["triton"])
 
 
 def test_damaged_library_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

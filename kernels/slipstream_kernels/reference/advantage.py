@@ -39,11 +39,13 @@ def group_advantage(
     def group_sum(values: Tensor) -> Tensor:
         return zero.index_add(0, group, values)[group]
 
+    if kind == "reinforce_pp" and lengths_G is not None:
+        return whiten(reward, lengths_G.double(), std_floor=std_floor).float()
     count = group_sum(torch.ones_like(reward))
-    weight = torch.ones_like(reward) if lengths_G is None else lengths_G.double()
+    weight = lengths_G.double() if kind == "opo" and lengths_G is not None else torch.ones_like(reward)
     centred = reward - group_sum(weight * reward) / group_sum(weight)
     others = (count - 1).clamp(min=1)
-    if kind == "rloo":
+    if kind in ("rloo", "leave_one_out"):
         centred = centred * count / others
     if kind == "std":
         spread = (group_sum(centred.square()) / others).sqrt()
@@ -51,4 +53,25 @@ def group_advantage(
     # Compared exactly: rounding of the mean must not turn equal rewards into an advantage.
     highest = zero.scatter_reduce(0, group, reward, "amax", include_self=False)[group]
     lowest = zero.scatter_reduce(0, group, reward, "amin", include_self=False)[group]
-    return torch.where(highest > lowest, centred, 0.0).float()
+    differs = highest > lowest
+    if kind == "reinforce_pp_baseline" and lengths_G is not None:
+        centred = whiten(centred, differs * lengths_G.double(), std_floor=std_floor)
+    return torch.where(differs, centred, 0.0).float()
+
+
+def whiten(values: Tensor, weights: Tensor, *, std_floor: float) -> Tensor:
+    """Return (values - mean) / max(std, std_floor), each value counted `weights` times; float64.
+
+    std divides by the sum of weights minus one. Where a weight is 0, and everywhere if all values are
+    equal, the result is 0.
+    """
+    counted = weights > 0
+    if not bool(counted.any()):
+        return torch.zeros_like(values)
+    total = weights.sum()
+    mean = (weights * values).sum() / total
+    centred = torch.where(counted, values - mean, 0.0)
+    spread = ((weights * centred.square()).sum() / (total - 1).clamp(min=1)).sqrt()
+    scaled = centred / spread.clamp(min=max(std_floor, torch.finfo(torch.float64).tiny))
+    # Compared exactly: rounding of the mean must not turn equal values into an advantage.
+    return torch.where(values[counted].max() > values[counted].min(), scaled, 0.0)
