@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         ObjectiveError,
         ShapeError,
     )
+    from slipstream_kernels.linear_kl import linear_kl
     from slipstream_kernels.linear_logprob import linear_logprob
     from slipstream_kernels.linear_policy_loss import linear_policy_loss
     from slipstream_kernels.objective import Aggregation, Objective, PolicyLoss
@@ -53,6 +54,7 @@ __all__ = [
     "finish_metrics",
     "gae",
     "group_advantage",
+    "linear_kl",
     "linear_logprob",
     "linear_policy_loss",
     "merge_metrics",
@@ -66,6 +68,7 @@ _NAMES_OF_MODULE = {
     "checksum": "checksum64 checksum64_named",
     "dispatch": "Backend",
     "errors": "BackendError BackendUnavailableError KernelError NativeError ObjectiveError ShapeError",
+    "linear_kl": "linear_kl",
     "linear_logprob": "linear_logprob",
     "linear_policy_loss": "linear_policy_loss",
     "objective": "Aggregation Objective PolicyLoss",

@@ -48,7 +48,8 @@ TILES = {
     "float32": Tile(rows=64, columns=64, hidden=32, warps=4, stages=1, descriptors=False),
     # Two heads at once, one accumulator each: 8 warps, or they would not fit into the registers.
     "two_heads": Tile(rows=128, columns=128, hidden=64, warps=8, stages=3, descriptors=True),
-    "two_heads_pointers": Tile(rows=64, columns=64, hidden=32, warps=4, stages=2, descriptors=False),
+    "two_heads_pointers": Tile(rows=64, columns=64, hidden=32, warps=4, stages=3, descriptors=False),
+    "two_heads_float32": Tile(rows=32, columns=64, hidden=32, warps=4, stages=1, descriptors=False),
     # Triton's interpreter pays for each operation, and for rows that are padding.
     "interpreted": Tile(rows=16, columns=128, hidden=32, warps=4, stages=1, descriptors=False),
 }
@@ -80,7 +81,7 @@ def head_tile(
     if architecture is None:
         return "interpreted"
     if element_bytes == 4:
-        return "float32"
+        return "two_heads_float32" if heads == 2 else "float32"
     if architecture < (9, 0) or not aligned:
         name = "two_heads_pointers" if heads == 2 else "pointers"
         return "pointers_writing" if logit_bytes else name

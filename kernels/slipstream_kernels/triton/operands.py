@@ -31,6 +31,8 @@ class Operands:
     """[V, H], likewise."""
     output: Any
     """[C, V], likewise, or None."""
+    width: int
+    """H."""
     tile: Tile
 
 
@@ -61,7 +63,7 @@ def operands(
     )
     chosen = tile or TILES[name]
     if not chosen.descriptors:
-        return Operands(hidden=hidden, weight=weight, output=output_CV, tile=chosen)
+        return Operands(hidden=hidden, weight=weight, output=output_CV, width=hidden.shape[1], tile=chosen)
     output = output_CV
     if output_CV is not None:
         output = TensorDescriptor.from_tensor(output_CV, [chosen.rows, chosen.columns])
@@ -69,8 +71,22 @@ def operands(
         hidden=TensorDescriptor.from_tensor(hidden, [chosen.rows, chosen.hidden]),
         weight=TensorDescriptor.from_tensor(weight, [chosen.columns, chosen.hidden]),
         output=output,
+        width=hidden.shape[1],
         tile=chosen,
     )
+
+
+def paired_operands(
+    p: tuple[Tensor, Tensor], q: tuple[Tensor, Tensor], *, tile: Tile | None = None
+) -> tuple[Operands, Operands]:
+    """Return the operands of two heads that one kernel multiplies, with one tile."""
+    left, right = operands(*p, tile=tile, heads=2), operands(*q, tile=tile, heads=2)
+    if left.tile == right.tile:
+        return left, right
+    # One head is of float32 or not aligned: the tile that serves it serves the other too.
+    wide = TILES["two_heads_float32"]
+    common = wide if wide in (left.tile, right.tile) else TILES["two_heads_pointers"]
+    return operands(*p, tile=common), operands(*q, tile=common)
 
 
 @contextmanager
