@@ -28,8 +28,8 @@ def naive(
     def log_softmax(hidden: Tensor, weight: Tensor) -> Tensor:
         x = hidden @ weight.T
         x = x if softcap is None else softcap * torch.tanh(x / softcap)
-        scale = inverse_temperature[:, None] if isinstance(inverse_temperature, Tensor) else inverse_temperature
-        return (x * scale).log_softmax(1)
+        per_row = isinstance(inverse_temperature, Tensor)
+        return (x * (inverse_temperature[:, None] if per_row else inverse_temperature)).log_softmax(1)
 
     log_p, log_q = log_softmax(*heads[:2]), log_softmax(*heads[2:])
     p, q = log_p.exp(), log_q.exp()

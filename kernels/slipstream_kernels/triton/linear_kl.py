@@ -20,7 +20,7 @@ from slipstream_kernels.statistics import LN_2, PART_COLUMNS, finish
 from slipstream_kernels.triton.kl_kernels import jsd_parts, kl_gradient, kl_parts, merge_kl_parts, sum_parts
 from slipstream_kernels.triton.linear_logprob import GRADIENT_COLUMNS, MERGE_ROWS, head_statistics
 from slipstream_kernels.triton.operands import Operands, paired_operands
-from slipstream_kernels.tuning import Tile
+from slipstream_kernels.tuning import Tile, Work
 
 CHUNK_ELEMENTS = 1 << 28
 """Logits of one head that the backward pass holds at once: 1 GiB in float32."""
@@ -94,12 +94,15 @@ class _LinearKl(torch.autograd.Function):
         tile: Tile | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         if labels_N.numel():
-            p, q = paired_operands((hidden_p_NH, weight_p_VH), (hidden_q_NK, weight_q_VK), tile=tile)
+            work = Work.MIXTURE if settings.direction is Direction.JSD else Work.TWO_HEADS
+            heads = (hidden_p_NH, weight_p_VH), (hidden_q_NK, weight_q_VK)
+            p, q = paired_operands(*heads, work=work, tile=tile)
             kl_N, mean_N, logprob_N, entropy_N = kl_statistics(
                 p, q, labels_N, columns=weight_p_VH.shape[0], settings=settings
             )
         else:
-            kl_N, mean_N, logprob_N, entropy_N = (labels_N.new_empty(0, dtype=torch.float32) for _ in range(4))
+            empty = (torch.empty(0, device=labels_N.device) for _ in range(4))
+            kl_N, mean_N, logprob_N, entropy_N = empty
         ctx.save_for_backward(
             hidden_p_NH, weight_p_VH, hidden_q_NK, weight_q_VK, labels_N, mean_N, entropy_N
         )

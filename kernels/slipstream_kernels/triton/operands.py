@@ -16,7 +16,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from slipstream_kernels.dispatch import interpreted
-from slipstream_kernels.tuning import TILES, Tile, head_tile
+from slipstream_kernels.tuning import TILES, Tile, Work, head_tile
 
 ALIGNMENT_BYTES = 16
 
@@ -42,7 +42,7 @@ def operands(
     output_CV: Tensor | None = None,
     *,
     tile: Tile | None = None,
-    heads: int = 1,
+    work: Work = Work.HEAD,
 ) -> Operands:
     """Return both factors in one type and layout, and the output, with a tile that serves them.
 
@@ -56,7 +56,7 @@ def operands(
         hidden=hidden.shape[1],
         element_bytes=dtype.itemsize,
         logit_bytes=0 if output_CV is None else output_CV.element_size(),
-        heads=heads,
+        work=work,
         triton_version=triton.__version__,
         architecture=None if interpreted() else torch.cuda.get_device_capability(hidden.device),
         aligned=all(_aligned(matrix) for matrix in (hidden, weight, output_CV) if matrix is not None),
@@ -77,14 +77,14 @@ def operands(
 
 
 def paired_operands(
-    p: tuple[Tensor, Tensor], q: tuple[Tensor, Tensor], *, tile: Tile | None = None
+    p: tuple[Tensor, Tensor], q: tuple[Tensor, Tensor], *, work: Work, tile: Tile | None = None
 ) -> tuple[Operands, Operands]:
     """Return the operands of two heads that one kernel multiplies, with one tile."""
-    left, right = operands(*p, tile=tile, heads=2), operands(*q, tile=tile, heads=2)
+    left, right = operands(*p, tile=tile, work=work), operands(*q, tile=tile, work=work)
     if left.tile == right.tile:
         return left, right
     # One head is of float32 or not aligned: the tile that serves it serves the other too.
-    wide = TILES["two_heads_float32"]
+    wide = TILES["float32"]
     common = wide if wide in (left.tile, right.tile) else TILES["two_heads_pointers"]
     return operands(*p, tile=common), operands(*q, tile=common)
 
