@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     )
     from slipstream_kernels.fp8 import Fp8Weight, fp8_dequantize, fp8_quantize
     from slipstream_kernels.group_advantage import Baseline, group_advantage, whiten
+    from slipstream_kernels.linear_kl import linear_kl
     from slipstream_kernels.linear_logprob import linear_logprob
     from slipstream_kernels.linear_policy_loss import linear_policy_loss
     from slipstream_kernels.objective import (
@@ -74,6 +75,7 @@ __all__ = [
     "fp8_quantize",
     "gae",
     "group_advantage",
+    "linear_kl",
     "linear_logprob",
     "linear_policy_loss",
     "merge_metrics",
@@ -92,6 +94,7 @@ _NAMES_OF_MODULE = {
     " ObjectiveError ShapeError",
     "fp8": "Fp8Weight fp8_dequantize fp8_quantize",
     "group_advantage": "Baseline group_advantage whiten",
+    "linear_kl": "linear_kl",
     "linear_logprob": "linear_logprob",
     "linear_policy_loss": "linear_policy_loss",
     "objective": "Aggregation Correction Level Objective Penalty PolicyLoss Surrogate",

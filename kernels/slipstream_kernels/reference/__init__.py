@@ -7,6 +7,9 @@ inputs. (The definition of checksum64 needs no torch and stands in checksum.py.)
 from slipstream_kernels.reference.advantage import group_advantage as group_advantage
 from slipstream_kernels.reference.advantage import segment_scan as segment_scan
 from slipstream_kernels.reference.advantage import whiten as whiten
+from slipstream_kernels.reference.kl import Direction as Direction
+from slipstream_kernels.reference.kl import KlSettings as KlSettings
+from slipstream_kernels.reference.kl import linear_kl as linear_kl
 from slipstream_kernels.reference.linear import LogitSettings as LogitSettings
 from slipstream_kernels.reference.linear import linear_logprob as linear_logprob
 from slipstream_kernels.reference.policy import PolicyInputs as PolicyInputs

@@ -16,7 +16,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from slipstream_kernels.dispatch import interpreted
-from slipstream_kernels.tuning import TILES, Tile, head_tile
+from slipstream_kernels.tuning import TILES, Tile, Work, head_tile
 
 ALIGNMENT_BYTES = 16
 
@@ -31,6 +31,8 @@ class Operands:
     """[V, H], likewise."""
     output: Any
     """[C, V], likewise, or None."""
+    width: int
+    """H."""
     tile: Tile
 
 
@@ -40,7 +42,7 @@ def operands(
     output_CV: Tensor | None = None,
     *,
     tile: Tile | None = None,
-    heads: int = 1,
+    work: Work = Work.HEAD,
 ) -> Operands:
     """Return both factors in one type and layout, and the output, with a tile that serves them.
 
@@ -54,14 +56,14 @@ def operands(
         hidden=hidden.shape[1],
         element_bytes=dtype.itemsize,
         logit_bytes=0 if output_CV is None else output_CV.element_size(),
-        heads=heads,
+        work=work,
         triton_version=triton.__version__,
         architecture=None if interpreted() else torch.cuda.get_device_capability(hidden.device),
         aligned=all(_aligned(matrix) for matrix in (hidden, weight, output_CV) if matrix is not None),
     )
     chosen = tile or TILES[name]
     if not chosen.descriptors:
-        return Operands(hidden=hidden, weight=weight, output=output_CV, tile=chosen)
+        return Operands(hidden=hidden, weight=weight, output=output_CV, width=hidden.shape[1], tile=chosen)
     output = output_CV
     if output_CV is not None:
         output = TensorDescriptor.from_tensor(output_CV, [chosen.rows, chosen.columns])
@@ -69,8 +71,22 @@ def operands(
         hidden=TensorDescriptor.from_tensor(hidden, [chosen.rows, chosen.hidden]),
         weight=TensorDescriptor.from_tensor(weight, [chosen.columns, chosen.hidden]),
         output=output,
+        width=hidden.shape[1],
         tile=chosen,
     )
+
+
+def paired_operands(
+    p: tuple[Tensor, Tensor], q: tuple[Tensor, Tensor], *, work: Work, tile: Tile | None = None
+) -> tuple[Operands, Operands]:
+    """Return the operands of two heads that one kernel multiplies, with one tile."""
+    left, right = operands(*p, tile=tile, work=work), operands(*q, tile=tile, work=work)
+    if left.tile == right.tile:
+        return left, right
+    # One head is of float32 or not aligned: the tile that serves it serves the other too.
+    wide = TILES["float32"]
+    common = wide if wide in (left.tile, right.tile) else TILES["two_heads_pointers"]
+    return operands(*p, tile=common), operands(*q, tile=common)
 
 
 @contextmanager
