@@ -1,0 +1,223 @@
+"""The CUDA kernels, run on the CPU thread by thread, give what the native library gives.
+
+The folder cuda_on_cpu stands in for CUDA's headers: it shows that the kernels compute the right thing, not
+that a GPU runs them, nor how fast.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from slipstream_kernels import (
+    checksum64,
+    delta_encode,
+    delta_encode_cast,
+    fp8_quantize,
+    native,
+    native_cuda,
+    segment_scan,
+)
+from slipstream_kernels.testing import assert_matches_reference, cu_seqlens_of
+
+ROOT = Path(__file__).parents[2]
+HEADERS = Path(__file__).parent / "cuda_on_cpu"
+COMPILER = shutil.which("g++")
+LAUNCH = re.compile(r"(\w+(?:<\w+>)?)<<<(.+?), (\w+), 0, queue>>>\((.*?)\);", re.S)
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(COMPILER is None or not native.available(), reason="needs g++ and the native library"),
+]
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Build csrc/cuda with a C++ compiler, launches turned into calls."""
+    folder = tmp_path_factory.mktemp("cuda_on_cpu")
+    flags = ["-std=c++20", "-O1", "-fPIC", "-ffp-contract=off", f"-I{HEADERS}"]
+    flags += [f"-I{ROOT / 'csrc/cuda'}", f"-I{ROOT / 'csrc/include'}"]
+
+    def build(source: Path) -> str:
+        text = LAUNCH.sub(r"cuda_on_cpu::launch(\2, \3, [=] { \1(\4); });", source.read_text())
+        assert "<<<" not in text, source
+        made = folder / f"{source.stem}.cpp"
+        made.write_text(text)
+        subprocess.run(["g++", *flags, "-c", made, "-o", made.with_suffix(".o")], check=True, timeout=100)
+        return str(made.with_suffix(".o"))
+
+    with ThreadPoolExecutor(2) as pool:
+        objects = list(pool.map(build, sorted((ROOT / "csrc/cuda").glob("*.cu"))))
+    target = folder / "libslipstream_cuda.so"
+    subprocess.run(["g++", "-shared", "-pthread", *objects, "-o", target], check=True, timeout=100)
+    return target
+
+
+@pytest.fixture(autouse=True)
+def use_library(library: Path) -> Iterator[None]:
+    """Let native_cuda call it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(native_cuda, "LIBRARY", library)
+        native_cuda.library.cache_clear()
+        yield
+    native_cuda.library.cache_clear()
+
+
+def call(name: str, *arguments: object) -> None:
+    """Call a function with the addresses of tensors, on the default stream."""
+    plain = [a.data_ptr() if isinstance(a, Tensor) else a for a in arguments]
+    native_cuda.call(f"slipstream_cuda_{name}", *plain, None)
+
+
+def workspace(count: int) -> Tensor:
+    return torch.full((128 + 72 * -(-count // 512),), 77, dtype=torch.uint8)
+
+
+def encode(plan: str, first: Tensor, second: Tensor) -> Tensor:
+    room, size = workspace(second.numel()), torch.empty(1, dtype=torch.int64)
+    call(plan, first, second, second.numel(), 1, 2, room, room.numel(), size)
+    data = torch.full((int(size),), 99, dtype=torch.uint8)
+    call("delta_write", second, second.numel(), room, data, data.numel())
+    return data
+
+
+def apply(base: Tensor, data: Tensor, output: Tensor) -> int:
+    room, status = workspace(base.numel()), torch.empty(1, dtype=torch.int32)
+    call("delta_apply", base, base.numel(), data, data.numel(), room, room.numel(), output, status)
+    return int(status)
+
+
+def pair(count: int, share: float) -> tuple[Tensor, Tensor]:
+    old = torch.randn(count).bfloat16()
+    new = old.clone()
+    new.view(torch.int16)[torch.rand(count) < share] += 1
+    return old.view(torch.int16), new.view(torch.int16)
+
+
+@pytest.mark.parametrize("size", [0, 7, 16, 17, 40_001])
+def test_checksum(size: int) -> None:
+    data = torch.randint(0, 256, (size + 1,), dtype=torch.uint8)
+    for part in (data[:size], data[1:]):
+        result = torch.empty(1, dtype=torch.int64)
+        call("checksum64", part, size, result)
+        assert int(result) % 2**64 == checksum64(part)
+
+
+@pytest.mark.parametrize(
+    ("count", "share"),
+    [(0, 0.0), (1, 1.0), (511, 0.12), (513, 0.003), (1024, 1.0), (3000, 0.0), (3000, 0.12), (33_500, 0.02)],
+)
+def test_delta(count: int, share: float) -> None:
+    old, new = pair(count, share)
+    data = encode("delta_plan", old, new)
+    expected = delta_encode(old, new, base_version=1, new_version=2, backend="native")
+    assert torch.equal(data, expected.data)
+    output = torch.full_like(old, 7)
+    assert apply(old, data, output) == native.OK
+    assert torch.equal(output, new)
+    changed = old.clone()
+    assert apply(changed, data, changed) == native.OK
+    assert torch.equal(changed, new)
+    if count:
+        output.fill_(7)
+        assert apply(old + 1, data, output) == native.WRONG_BASE
+        assert (output == 7).all()
+
+
+@pytest.mark.parametrize("count", [1, 1500])
+def test_delta_within_the_cast(count: int) -> None:
+    weights = torch.randn(count).bfloat16()
+    master = weights.float() * (1 + 0.004 * torch.rand(count))
+    master[0] = float("nan")
+    ours, theirs = weights.clone(), weights.clone()
+    data = encode("delta_plan_cast", master, ours)
+    expected = delta_encode_cast(master, theirs, base_version=1, new_version=2, backend="native")
+    assert torch.equal(data, expected.data)
+    assert torch.equal(ours.view(torch.int16), theirs.view(torch.int16))
+
+
+def test_forged_deltas_get_the_status_of_the_native_library() -> None:
+    choices, seen = random.Random(0), set()
+    for _ in range(30):
+        old, new = pair(1500, choices.choice([0.02, 0.2, 0.9]))
+        data = bytearray(delta_encode(old, new, backend="native").to_bytes())
+        for _ in range(choices.randint(1, 3)):
+            place = choices.choice([choices.randrange(len(data) - 8), choices.randrange(64, 120)])
+            data[place] = choices.choice([0, 1, 254, 255, choices.randrange(256)])
+        data[-8:] = checksum64(bytes(data[:-8])).to_bytes(8, "little")
+        forged = torch.frombuffer(data, dtype=torch.uint8).clone()
+        ours, theirs = torch.full_like(old, 7), torch.full_like(old, 7)
+        status = apply(old, forged, ours)
+        arguments = (old.data_ptr(), 1500, forged.data_ptr(), forged.numel(), 1, theirs.data_ptr())
+        assert status == native.status_of("slipstream_delta_apply", *arguments)
+        assert torch.equal(ours, theirs)
+        seen.add(status)
+    assert {native.BAD_DELTA, native.WRONG_RESULT} <= seen
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(1, 1), (128, 128), (129, 264), (130, 257)])
+def test_fp8(dtype: torch.dtype, shape: tuple[int, int]) -> None:
+    weight = (torch.randn(shape) * torch.rand(shape) ** 12).to(dtype)
+    expected = fp8_quantize(weight, backend="native")
+    values, scales = torch.empty_like(expected.values), torch.full_like(expected.scales, float("nan"))
+    status = torch.full((1,), 77, dtype=torch.int32)
+    is_bfloat16 = dtype is torch.bfloat16
+    call("fp8_quantize", weight, is_bfloat16, *shape, values, scales, status)
+    assert int(status) == native.OK
+    assert torch.equal(values.view(torch.uint8), expected.values.view(torch.uint8))
+    assert torch.equal(scales, expected.scales)
+    weight[-1, -1] = float("nan")
+    call("fp8_quantize", weight, is_bfloat16, *shape, values, scales, status)
+    assert int(status) == native.NOT_FINITE
+
+
+def scanned(decay: Tensor, value: Tensor, bounds: Tensor) -> Tensor:
+    tokens, output = value.numel(), torch.full_like(value, float("nan"))
+    room = torch.empty(2 * -(-tokens // 4096))
+    segments = bounds.numel() - 1
+    call("segment_scan_f32", decay, value, bounds, segments, tokens, room, 4 * room.numel(), output)
+    return output
+
+
+@pytest.mark.parametrize(
+    "lengths",
+    [
+        [1],
+        [0, 0, 5, 0, 2000, 3, 0],
+        [4096, 1],
+        [4095, 4097, 1],
+        [300] * 40,
+        [1] * 5000,
+        [0] * 600 + [5, 8200],
+    ],
+)
+def test_scan(lengths: list[int]) -> None:
+    decay, value = torch.rand(sum(lengths)), torch.randn(sum(lengths))
+    bounds = cu_seqlens_of(lengths)
+    assert_matches_reference(scanned(decay, value, bounds), segment_scan(decay, value, bounds))
+
+
+def test_scan_over_tiles_with_decay_near_one() -> None:
+    decay, value = 0.999 + 0.001 * torch.rand(20_000), torch.randn(20_000)
+    bounds = torch.tensor([0, 20_000])
+    expected = segment_scan(decay, value, bounds)
+    assert (scanned(decay, value, bounds) - expected).norm() / expected.norm() < 1e-5
+
+
+def test_infinity_stays_in_its_segment() -> None:
+    value = torch.ones(9000)
+    value[4500:4502] = torch.tensor([float("inf"), float("nan")])
+    result = scanned(torch.full((9000,), 0.5), value, torch.tensor([0, 4500, 4502, 9000]))
+    assert result[:4500].isfinite().all()
+    assert result[4502:].isfinite().all()
+    assert not result[4500:4502].isfinite().any()
