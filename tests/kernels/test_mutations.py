@@ -90,7 +90,7 @@ BUGS = [
         name="weighted sum not shifted to the new maximum",
         before="shrink_C * (weighted_C + shift_C * total_C)",
         after="shrink_C * weighted_C",
-        tests=STATISTICS,
+        tests="test_statistics_and_logits and 2048",
     ),
     Bug(
         name="labels of other shards taken for column 0",

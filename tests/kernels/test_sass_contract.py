@@ -38,24 +38,29 @@ SHARED_OF_A_MULTIPROCESSOR = 227 * 1024
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
-    """One kernel in one configuration, all of its settings on."""
+    """One kernel in one configuration."""
 
     kernel: str
     tile: str | None = None
     numbers: str = "bf16"
     logits: str | None = None
+    settings: bool = True
+    """Temperature by row, bias, softcap and every gradient; or none of them."""
     slow: bool = True
 
     @property
     def name(self) -> str:
-        return "-".join(part for part in (self.kernel, self.tile, self.numbers, self.logits) if part)
+        plain = None if self.settings else "plain"
+        return "-".join(part for part in (self.kernel, self.tile, self.numbers, self.logits, plain) if part)
 
 
 CASES = [
     Case(kernel="_head_parts", tile="pair", slow=False),
+    Case(kernel="_head_parts", tile="pair", settings=False),
     Case(kernel="_head_parts", tile="pair", numbers="fp16"),
     Case(kernel="_head_parts", tile="specialised"),
     Case(kernel="_head_parts", tile="writing", logits="bf16", slow=False),
+    Case(kernel="_head_parts", tile="writing", logits="bf16", settings=False),
     Case(kernel="_head_parts", tile="writing_float32", logits="fp32"),
     Case(kernel="_head_parts", tile="pointers"),
     Case(kernel="_head_parts", tile="pointers_writing", logits="fp32"),
@@ -63,7 +68,9 @@ CASES = [
     Case(kernel="_head_parts", tile="float32", numbers="fp32", logits="fp32"),
     Case(kernel="_merge_parts", slow=False),
     Case(kernel="_logit_gradient", logits="bf16", slow=False),
+    Case(kernel="_logit_gradient", logits="bf16", settings=False),
     Case(kernel="kl_parts", tile="two_heads"),
+    Case(kernel="kl_parts", tile="two_heads", settings=False),
     Case(kernel="kl_parts", tile="mixture"),
     Case(kernel="jsd_parts", tile="mixture"),
     Case(kernel="kl_parts", tile="two_heads_pointers"),
@@ -73,6 +80,7 @@ CASES = [
     Case(kernel="merge_kl_parts"),
     Case(kernel="sum_parts"),
     Case(kernel="kl_gradient", logits="fp32"),
+    Case(kernel="kl_gradient", logits="fp32", settings=False),
 ]
 INTEGERS = {"rows", "columns", "width", "width_p", "width_q", "parts"}
 SCALARS = {"softcap", "beta", "log_beta", "log_rest"}
@@ -110,7 +118,7 @@ def compiled(case: Case) -> Any:
     function = getattr(module, case.kernel)
     names = list(function.arg_names)
     types = signature(case, names)
-    values: dict[str, Any] = dict.fromkeys(FLAGS, True)
+    values: dict[str, Any] = dict.fromkeys(FLAGS, case.settings)
     values |= {"FORWARD": False, "LOGITS": case.logits is not None, "PRECISION": "ieee", "PART": PART_COLUMNS}
     options = {"num_warps": 8 if "gradient" in case.kernel else 4, "enable_fp_fusion": True}
     if case.tile is None:
@@ -168,3 +176,8 @@ def test_contract(case: Case, tmp_path: Path) -> None:
     measured = {"registers": int(usage[1]), "shared_bytes": shared}
     assert bound is None or all(measured[key] <= bound[key] for key in bound), f"{measured} exceeds {bound}"
     assert bound is not None or VERSION not in BOUNDS, f"no bound for {case.name}; measured {measured}"
+
+
+def test_every_tile_is_under_contract() -> None:
+    assert {case.tile for case in CASES} - {None} == TILES.keys() - {"interpreted"}
+    assert len({case.name for case in CASES}) == len(CASES)
