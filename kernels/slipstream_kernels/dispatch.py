@@ -38,8 +38,9 @@ def choose(
     not installed here.
     """
     if backend is None:
-        # A library that could not be loaded is tried again each time: not for tensors it cannot serve.
-        fitting = (b for b in implemented if b is not Backend.CUDA or device == "cuda")
+        # Triton's interpreter is for tests, and a library that could not be loaded is tried again each time:
+        # neither is a choice for tensors on the CPU.
+        fitting = (b for b in implemented if b not in (Backend.CUDA, Backend.TRITON) or device == "cuda")
         return next(b for b in fitting if not _obstacle(op, b, device))
     names = ", ".join(implemented)
     if backend not in implemented:
