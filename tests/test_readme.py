@@ -29,7 +29,7 @@ def parsed(line: str) -> argparse.Namespace:
     _, name, *arguments = shlex.split(line, comments=True)
     parser = argparse.ArgumentParser(prog=line, allow_abbrev=False)
     cli._commands()[name].declare(parser)
-    return parser.parse_intermixed_args(arguments)
+    return parser.parse_intermixed_args(cli._separated(name, arguments))
 
 
 def test_the_two_commands_come_first_and_exist() -> None:
