@@ -25,7 +25,7 @@ class Bug:
     after: str
     tests: str
     """pytest's -k."""
-    module: str = "linear_logprob"
+    module: str = "head_kernels"
 
 
 STATISTICS = "test_statistics_and_logits and 17-20-129"
@@ -116,7 +116,7 @@ BUGS = [
 
 
 def run(sources: Path, bug: Bug) -> subprocess.CompletedProcess[str]:
-    test = INTERPRETED / f"test_{'linear_logprob' if bug.module == 'linear_logprob' else 'linear_kl'}.py"
+    test = INTERPRETED / f"test_{'linear_logprob' if bug.module == 'head_kernels' else 'linear_kl'}.py"
     options = ["-x", "-p", "no:cacheprovider", "-o", f"pythonpath={sources}", "--tb=line"]
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     return subprocess.run(

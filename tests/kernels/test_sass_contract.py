@@ -24,8 +24,8 @@ from triton.compiler import ASTSource  # noqa: E402
 
 from slipstream_kernels.dispatch import interpreted  # noqa: E402
 from slipstream_kernels.statistics import PART_COLUMNS  # noqa: E402
-from slipstream_kernels.triton import kl_kernels, linear_logprob  # noqa: E402
-from slipstream_kernels.tuning import EXCLUDED, TILES, minor_version  # noqa: E402
+from slipstream_kernels.triton import head_kernels, kl_kernels, linear_logprob  # noqa: E402
+from slipstream_kernels.tuning import SPECIALISED_UNDER, TILES, minor_version  # noqa: E402
 
 pytestmark = pytest.mark.skipif(interpreted(), reason="interpreted kernels are not compiled")
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
@@ -55,20 +55,20 @@ class Case:
 
 
 CASES = [
-    Case(kernel="_head_parts", tile="pair", slow=False),
-    Case(kernel="_head_parts", tile="pair", settings=False),
-    Case(kernel="_head_parts", tile="pair", numbers="fp16"),
-    Case(kernel="_head_parts", tile="specialised"),
-    Case(kernel="_head_parts", tile="writing", logits="bf16", slow=False),
-    Case(kernel="_head_parts", tile="writing", logits="bf16", settings=False),
-    Case(kernel="_head_parts", tile="writing_float32", logits="fp32"),
-    Case(kernel="_head_parts", tile="pointers"),
-    Case(kernel="_head_parts", tile="pointers_writing", logits="fp32"),
-    Case(kernel="_head_parts", tile="float32", numbers="fp32"),
-    Case(kernel="_head_parts", tile="float32", numbers="fp32", logits="fp32"),
-    Case(kernel="_merge_parts", slow=False),
-    Case(kernel="_logit_gradient", logits="bf16", slow=False),
-    Case(kernel="_logit_gradient", logits="bf16", settings=False),
+    Case(kernel="sweep_parts", tile="pair", slow=False),
+    Case(kernel="sweep_parts", tile="pair", settings=False),
+    Case(kernel="sweep_parts", tile="pair", numbers="fp16"),
+    Case(kernel="sweep_parts", tile="specialised"),
+    Case(kernel="sweep_parts", tile="writing", logits="bf16", slow=False),
+    Case(kernel="sweep_parts", tile="writing", logits="bf16", settings=False),
+    Case(kernel="sweep_parts", tile="writing_float32", logits="fp32"),
+    Case(kernel="sweep_parts", tile="pointers"),
+    Case(kernel="sweep_parts", tile="pointers_writing", logits="fp32"),
+    Case(kernel="sweep_parts", tile="float32", numbers="fp32"),
+    Case(kernel="sweep_parts", tile="float32", numbers="fp32", logits="fp32"),
+    Case(kernel="fold_parts", slow=False),
+    Case(kernel="replace_by_gradient", logits="bf16", slow=False),
+    Case(kernel="replace_by_gradient", logits="bf16", settings=False),
     Case(kernel="kl_parts", tile="two_heads"),
     Case(kernel="kl_parts", tile="two_heads", settings=False),
     Case(kernel="kl_parts", tile="mixture"),
@@ -114,7 +114,7 @@ def signature(case: Case, names: list[str]) -> dict[str, str]:
 
 
 def compiled(case: Case) -> Any:
-    module = linear_logprob if hasattr(linear_logprob, case.kernel) else kl_kernels
+    module = kl_kernels if hasattr(kl_kernels, case.kernel) else head_kernels
     function = getattr(module, case.kernel)
     names = list(function.arg_names)
     types = signature(case, names)
@@ -149,7 +149,7 @@ def tool(*command: str) -> str:
     "case", [pytest.param(case, id=case.name, marks=[pytest.mark.slow] * case.slow) for case in CASES]
 )
 def test_contract(case: Case, tmp_path: Path) -> None:
-    if case.tile in EXCLUDED.get(VERSION, ()):
+    if case.tile == "specialised" and VERSION not in SPECIALISED_UNDER:
         pytest.skip(f"{case.tile} is not chosen under Triton {VERSION}")
     kernel = compiled(case)
     cubin = tmp_path / "kernel.cubin"

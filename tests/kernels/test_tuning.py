@@ -23,6 +23,7 @@ HOPPER: dict[str, Any] = {
         ({}, "specialised"),
         ({"hidden": 1024}, "pair"),
         ({"triton_version": "3.9.0"}, "pair"),
+        ({"triton_version": "4.0.0"}, "pair"),
         ({"logit_bytes": 2}, "writing"),
         ({"logit_bytes": 4}, "writing_float32"),
         ({"aligned": False}, "pointers"),

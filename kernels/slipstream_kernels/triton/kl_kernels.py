@@ -1,7 +1,7 @@
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False, disallow-untyped-decorators=False
 """Floor 3. The kernels of linear_kl: statistics of two heads at once, and the gradient of logits.
 
-Like the linear head (linear_logprob.py), by parts of the vocabulary that are merged in index order. Of p and
+Like the linear head (head_kernels.py), by parts of the vocabulary that are merged in index order. Of p and
 q each part keeps peak and total of statistics.py, of p also `weighted` and `label`, and of the divergence
 
     cross = sum 2^(a - peak_a) ((a - peak_a) - (b - peak_b)),   a = p, b = q for KL(p || q), else exchanged
@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 
 from slipstream_kernels.statistics import LEAST_PEAK, LOG2_E
-from slipstream_kernels.triton.linear_logprob import capped, local_labels, product, row_scale
+from slipstream_kernels.triton.head_kernels import capped, local_labels, product, row_scale
 
 _LOG2_E = tl.constexpr(LOG2_E)
 _LEAST_PEAK = tl.constexpr(LEAST_PEAK)
