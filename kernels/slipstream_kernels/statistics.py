@@ -6,7 +6,7 @@ With z the logits of a row in units of ln 2 (z = logit * log2 e), over any part 
 
 `label` is 0 in a part that does not hold the label. Relative to the peak: entropy as logsumexp - mean logit
 would cancel for confident rows. Parts are merged one after another in the order of the vocabulary, so that
-the bits do not depend on who computed which part.
+the bits do not depend on who computed which part; shards that were merged before differ by rounding.
 
 Dimensions: N rows, K parts of the vocabulary.
 """
@@ -22,7 +22,7 @@ from torch import Tensor
 LOG2_E: Final = 1.0 / math.log(2.0)
 LN_2: Final = math.log(2.0)
 PART_COLUMNS: Final = 1024
-"""Columns of one part; shards of a vocabulary that hold whole parts give the bits of one process."""
+"""Columns of one part."""
 LEAST_PEAK: Final = -1e30
 """Peak of a part without a column: finite, so that no difference of two peaks is NaN."""
 
