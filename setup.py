@@ -43,7 +43,7 @@ def _compiler() -> str | None:
 
 def _library(device: str, suffix: str) -> Extension:
     sources = sorted(str(path) for path in Path(f"csrc/{device}").glob(f"*.{suffix}"))
-    headers = sorted(str(path) for path in Path("csrc").rglob("*.h"))
+    headers = sorted(str(path) for path in Path("csrc").rglob("*.*h"))
     # An optional extension may be missing in the end, without failing the install.
     optional = device == "cuda"
     return Extension(

@@ -45,10 +45,18 @@ SLIPSTREAM_CLONES void quantize_bfloat16(const uint16_t* row, int64_t columns, f
     quantize_row(row, columns, scale, values);
 }
 
-inline uint32_t largest_of(const float* row, int64_t n, uint32_t largest) { return largest_float(row, n, largest); }
-inline uint32_t largest_of(const uint16_t* row, int64_t n, uint32_t largest) { return largest_bfloat16(row, n, largest); }
-inline void quantize(const float* row, int64_t n, float scale, uint8_t* out) { quantize_float(row, n, scale, out); }
-inline void quantize(const uint16_t* row, int64_t n, float scale, uint8_t* out) { quantize_bfloat16(row, n, scale, out); }
+inline uint32_t largest_of(const float* row, int64_t columns, uint32_t largest) {
+    return largest_float(row, columns, largest);
+}
+inline uint32_t largest_of(const uint16_t* row, int64_t columns, uint32_t largest) {
+    return largest_bfloat16(row, columns, largest);
+}
+inline void quantize(const float* row, int64_t columns, float scale, uint8_t* values) {
+    quantize_float(row, columns, scale, values);
+}
+inline void quantize(const uint16_t* row, int64_t columns, float scale, uint8_t* values) {
+    quantize_bfloat16(row, columns, scale, values);
+}
 
 struct Shape {
     int64_t rows, columns, tile_rows, tile_columns;

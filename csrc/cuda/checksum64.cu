@@ -22,8 +22,8 @@ __device__ uint64_t gather_word(const uint8_t* bytes, int64_t index, int64_t siz
 }
 
 // Adds all words to *sum, which is zero before. Aligned data is read 16 bytes at a time.
-__global__ void __launch_bounds__(kThreads) sum_words(const uint8_t* bytes, int64_t size_bytes, bool vectors,
-                                                      uint64_t* sum) {
+__global__ void __launch_bounds__(kThreads)
+    sum_words(const uint8_t* bytes, int64_t size_bytes, bool vectors, uint64_t* sum) {
     const int64_t words = (size_bytes + kWordBytes - 1) / kWordBytes;
     const int64_t pairs = vectors ? size_bytes / 16 : 0;
     const int64_t thread = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
@@ -53,7 +53,8 @@ extern "C" int32_t slipstream_cuda_checksum64(const void* data, int64_t size_byt
     const cudaError_t error = cudaMemsetAsync(checksum, 0, sizeof *checksum, queue);
     if (error != cudaSuccess) return status_of(error);
     const unsigned blocks = grid_of(size_bytes, kThreads * kWordsOfThread * kWordBytes);
-    sum_words<<<blocks, kThreads, 0, queue>>>(static_cast<const uint8_t*>(data), size_bytes, aligned(data, 16), checksum);
+    const auto* bytes = static_cast<const uint8_t*>(data);
+    sum_words<<<blocks, kThreads, 0, queue>>>(bytes, size_bytes, aligned(data, 16), checksum);
     finish<<<1, 1, 0, queue>>>(size_bytes, checksum);
     return queued();
 }

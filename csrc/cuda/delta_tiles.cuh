@@ -16,7 +16,9 @@ constexpr int kBlocksOfWarp = kTileBlocks / kTileWarps;
 constexpr int kScanThreads = 256;
 constexpr int kSumBytes = 16;
 
-inline __host__ __device__ int64_t tiles_of(int64_t count) { return (blocks_of(count) + kTileBlocks - 1) / kTileBlocks; }
+inline __host__ __device__ int64_t tiles_of(int64_t count) {
+    return (blocks_of(count) + kTileBlocks - 1) / kTileBlocks;
+}
 
 // The parts of a workspace; tiles has one element more than there are tiles, for the totals.
 struct Workspace {

@@ -125,8 +125,8 @@ extern "C" int32_t slipstream_cuda_fp8_quantize(const void* weight, int32_t is_b
     const bool vectors = columns % kRun == 0 && aligned(weight, 16) && aligned(values, 8);
     const auto grid = static_cast<unsigned>(tiles);
     if (is_bfloat16 != 0) {
-        quantize_tile<<<grid, kThreads, 0, queue>>>(static_cast<const uint16_t*>(weight), rows, columns, vectors, values,
-                                                    scales, status);
+        quantize_tile<<<grid, kThreads, 0, queue>>>(static_cast<const uint16_t*>(weight), rows, columns, vectors,
+                                                    values, scales, status);
     } else {
         quantize_tile<<<grid, kThreads, 0, queue>>>(static_cast<const float*>(weight), rows, columns, vectors, values,
                                                     scales, status);

@@ -24,7 +24,8 @@ inline int32_t status_of(cudaError_t error) {
 inline int32_t queued() { return status_of(cudaGetLastError()); }
 
 inline unsigned grid_of(int64_t work, int64_t of_each_block) {
-    return static_cast<unsigned>(std::max<int64_t>(1, std::min(kMostBlocks, (work + of_each_block - 1) / of_each_block)));
+    return static_cast<unsigned>(
+        std::max<int64_t>(1, std::min(kMostBlocks, (work + of_each_block - 1) / of_each_block)));
 }
 
 inline bool aligned(const void* address, uintptr_t bytes) { return reinterpret_cast<uintptr_t>(address) % bytes == 0; }

@@ -72,7 +72,8 @@ __device__ __forceinline__ void load(const float* from, int64_t first, int64_t t
 }
 
 // What all tiles after `tile` give, nearest tiles first; done as soon as a segment has ended.
-__device__ float carry_into(const Affine* tiles, int64_t tile, int64_t count, typename BlockScan::TempStorage& storage) {
+__device__ float carry_into(const Affine* tiles, int64_t tile, int64_t count,
+                            typename BlockScan::TempStorage& storage) {
     Affine total = {1.0f, 0.0f};
     for (int64_t first = tile + 1; first < count && total.a != 0.0f; first += kThreads) {
         const int64_t mine = first + kThreads - 1 - threadIdx.x;
@@ -87,9 +88,9 @@ __device__ float carry_into(const Affine* tiles, int64_t tile, int64_t count, ty
 
 // kWrite false: writes the composition of each tile. kWrite true: scans the tiles with what follows them.
 template <bool kWrite>
-__global__ void __launch_bounds__(kThreads) scan_tile(const float* decay, const float* input, const int64_t* cu_seqlens,
-                                                      int64_t segments, int64_t tokens, bool vectors, Affine* tiles,
-                                                      float* output) {
+__global__ void __launch_bounds__(kThreads)
+    scan_tile(const float* decay, const float* input, const int64_t* cu_seqlens, int64_t segments, int64_t tokens,
+              bool vectors, Affine* tiles, float* output) {
     __shared__ Shared shared;
     const int64_t tile_first = static_cast<int64_t>(blockIdx.x) * kTile;
     mark_ends(cu_seqlens, segments, tile_first, min(tile_first + kTile, tokens), shared.ends);
@@ -141,16 +142,17 @@ extern "C" int32_t slipstream_cuda_segment_scan_f32(const float* decay, const fl
     if (segments < 0 || tokens < 0) return SLIPSTREAM_NEGATIVE_SIZE;
     if (cu_seqlens == nullptr) return SLIPSTREAM_NULL_POINTER;
     if (tokens == 0) return SLIPSTREAM_OK;
-    if (decay == nullptr || input == nullptr || output == nullptr || workspace == nullptr) return SLIPSTREAM_NULL_POINTER;
+    if (decay == nullptr || input == nullptr || output == nullptr || workspace == nullptr)
+        return SLIPSTREAM_NULL_POINTER;
     const int64_t tiles = (tokens + kTile - 1) / kTile;
     if (workspace_bytes < tiles * static_cast<int64_t>(sizeof(Affine))) return SLIPSTREAM_TOO_SMALL;
     const bool vectors = aligned(decay, 16) && aligned(input, 16) && aligned(output, 16);
     const auto grid = static_cast<unsigned>(tiles);
     auto* compositions = static_cast<Affine*>(workspace);
     const cudaStream_t queue = stream_of(stream);
-    scan_tile<false><<<grid, kThreads, 0, queue>>>(decay, input, cu_seqlens, segments, tokens, vectors, compositions,
-                                                   output);
-    scan_tile<true><<<grid, kThreads, 0, queue>>>(decay, input, cu_seqlens, segments, tokens, vectors, compositions,
-                                                  output);
+    scan_tile<false>
+        <<<grid, kThreads, 0, queue>>>(decay, input, cu_seqlens, segments, tokens, vectors, compositions, output);
+    scan_tile<true>
+        <<<grid, kThreads, 0, queue>>>(decay, input, cu_seqlens, segments, tokens, vectors, compositions, output);
     return queued();
 }

@@ -112,8 +112,8 @@ __device__ __forceinline__ uint64_t checksum_part(const Values& values, const Pl
 
 // Fills bitmaps, entries and sums of tiles. kCast: `source` is float32 and its rounding replaces `weights`.
 template <bool kCast>
-__global__ void __launch_bounds__(kTileThreads) plan_tile(const void* source, uint16_t* weights, const uint16_t* old,
-                                                          int64_t count, Workspace workspace) {
+__global__ void __launch_bounds__(kTileThreads)
+    plan_tile(const void* source, uint16_t* weights, const uint16_t* old, int64_t count, Workspace workspace) {
     uint64_t base_sum = 0, result_sum = 0;
     uint32_t tile_changed = 0, tile_bytes = 0;
     for (int i = 0; i < kBlocksOfWarp; ++i) {
@@ -171,8 +171,8 @@ __global__ void finish_plan(int64_t count, uint64_t base_version, uint64_t new_v
 }
 
 // Writes header, entries and the zeros that pad each part.
-__global__ void __launch_bounds__(kTileThreads) write_frame(int64_t count, Workspace workspace, uint8_t* delta,
-                                                            int64_t delta_bytes) {
+__global__ void __launch_bounds__(kTileThreads)
+    write_frame(int64_t count, Workspace workspace, uint8_t* delta, int64_t delta_bytes) {
     const DeltaHeader header = *workspace.header;
     if (!header_is_sound(header, count, delta_bytes)) return;
     const DeltaLayout layout(count, static_cast<int64_t>(header.changed), static_cast<int64_t>(header.position_bytes));
@@ -185,13 +185,14 @@ __global__ void __launch_bounds__(kTileThreads) write_frame(int64_t count, Works
     if (thread != 0) return;
     *reinterpret_cast<DeltaHeader*>(delta) = header;
     for (int64_t i = layout.entries + 2 * blocks; i < layout.positions; ++i) delta[i] = 0;
-    for (int64_t i = layout.positions + static_cast<int64_t>(header.position_bytes); i < layout.values; ++i) delta[i] = 0;
+    for (int64_t i = layout.positions + static_cast<int64_t>(header.position_bytes); i < layout.values; ++i)
+        delta[i] = 0;
     for (int64_t i = layout.values + 2 * static_cast<int64_t>(header.changed); i < layout.trailer; ++i) delta[i] = 0;
 }
 
 // Writes the positions and changed values of a tile's blocks.
-__global__ void __launch_bounds__(kTileThreads) write_tile(const uint16_t* after, int64_t count, Workspace workspace,
-                                                           uint8_t* delta, int64_t delta_bytes) {
+__global__ void __launch_bounds__(kTileThreads)
+    write_tile(const uint16_t* after, int64_t count, Workspace workspace, uint8_t* delta, int64_t delta_bytes) {
     const DeltaHeader header = *workspace.header;
     if (!header_is_sound(header, count, delta_bytes)) return;
     const DeltaLayout layout(count, static_cast<int64_t>(header.changed), static_cast<int64_t>(header.position_bytes));
@@ -249,7 +250,8 @@ int32_t plan(const void* source, uint16_t* weights, const uint16_t* old, int64_t
     if (error != cudaSuccess) return status_of(error);
     const int64_t tiles = tiles_of(count);
     if (tiles > 0) {
-        plan_tile<kCast><<<static_cast<unsigned>(tiles), kTileThreads, 0, queue>>>(source, weights, old, count, workspace);
+        plan_tile<kCast>
+            <<<static_cast<unsigned>(tiles), kTileThreads, 0, queue>>>(source, weights, old, count, workspace);
     }
     scan_tiles<<<1, kScanThreads, 0, queue>>>(workspace.tiles, tiles);
     finish_plan<<<1, 1, 0, queue>>>(count, base_version, new_version, workspace, delta_bytes);
@@ -282,10 +284,12 @@ extern "C" int32_t slipstream_cuda_delta_write(const uint16_t* after, int64_t co
     const Workspace workspace(const_cast<void*>(memory), count);
     if (delta_bytes < DeltaLayout(count, 0, 0).size) return SLIPSTREAM_TOO_SMALL;
     const cudaStream_t queue = stream_of(stream);
-    write_frame<<<grid_of(blocks_of(count), kTileThreads), kTileThreads, 0, queue>>>(count, workspace, delta, delta_bytes);
+    write_frame<<<grid_of(blocks_of(count), kTileThreads), kTileThreads, 0, queue>>>(count, workspace, delta,
+                                                                                     delta_bytes);
     const int64_t tiles = tiles_of(count);
     if (tiles > 0) {
-        write_tile<<<static_cast<unsigned>(tiles), kTileThreads, 0, queue>>>(after, count, workspace, delta, delta_bytes);
+        write_tile<<<static_cast<unsigned>(tiles), kTileThreads, 0, queue>>>(after, count, workspace, delta,
+                                                                             delta_bytes);
     }
     const int32_t status = queued();
     if (status != SLIPSTREAM_OK) return status;

@@ -9,7 +9,9 @@ using namespace slipstream;
 namespace {
 
 // One word on the device stands for all that follows: SLIPSTREAM_OK, or the first failure.
-__device__ __forceinline__ bool fails(const int32_t* status) { return *reinterpret_cast<const volatile int32_t*>(status) != 0; }
+__device__ __forceinline__ bool fails(const int32_t* status) {
+    return *reinterpret_cast<const volatile int32_t*>(status) != 0;
+}
 
 // The same answer for all lanes of a warp, which go on together.
 __device__ __forceinline__ bool warp_fails(const int32_t* status) { return __any_sync(kAllLanes, fails(status)); }
@@ -31,8 +33,8 @@ __global__ void check_header(const uint8_t* delta, int64_t count, int64_t delta_
 }
 
 // Sums the entries of each tile, once they are sound; one warp a tile.
-__global__ void __launch_bounds__(kTileThreads) sum_entries(const uint8_t* delta, int64_t count, ulonglong2* tiles,
-                                                            int32_t* status) {
+__global__ void __launch_bounds__(kTileThreads)
+    sum_entries(const uint8_t* delta, int64_t count, ulonglong2* tiles, int32_t* status) {
     const int64_t tile = static_cast<int64_t>(blockIdx.x) * kTileWarps + threadIdx.x / kWarp;
     if (tile >= tiles_of(count) || warp_fails(status)) return;
     const uint16_t* entries = entries_of(delta);
@@ -152,7 +154,8 @@ __global__ void __launch_bounds__(kTileThreads) apply_tile(const uint16_t* base,
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             if (!bitmap) {
-                if (changes.bits >> half & 1u) output[place.first + changes.position[half]] = values[changes.rank[half]];
+                if (changes.bits >> half & 1u)
+                    output[place.first + changes.position[half]] = values[changes.rank[half]];
                 continue;
             }
             int rank = changes.rank[half];
@@ -177,7 +180,8 @@ extern "C" int32_t slipstream_cuda_delta_apply(const uint16_t* base, int64_t cou
     if (delta == nullptr || memory == nullptr || status == nullptr) return SLIPSTREAM_NULL_POINTER;
     if (count > 0 && (base == nullptr || output == nullptr)) return SLIPSTREAM_NULL_POINTER;
     if (workspace_bytes < workspace_of(count)) return SLIPSTREAM_TOO_SMALL;
-    if (!aligned(base, 16) || !aligned(output, 16) || !aligned(delta, 8) || !aligned(memory, 8)) return SLIPSTREAM_MISALIGNED;
+    if (!aligned(base, 16) || !aligned(output, 16) || !aligned(delta, 8) || !aligned(memory, 8))
+        return SLIPSTREAM_MISALIGNED;
     // Also keeps the sizes that are checked on the device a multiple of 8.
     if (delta_bytes % 8 != 0 || delta_bytes < DeltaLayout(count, 0, 0).size) return SLIPSTREAM_BAD_DELTA;
     const Workspace workspace(memory, count);

@@ -70,7 +70,8 @@ SLIPSTREAM_BOTH constexpr bool entry_is_sound(uint32_t entry, int64_t values) {
 
 // Whether the header is that of a delta of `count` values and `size` bytes.
 SLIPSTREAM_BOTH inline bool header_is_sound(const DeltaHeader& header, int64_t count, int64_t size) {
-    if (header.magic != kDeltaMagic || header.format != kDeltaFormat || header.block_values != kBlockValues) return false;
+    if (header.magic != kDeltaMagic || header.format != kDeltaFormat) return false;
+    if (header.block_values != kBlockValues) return false;
     if (header.count != static_cast<uint64_t>(count) || header.changed > header.count) return false;
     if (header.position_bytes > static_cast<uint64_t>(blocks_of(count) * kBitmapBytes)) return false;
     const DeltaLayout layout(count, static_cast<int64_t>(header.changed), static_cast<int64_t>(header.position_bytes));

@@ -4,8 +4,8 @@
 // Sizes are counts of elements unless the name says bytes. No function throws, allocates for the caller or prints.
 // Functions may be called from several threads at once as long as their outputs do not overlap. `threads` is the most
 // OpenMP threads a call may use; a value below 1 means 1. Results never depend on `threads`.
-// Each function returns a slipstream_status; on anything but SLIPSTREAM_OK the outputs are untouched, unless its comment
-// says otherwise.
+// Each function returns a slipstream_status; on anything but SLIPSTREAM_OK the outputs are untouched, unless its
+// comment says otherwise.
 
 #ifndef SLIPSTREAM_H
 #define SLIPSTREAM_H
@@ -173,7 +173,7 @@ SLIPSTREAM_EXPORT int32_t slipstream_delta_write(const uint16_t* after, int64_t 
 SLIPSTREAM_EXPORT int32_t slipstream_delta_apply(const uint16_t* base, int64_t count, const uint8_t* delta,
                                                  int64_t delta_bytes, int32_t threads, uint16_t* output);
 
-// Quantizes a matrix to e4m3 (fn: no infinities, largest 448), with one scale for each tile of tile_rows x tile_columns:
+// Quantizes a matrix to e4m3 (fn: no infinities, largest 448), with a scale for each tile of tile_rows x tile_columns:
 //
 //     scale = max(amax / 448, 2^-126), or 1 where amax is 0;    value = e4m3(weight / scale)
 //

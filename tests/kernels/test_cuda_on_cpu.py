@@ -32,7 +32,7 @@ from slipstream_kernels.testing import assert_matches_reference, cu_seqlens_of
 ROOT = Path(__file__).parents[2]
 HEADERS = Path(__file__).parent / "cuda_on_cpu"
 COMPILER = shutil.which("g++")
-LAUNCH = re.compile(r"(\w+(?:<\w+>)?)<<<(.+?), (\w+), 0, queue>>>\((.*?)\);", re.S)
+LAUNCH = re.compile(r"(\w+(?:<\w+>)?)\s*<<<(.+?),\s+(\w+),\s+0,\s+queue>>>\((.*?)\);", re.S)
 
 pytestmark = [
     pytest.mark.slow,

@@ -31,10 +31,18 @@ struct Index {
 inline thread_local Index threadIdx, blockIdx;
 inline Index gridDim;
 
-struct alignas(16) uint4 { unsigned x, y, z, w; };
-struct alignas(8) uint2 { unsigned x, y; };
-struct alignas(16) float4 { float x, y, z, w; };
-struct alignas(16) ulonglong2 { unsigned long long x, y; };
+struct alignas(16) uint4 {
+    unsigned x, y, z, w;
+};
+struct alignas(8) uint2 {
+    unsigned x, y;
+};
+struct alignas(16) float4 {
+    float x, y, z, w;
+};
+struct alignas(16) ulonglong2 {
+    unsigned long long x, y;
+};
 inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
@@ -124,7 +132,8 @@ inline int __syncthreads_count(bool counted) {
 
 template <typename T>
 T __shfl_sync(unsigned, T value, int from) {
-    return cuda_on_cpu::exchange(value, [=](const uint64_t* slots) { return cuda_on_cpu::unpacked<T>(slots[from % 32]); });
+    return cuda_on_cpu::exchange(value,
+                                 [=](const uint64_t* slots) { return cuda_on_cpu::unpacked<T>(slots[from % 32]); });
 }
 template <typename T>
 T __shfl_xor_sync(unsigned mask, T value, int bits) {
@@ -162,9 +171,13 @@ T __reduce_max_sync(unsigned, T value) {
 }
 
 template <typename T>
-T atomicAdd(T* to, T value) { return __atomic_fetch_add(to, value, __ATOMIC_SEQ_CST); }
+T atomicAdd(T* to, T value) {
+    return __atomic_fetch_add(to, value, __ATOMIC_SEQ_CST);
+}
 template <typename T>
-T atomicOr(T* to, T value) { return __atomic_fetch_or(to, value, __ATOMIC_SEQ_CST); }
+T atomicOr(T* to, T value) {
+    return __atomic_fetch_or(to, value, __ATOMIC_SEQ_CST);
+}
 inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 inline int __clz(unsigned bits) { return bits != 0 ? __builtin_clz(bits) : 32; }
 inline int __ffs(unsigned bits) { return __builtin_ffs(static_cast<int>(bits)); }
@@ -174,8 +187,12 @@ inline unsigned __float_as_uint(float value) {
     return bits;
 }
 template <typename A, typename B>
-std::common_type_t<A, B> min(A a, B b) { return a < b ? a : b; }
+std::common_type_t<A, B> min(A a, B b) {
+    return a < b ? a : b;
+}
 template <typename A, typename B>
-std::common_type_t<A, B> max(A a, B b) { return a > b ? a : b; }
+std::common_type_t<A, B> max(A a, B b) {
+    return a > b ? a : b;
+}
 
 #endif
