@@ -85,6 +85,44 @@ SLIPSTREAM_EXPORT int32_t slipstream_logit_gradient_f32(float* logits, const int
                                                         float softcap, const int64_t* chosen, int64_t count,
                                                         int64_t columns, int32_t threads);
 
+// One pass of the policy loss over tokens (formulas: objective.py). Choices, as their members of Surrogate, Correction
+// and Penalty; a log-ratio is held to +-20 before exp, and has no slope outside.
+enum slipstream_surrogate {
+    SLIPSTREAM_SURROGATE_CLIP = 0,
+    SLIPSTREAM_SURROGATE_CISPO = 1,
+    SLIPSTREAM_SURROGATE_TOPR = 2,
+    SLIPSTREAM_SURROGATE_SAPO = 3,
+};
+enum slipstream_correction {
+    SLIPSTREAM_CORRECTION_NONE = 0,
+    SLIPSTREAM_CORRECTION_TRUNCATE = 1,
+    SLIPSTREAM_CORRECTION_MASK = 2,
+};
+enum slipstream_penalty {
+    SLIPSTREAM_PENALTY_K1_IN_REWARD = 0,
+    SLIPSTREAM_PENALTY_K2 = 1,
+    SLIPSTREAM_PENALTY_K3 = 2,
+    SLIPSTREAM_PENALTY_K3_WITH_K2_GRADIENT = 3,
+};
+typedef struct {
+    int32_t surrogate, correction, penalty;
+    float ratio_low, ratio_high, dual_clip, gate_positive, gate_negative, importance_cap, importance_floor, trust_low,
+        trust_high, kl_coefficient, entropy_coefficient;
+} slipstream_objective;
+
+// [tokens] each. proximal, reference and entropy may be null. share: weight over the loss's denominator. moved and
+// mismatch: current / proximal and proximal / behavior log-ratios where a whole segment has one, else null.
+typedef struct {
+    const float *logprob, *behavior, *proximal, *reference, *entropy, *advantage, *weight, *share, *moved, *mismatch;
+} slipstream_policy_inputs;
+
+// grad_logprob, grad_entropy: [tokens], the latter null where entropy is. sums: [32]: three parts of the loss, then the
+// metrics in the order of reference/policy_metrics.py, greatest and least ratio last. A token whose weight is not
+// positive adds nothing, whatever its other values.
+SLIPSTREAM_EXPORT int32_t slipstream_policy_terms_f32(const slipstream_policy_inputs* inputs,
+                                                      const slipstream_objective* objective, int64_t tokens,
+                                                      float* grad_logprob, float* grad_entropy, double* sums);
+
 // 64-bit checksum of `size_bytes` bytes at `data` (any alignment; null allowed when size_bytes is 0).
 //
 // The bytes are read as little-endian 64-bit words w_0 .. w_{n-1}, the last one padded with zero bytes. All arithmetic

@@ -8,6 +8,7 @@ Dimensions: N rows, C rows of a chunk, A active rows of a chunk, H hidden, V voc
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, Final
@@ -23,8 +24,28 @@ from slipstream_kernels.statistics import finish, merge
 
 CHUNK_BYTES: Final = {"cpu": 128 << 20, "cuda": 1 << 30}
 """Logits held at once, by device."""
+KEPT_BYTES: Final = 32 << 20
+"""Logits up to this size are kept by a thread for its next call: new pages cost more than filling them."""
 LEAST_ROWS: Final = 256
 """Fewer rows would read the weight, and write its gradient, too often."""
+
+
+class _Kept(threading.local):
+    """One buffer of float32 for each thread."""
+
+    def __init__(self) -> None:
+        self._buffer = torch.empty(0)
+
+    def room(self, count: int) -> Tensor:
+        """Return [count] uninitialised."""
+        if self._buffer.numel() < count:
+            # A tensor made under inference_mode could not be written outside of it.
+            with torch.inference_mode(mode=False):
+                self._buffer = torch.empty(count)
+        return self._buffer[:count]
+
+
+_kept: Final = _Kept()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -68,8 +89,11 @@ class Head:
         return [slice(start, min(start + size, rows)) for start in range(0, max(rows, 1), size)]
 
     def logits(self, rows: int) -> Tensor:
-        """Return [C, V] uninitialised, for the largest chunk of so many rows."""
-        return self.weight_VH.new_empty(self.chunks(rows)[0].stop, self.weight_VH.shape[0])
+        """Return [C, V] uninitialised, for the largest chunk of so many rows; valid until the next call."""
+        shape = self.chunks(rows)[0].stop, self.weight_VH.shape[0]
+        if self.backend is Backend.NATIVE and 4 * shape[0] * shape[1] <= KEPT_BYTES:
+            return _kept.room(shape[0] * shape[1]).view(shape)
+        return self.weight_VH.new_empty(shape)
 
     def temperature(self, chunk: slice) -> Tensor:
         """Return [1] or [C] inverse temperatures of a chunk."""

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from slipstream_kernels import reference
+from slipstream_kernels import native_policy, reference
 from slipstream_kernels.dispatch import Backend
 from slipstream_kernels.head import Head
 from slipstream_kernels.objective import Objective, PolicyLoss
@@ -76,7 +76,7 @@ class PolicyHead:
             from slipstream_kernels.triton import policy_loss as kernels
 
             return kernels.policy_terms(inputs, share_M.contiguous(), objective)
-        return reference.policy_terms(inputs, share_M, objective)
+        return native_policy.policy_terms(inputs, share_M, objective)
 
     def _score(self, chunk: slice) -> Scored:
         hidden_CH, labels_C = self._hidden_MH[chunk], self._labels_M[chunk]

@@ -10,14 +10,14 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from slipstream_kernels import reference
+from slipstream_kernels import native_policy, reference
 from slipstream_kernels.checks import check_cu_seqlens, check_shape
 from slipstream_kernels.dispatch import Backend, choose
 from slipstream_kernels.errors import ObjectiveError
 from slipstream_kernels.objective import Objective, PolicyLoss
 from slipstream_kernels.policy_inputs import checked_inputs, divisor_of
 
-IMPLEMENTED = (Backend.TRITON, Backend.REFERENCE)
+IMPLEMENTED = (Backend.TRITON, Backend.NATIVE, Backend.REFERENCE)
 
 
 def policy_loss(
@@ -63,8 +63,8 @@ def policy_loss(
     papers that Surrogate, Level, Correction and Penalty name.
     """
     op = "policy_loss"
-    # Triton computes in float32.
-    implemented = IMPLEMENTED[1:] if logprob_N.dtype is torch.float64 else IMPLEMENTED
+    # The others compute in float32.
+    implemented = (Backend.REFERENCE,) if logprob_N.dtype is torch.float64 else IMPLEMENTED
     chosen = choose(op, backend, implemented=implemented, device=logprob_N.device.type)
     inputs = checked_inputs(
         op, objective, tokens=logprob_N.numel(), logprob_N=logprob_N, behavior_N=behavior_N,
@@ -76,9 +76,11 @@ def policy_loss(
     divisor = divisor_of(op, inputs, objective, normalizer)
     if chosen is Backend.TRITON:
         # Loaded only here: Triton need not be installed.
-        from slipstream_kernels.triton import policy_loss as kernels
+        from slipstream_kernels.triton import policy_loss as triton
 
-        return kernels.policy_loss(inputs, objective, divisor)
+        return triton.policy_loss(inputs, objective, divisor)
+    if chosen is Backend.NATIVE:
+        return native_policy.policy_loss(inputs, objective, divisor)
     return reference.policy_loss(inputs, objective, divisor)
 
 

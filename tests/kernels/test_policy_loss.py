@@ -251,7 +251,7 @@ def test_extreme_ratios_stay_finite() -> None:
         ({"normalizer": 0.0}, ShapeError, "normalizer must be positive"),
         ({"objective": Objective(kl_coefficient=1.0)}, ObjectiveError, "reference_N must be given"),
         ({"objective": Objective(entropy_coefficient=1.0)}, ObjectiveError, "entropy_N must be given"),
-        ({"backend": "cuda"}, BackendError, "choose one of triton, reference"),
+        ({"backend": "cuda"}, BackendError, "choose one of triton, native, reference"),
     ],
 )
 def test_refuses_bad_arguments(changes: dict[str, Any], error: type[Exception], message: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import pytest
@@ -20,6 +20,7 @@ from slipstream_kernels import (
     Surrogate,
     finish_metrics,
     merge_metrics,
+    native,
     policy_loss,
     reference,
 )
@@ -452,3 +453,34 @@ def test_extreme_log_probabilities_stay_finite(objective: Objective) -> None:
     assert torch.isfinite(result.loss)
     assert torch.isfinite(result.grad_logprob_N).all()
     assert_matches_reference(gradient, result.grad_logprob_N)
+
+
+@pytest.mark.skipif(not native.available(), reason=native.description())
+@pytest.mark.parametrize("scale", [0.5, 30.0])
+@pytest.mark.parametrize("optional", [True, False])
+@pytest.mark.parametrize("objective", FAMILY)
+def test_native_pass_equals_the_reference_in_float64(
+    objective: Objective, optional: bool, scale: float
+) -> None:
+    """At scale 30 log-ratios leave +-20, where neither ratio nor penalty has a slope."""
+    inputs = random_inputs(scale=scale)
+    if not optional and objective.kl_coefficient == 0 and objective.entropy_coefficient == 0:
+        inputs = replace(inputs, proximal_N=None, reference_N=None, entropy_N=None)
+    tensors = {f.name: getattr(inputs, f.name) for f in fields(inputs) if getattr(inputs, f.name) is not None}
+    exact = {
+        name: t.detach().double().requires_grad_(t.requires_grad) if t.is_floating_point() else t
+        for name, t in tensors.items()
+    }
+    got = policy_loss(**tensors, objective=objective, normalizer=7.0, backend="native")
+    truth = policy_loss(**exact, objective=objective, normalizer=7.0, backend="reference")
+    torch.testing.assert_close(got.loss.double(), truth.loss, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(got.grad_logprob_N.double(), truth.grad_logprob_N, rtol=1e-5, atol=1e-6)
+    assert got.metrics.keys() == truth.metrics.keys()
+    for name, value in truth.metrics.items():
+        torch.testing.assert_close(got.metrics[name].double(), value, rtol=1e-5, atol=1e-5)
+    asked = [name for name in ("logprob_N", "entropy_N") if name in tensors]
+    gradients = torch.autograd.grad(3.0 * got.loss, [tensors[name] for name in asked])
+    for actual, expected in zip(
+        gradients, torch.autograd.grad(3.0 * truth.loss, [exact[name] for name in asked]), strict=True
+    ):
+        torch.testing.assert_close(actual.double(), expected, rtol=1e-5, atol=1e-6)
