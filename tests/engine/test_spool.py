@@ -129,8 +129,11 @@ def test_a_write_over_old_records_torn_at_any_byte_loses_none_before_it(
     spool.append(spool.next_seq, RECORDS[2])
     after = segment(path).read_bytes()
     spool.close()
-    end = written * (16 + len(RECORDS[1])) + 16 + len(RECORDS[2])
-    for cut in range(end + 16):
+    start = written * (16 + len(RECORDS[1]))
+    end = start + 16 + len(RECORDS[2])
+    # Torn before its start, the file is what it was.
+    assert after[:start] == before[:start]
+    for cut in range(start, end + 16):
         torn = tmp_path / f"torn-{cut}"
         segment(torn).write_bytes(after[:cut] + before[cut:])
         new = [(6 + written, RECORDS[2])] if after[:cut] + before[cut:] == after or cut >= end else []

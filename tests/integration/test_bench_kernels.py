@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from importlib import import_module
 from math import isfinite
@@ -234,12 +235,24 @@ def test_the_gpu_command_rehearsed_writes_everything(tmp_path: Path) -> None:
     assert {"table.md", "ratios.svg", "environment.json"} <= {path.name for path in tmp_path.iterdir()}
 
 
-@pytest.mark.slow
-def test_the_gpu_command_keeps_what_it_has_at_the_deadline(tmp_path: Path) -> None:
-    done = run(BENCH / "gpu.py", "--rehearse", "--deadline", "7", "--output", tmp_path)
+def test_the_gpu_command_keeps_what_it_has_at_the_deadline(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu = module("gpu")
+    monkeypatch.setattr(gpu, "HERE", tmp_path)
+    (tmp_path / "gpu.py").write_text(
+        "import json, sys, time\n"
+        "print(json.dumps({'kind': 'item', 'item': 0, 'name': 'item 0'}), flush=True)\n"
+        "print(json.dumps({'kind': 'verdict', 'row': {'item': 0}}), flush=True)\n"
+        "print(json.dumps({'kind': 'item', 'item': 1, 'name': 'item 1'}), flush=True)\n"
+        "time.sleep(600)\n"
+    )
+    # Ample for the first item; the second never ends.
+    result = gpu.Run(folder=tmp_path, ends_at=time.monotonic() + 5.0)
+    assert gpu.follow(result, False, 0) is None
 
-    assert "deadline: cut off at " in done.stdout or "nothing was measured" in done.stderr
-    assert done.returncode == (0 if (tmp_path / "environment.json").exists() else 1)
+    assert result.cut and not result.lost
+    assert [row["item"] for row in result.verdicts] == [0]
 
 
 def test_the_gpu_command_goes_on_behind_an_item_that_crashed(

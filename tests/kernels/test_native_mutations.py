@@ -12,7 +12,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent.parent
 COMPILER = shutil.which("g++")
-ROWS, SCAN = "csrc/cpu/logit_rows.cpp", "csrc/cpu/segment_scan.cpp"
+ROWS, SCAN, TERMS = (f"csrc/cpu/{name}.cpp" for name in ("logit_rows", "segment_scan", "policy_terms"))
+TESTS = {ROWS: "test_fused_head.py", SCAN: "test_advantage.py", TERMS: "test_policy_loss_family.py"}
 PLANTED = {
     "off by one part": (ROWS, "start + kPart < columns ? start + kPart : columns", "columns"),
     "columns of a part forgotten": (ROWS, "start += kPart", "start += kPart + 1"),
@@ -22,7 +23,9 @@ PLANTED = {
     "temperature dropped in the gradient": (ROWS, "Floats{} + g.inverse_temperature", "Floats{} + 1.0f"),
     "softcap's slope dropped": (ROWS, "slope = slope * (1.0f - ratio * ratio)", "slope = slope"),
     "gradients left in their old rows": (ROWS, "if (chosen[k] != k)", "if (false)"),
-    "segments leak into each other": (SCAN, "double carry = 0.0;", "static double carry = 0.0;"),
+    "segments leak into each other": (SCAN, "- cu_seqlens[next], 0.0}", "- cu_seqlens[next], lane.carry}"),
+    "penalty has no slope": (TERMS, "share * (term.slope + penalty_slope)", "share * term.slope"),
+    "untrusted tokens keep their gradient": (TERMS, "trusted ? in.share[n] : 0.0f", "in.share[n]"),
 }
 
 
@@ -51,10 +54,10 @@ def test_planted_bug_is_caught(name: str, tmp_path: Path) -> None:
         "-w",
     ]
     subprocess.run([*build, *sources, "-o", str(library)], cwd=tmp_path, check=True, timeout=60)
-    test = "test_fused_head.py" if source == ROWS else "test_advantage.py"
     command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", "-m", "not slow"]
+    command.append(f"tests/kernels/{TESTS[source]}")
     done = subprocess.run(
-        [*command, f"tests/kernels/{test}"], cwd=tmp_path, capture_output=True, text=True, timeout=100,
+        command, cwd=tmp_path, capture_output=True, text=True, timeout=100,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 1, f"no test noticed: {name}\n{done.stdout[-2000:]}"

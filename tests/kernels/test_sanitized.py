@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent.parent
 COMPILER = shutil.which("g++")
-TESTS = ["fused_head", "delivery", "checksum", "advantage"]
+TESTS = ["fused_head", "policy_loss_family", "delivery", "checksum", "advantage", "weight_delta", "fp8"]
 
 
 @pytest.mark.slow
