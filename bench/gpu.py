@@ -34,6 +34,8 @@ if find_spec("slipstream_kernels") is None:
 Message = dict[str, Any]
 OUTPUT: Final = Path("runs") / "bench-gpu"
 DEADLINE_S: Final = 520.0
+EXIT_S: Final = 10.0
+"""A process that has closed its output ends sooner, or hangs."""
 ITEM_S: Final = 150.0
 """An item that takes longer hangs."""
 REHEARSED_OPS: Final = ("linear_policy_loss", "policy_loss", "checksum64")
@@ -115,7 +117,7 @@ def listened(run: Run, process: subprocess.Popen[str], first: int) -> int | None
             run.lost.append(f"{name}: no result after {ITEM_S:.0f} s")
             return item + 1
         if message is None:
-            run.lost.append(f"{name}: its process ended with {process.wait()}")
+            run.lost.append(f"{name}: its process ended with {status_of(process)}")
             return item + 1
         match message["kind"]:
             case "end":
@@ -125,6 +127,15 @@ def listened(run: Run, process: subprocess.Popen[str], first: int) -> int | None
                 say(name)
             case _:
                 take(run, message)
+
+
+def status_of(process: subprocess.Popen[str]) -> int:
+    """Return the exit status of a process that says nothing more; one that hangs on a device is killed."""
+    try:
+        return process.wait(timeout=EXIT_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        return process.wait(timeout=EXIT_S)
 
 
 def received(process: subprocess.Popen[str]) -> queue.Queue[Message | None]:
