@@ -159,26 +159,29 @@ INLINE Statistics statistics_of(const float* row, int64_t start, int64_t stop, f
     return {peak, sum_lanes(total), sum_lanes(weighted)};
 }
 
-FOR_EACH_INSTRUCTION_SET void row_statistics(float* row, int64_t columns, int64_t label, const Logits& how,
-                                             bool whole_vocabulary, float* output, int64_t stride) {
+FOR_EACH_INSTRUCTION_SET Statistics row_statistics(float* row, int64_t columns, const Logits& how) {
     Statistics whole = {kLeast, 0.0f, 0.0f};
     for (int64_t start = 0; start < columns; start += kPart) {
         const int64_t stop = start + kPart < columns ? start + kPart : columns;
         const Statistics part = statistics_of(row, start, stop, peak_of(row, start, stop, how));
         whole = start == 0 ? part : merged(whole, part);
     }
-    const float at_label = label >= 0 && label < columns ? row[label] : 0.0f;
-    if (whole_vocabulary) {
-        const float spread = std::log(whole.total);
-        output[0] = (at_label - whole.peak) - spread;
-        output[stride] = spread - kLn2 * (whole.weighted / whole.total);
-        output[2 * stride] = whole.peak + spread;
-        return;
+    return whole;
+}
+
+// Runs `finish(row, its statistics, its logits)` on every row.
+template <typename Finish>
+void each_row(float* logits, const float* bias, const float* inverse_temperature, int32_t per_row, float softcap,
+              int64_t rows, int64_t columns, int32_t threads, const Finish& finish) {
+    const int workers = threads < 1 ? 1 : threads;
+    (void)workers;
+#pragma omp parallel for schedule(static) num_threads(workers) if (workers > 1 && rows * columns >= kParallelLogits)
+    for (int64_t n = 0; n < rows; ++n) {
+        const float inverse = inverse_temperature[per_row != 0 ? n : 0];
+        const Logits how = {bias, inverse, softcap, bias != nullptr || softcap > 0.0f || inverse != 1.0f};
+        float* row = logits + n * columns;
+        finish(n, row_statistics(row, columns, how), row);
     }
-    output[0] = whole.peak * kLog2E;
-    output[stride] = whole.total;
-    output[2 * stride] = whole.weighted;
-    output[3 * stride] = at_label * kLog2E;
 }
 
 struct RowGradient {
@@ -225,23 +228,43 @@ FOR_EACH_INSTRUCTION_SET void row_gradient(float* row, int64_t columns, int64_t 
 
 extern "C" int32_t slipstream_logit_statistics_f32(float* logits, const int64_t* labels, const float* bias,
                                                    const float* inverse_temperature, int32_t per_row, float softcap,
-                                                   int64_t rows, int64_t columns, int32_t whole_vocabulary,
-                                                   int32_t threads, float* statistics) {
+                                                   int64_t rows, int64_t columns, int32_t threads,
+                                                   float* statistics) {
     if (rows < 0 || columns < 0) return SLIPSTREAM_NEGATIVE_SIZE;
     if (rows == 0) return SLIPSTREAM_OK;
     if (labels == nullptr || inverse_temperature == nullptr || statistics == nullptr) return SLIPSTREAM_NULL_POINTER;
     if (columns > 0 && logits == nullptr) return SLIPSTREAM_NULL_POINTER;
-    for (int64_t n = 0; whole_vocabulary != 0 && n < rows; ++n) {
+    each_row(logits, bias, inverse_temperature, per_row, softcap, rows, columns, threads,
+             [=](int64_t n, const Statistics& whole, const float* row) {
+                 const bool here = labels[n] >= 0 && labels[n] < columns;
+                 statistics[n] = whole.peak * kLog2E;
+                 statistics[rows + n] = whole.total;
+                 statistics[2 * rows + n] = whole.weighted;
+                 statistics[3 * rows + n] = here ? row[labels[n]] * kLog2E : 0.0f;
+             });
+    return SLIPSTREAM_OK;
+}
+
+extern "C" int32_t slipstream_logit_scores_f32(float* logits, const int64_t* labels, const float* bias,
+                                               const float* inverse_temperature, int32_t per_row, float softcap,
+                                               int64_t rows, int64_t columns, int32_t threads, float* logprob,
+                                               float* entropy, float* logsumexp) {
+    if (rows < 0 || columns < 0) return SLIPSTREAM_NEGATIVE_SIZE;
+    if (rows == 0) return SLIPSTREAM_OK;
+    if (labels == nullptr || inverse_temperature == nullptr || logprob == nullptr || entropy == nullptr ||
+        logsumexp == nullptr || logits == nullptr) {
+        return SLIPSTREAM_NULL_POINTER;
+    }
+    for (int64_t n = 0; n < rows; ++n) {
         if (labels[n] < 0 || labels[n] >= columns) return SLIPSTREAM_BAD_LABEL;
     }
-    const int workers = threads < 1 ? 1 : threads;
-    (void)workers;
-#pragma omp parallel for schedule(static) num_threads(workers) if (workers > 1 && rows * columns >= kParallelLogits)
-    for (int64_t n = 0; n < rows; ++n) {
-        const float inverse = inverse_temperature[per_row != 0 ? n : 0];
-        const Logits how = {bias, inverse, softcap, bias != nullptr || softcap > 0.0f || inverse != 1.0f};
-        row_statistics(logits + n * columns, columns, labels[n], how, whole_vocabulary != 0, statistics + n, rows);
-    }
+    each_row(logits, bias, inverse_temperature, per_row, softcap, rows, columns, threads,
+             [=](int64_t n, const Statistics& whole, const float* row) {
+                 const float spread = std::log(whole.total);
+                 logprob[n] = (row[labels[n]] - whole.peak) - spread;
+                 entropy[n] = spread - kLn2 * (whole.weighted / whole.total);
+                 logsumexp[n] = whole.peak + spread;
+             });
     return SLIPSTREAM_OK;
 }
 

@@ -106,18 +106,22 @@ void add_divergences(double* sums, int at, float log_ratio, float sign) {
 
 extern "C" int32_t slipstream_policy_terms_f32(const slipstream_policy_inputs* inputs,
                                                const slipstream_objective* objective, int64_t tokens,
-                                               float* grad_logprob, float* grad_entropy, double* sums) {
+                                               float* grad_logprob, float* grad_entropy, int64_t* active,
+                                               int64_t* active_count, float* loss, float* metrics) {
     if (tokens < 0) return SLIPSTREAM_NEGATIVE_SIZE;
-    if (inputs == nullptr || objective == nullptr || sums == nullptr) return SLIPSTREAM_NULL_POINTER;
+    if (inputs == nullptr || objective == nullptr || active_count == nullptr || loss == nullptr || metrics == nullptr) {
+        return SLIPSTREAM_NULL_POINTER;
+    }
     const slipstream_policy_inputs& in = *inputs;
     const slipstream_objective& goal = *objective;
     if (tokens > 0 && (in.logprob == nullptr || in.behavior == nullptr || in.advantage == nullptr ||
-                       in.weight == nullptr || in.share == nullptr || grad_logprob == nullptr ||
+                       in.weight == nullptr || in.share == nullptr || grad_logprob == nullptr || active == nullptr ||
                        (in.entropy != nullptr && grad_entropy == nullptr))) {
         return SLIPSTREAM_NULL_POINTER;
     }
-    for (int place = 0; place < kSums; ++place) sums[place] = 0.0;
+    double sums[kSums] = {};
     sums[kRatioMin] = 3.4028234663852886e38;
+    int64_t count = 0;
     for (int64_t n = 0; n < tokens; ++n) {
         grad_logprob[n] = 0.0f;
         if (in.entropy != nullptr) grad_entropy[n] = 0.0f;
@@ -151,6 +155,9 @@ extern "C" int32_t slipstream_policy_terms_f32(const slipstream_policy_inputs* i
         const Term term =
             surrogate(in.moved == nullptr ? current - base : in.moved[n], current, advantage, weight.importance, goal);
         grad_logprob[n] = share * (term.slope + penalty_slope);
+        // Not "> 0 or < 0": NaN must reach the weights' gradient.
+        active[count] = n;
+        count += grad_logprob[n] != 0.0f || (in.entropy != nullptr && grad_entropy[n] != 0.0f);
         sums[kLossSurrogate] += share * term.loss;
         sums[kRatio] += raw_ratio;
         sums[kRatioSquare] += raw_ratio * raw_ratio;
@@ -171,5 +178,8 @@ extern "C" int32_t slipstream_policy_terms_f32(const slipstream_policy_inputs* i
         sums[kRatioMax] = raw_ratio > sums[kRatioMax] ? raw_ratio : sums[kRatioMax];
         sums[kRatioMin] = raw_ratio < sums[kRatioMin] ? raw_ratio : sums[kRatioMin];
     }
+    *active_count = count;
+    *loss = static_cast<float>(sums[kLossSurrogate] + sums[kLossKl] + sums[kLossEntropy]);
+    for (int place = 0; place < kSums; ++place) metrics[place] = static_cast<float>(sums[place]);
     return SLIPSTREAM_OK;
 }

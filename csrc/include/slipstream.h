@@ -23,7 +23,7 @@ extern "C" {
 #endif
 
 // Grows by one whenever a function below changes its arguments or its meaning.
-enum { SLIPSTREAM_ABI_VERSION = 4 };
+enum { SLIPSTREAM_ABI_VERSION = 5 };
 
 enum slipstream_status {
     SLIPSTREAM_OK = 0,
@@ -56,20 +56,26 @@ SLIPSTREAM_EXPORT int32_t slipstream_segment_scan_f32(const float* decay, const 
                                                       int64_t segments, int64_t tokens, int32_t threads, float* output);
 
 // Rows of logits [rows, columns], row-major float32, in three steps: the caller multiplies hidden states and weight,
-// _statistics reads the logits, and _gradient, once the loss is known, writes their gradient over them. Sums run in a
-// fixed order of 8 lanes and parts of 1,024 columns. labels: [rows], any value; one outside [0, columns) is in another
-// part of the vocabulary. inverse_temperature: [rows] where per_row is not 0, else [1]; positive. softcap: 0 for none.
+// _scores or _statistics reads the logits, and _gradient, once the loss is known, writes their gradient over them. Sums
+// run in a fixed order of 8 lanes and parts of 1,024 columns. labels: [rows], any value; one outside [0, columns) is in
+// another part of the vocabulary. inverse_temperature: [rows] where per_row is not 0, else [1]; positive. softcap: 0
+// for none.
 
 // Replaces the logits x by z = inverse_temperature * cap(x + bias), cap(x) = softcap * tanh(x / softcap), and writes
 // statistics [4, rows], in units of ln 2 (z2 = z * log2 e): peak = max z2, total = sum 2^(z2 - peak),
 // weighted = sum 2^(z2 - peak) (z2 - peak), and z2 at the label (0 where it is elsewhere).
-// bias: [columns] or null. Without columns: -1e30, 0, 0, 0. Where whole_vocabulary is not 0, [3, rows] instead, in
-// nats: log-probability of the label, entropy, log-sum-exp; a label outside [0, columns) is then SLIPSTREAM_BAD_LABEL,
-// and the logits are left without their bias, cap and temperature.
+// bias: [columns] or null. Without columns: -1e30, 0, 0, 0.
 SLIPSTREAM_EXPORT int32_t slipstream_logit_statistics_f32(float* logits, const int64_t* labels, const float* bias,
                                                           const float* inverse_temperature, int32_t per_row,
                                                           float softcap, int64_t rows, int64_t columns,
-                                                          int32_t whole_vocabulary, int32_t threads, float* statistics);
+                                                          int32_t threads, float* statistics);
+
+// The same over a whole vocabulary, finished: log-probability of the label, entropy and log-sum-exp, [rows] each, in
+// nats. A label outside [0, columns) is SLIPSTREAM_BAD_LABEL, and the logits are then left as they were.
+SLIPSTREAM_EXPORT int32_t slipstream_logit_scores_f32(float* logits, const int64_t* labels, const float* bias,
+                                                      const float* inverse_temperature, int32_t per_row, float softcap,
+                                                      int64_t rows, int64_t columns, int32_t threads, float* logprob,
+                                                      float* entropy, float* logsumexp);
 
 // Writes the gradient of `count` chosen rows over the first `count` rows of z, and leaves the others undefined. With
 // p = exp(z - logsumexp):
@@ -116,12 +122,32 @@ typedef struct {
     const float *logprob, *behavior, *proximal, *reference, *entropy, *advantage, *weight, *share, *moved, *mismatch;
 } slipstream_policy_inputs;
 
-// grad_logprob, grad_entropy: [tokens], the latter null where entropy is. sums: [32]: three parts of the loss, then the
-// metrics in the order of reference/policy_metrics.py, greatest and least ratio last. A token whose weight is not
-// positive adds nothing, whatever its other values.
+// grad_logprob, grad_entropy: [tokens], the latter null where entropy is. active: [tokens], of which the first
+// active_count are set to the tokens whose gradient is not 0, ascending, and the others undefined. loss: [1]. metrics: [32] in the order of
+// metrics.py. A token whose weight is not positive adds nothing, whatever its other values. Sums are in double.
 SLIPSTREAM_EXPORT int32_t slipstream_policy_terms_f32(const slipstream_policy_inputs* inputs,
                                                       const slipstream_objective* objective, int64_t tokens,
-                                                      float* grad_logprob, float* grad_entropy, double* sums);
+                                                      float* grad_logprob, float* grad_entropy, int64_t* active,
+                                                      int64_t* active_count, float* loss, float* metrics);
+
+// How token losses become one, as the members of Aggregation.
+enum slipstream_aggregation {
+    SLIPSTREAM_TOKEN_MEAN = 0,
+    SLIPSTREAM_SEQUENCE_MEAN_TOKEN_MEAN = 1,
+    SLIPSTREAM_SEQUENCE_MEAN_TOKEN_SUM = 2,
+    SLIPSTREAM_FIXED = 3,
+};
+
+// Shares s of tokens such that the loss is the sum of s times a token's loss, and the tokens of positive weight.
+//
+// weight, share: [tokens]. cu_seqlens: [segments + 1], begins with 0, never falls, ends with `tokens`; otherwise
+// SLIPSTREAM_BAD_SEGMENTS. normalizer: [1] the denominator, or null for that of these tokens. trained: [tokens], of
+// which the first trained_count are set, ascending, and the others undefined. trained_bounds: [segments + 1] bounds of
+// the segments over the trained tokens.
+SLIPSTREAM_EXPORT int32_t slipstream_token_shares_f32(const float* weight, const int64_t* cu_seqlens, int64_t segments,
+                                                      int64_t tokens, int32_t aggregation, float fixed_length,
+                                                      const float* normalizer, float* share, int64_t* trained,
+                                                      int64_t* trained_bounds, int64_t* trained_count);
 
 // 64-bit checksum of `size_bytes` bytes at `data` (any alignment; null allowed when size_bytes is 0).
 //

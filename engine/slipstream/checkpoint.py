@@ -1,11 +1,11 @@
 """Floor 3. Checkpoints that are whole or ignored: one atomic publish per folder.
 
-    files -> fsync -> manifest.json (sizes, sha256) -> fsync -> rename -> fsync of the parent -> `latest`
+files -> fsync -> manifest.json (sizes, sha256) -> fsync -> rename -> fsync of the parent -> `latest`
 
-    checkpoints/
-      step-00000050/        files as the writer made them, and manifest.json
-      latest                text: the name of the newest step folder (for people; loading verifies instead)
-      best/  warmup/        published by name with `publish_folder`
+checkpoints/
+  step-00000050/        files as the writer made them, and manifest.json
+  latest                text: the name of the newest step folder (for people; loading verifies instead)
+  best/  warmup/        published by name with `publish_folder`
 """
 
 from __future__ import annotations

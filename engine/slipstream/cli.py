@@ -218,9 +218,7 @@ def _bench(chosen: argparse.Namespace) -> int:
             "run it from an installation of the source tree (pip install -e .)"
         )
     if chosen.name not in names:
-        raise ConfigurationError(
-            f'unknown benchmark "{chosen.name}"; there are {", ".join(names)}'
-        )
+        raise ConfigurationError(f'unknown benchmark "{chosen.name}"; there are {", ".join(names)}')
     command = [sys.executable, folder / f"{chosen.name}.py", *chosen.arguments]
     return subprocess.run(command, check=False).returncode
 

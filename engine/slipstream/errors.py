@@ -17,7 +17,6 @@ SlipstreamError                 exit code 1 unless said otherwise
 └── RoleError                   a supervised process ended unexpectedly
 """
 
-
 import errno
 
 _DISK = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO})

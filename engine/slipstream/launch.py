@@ -1,9 +1,9 @@
 """Floor 6. Runs a training run from its start to its summary on one machine.
 
-    1 warm start    warmup                       skipped when checkpoints/warmup verifies
-    2 training      hub, actors, learner         or everything in this process with `serial`
-    3 final         eval best, eval last         both at once, on fresh tasks
-    4 summary       summary.json, learning_curve.png
+1 warm start    warmup                       skipped when checkpoints/warmup verifies
+2 training      hub, actors, learner         or everything in this process with `serial`
+3 final         eval best, eval last         both at once, on fresh tasks
+4 summary       summary.json, learning_curve.png
 """
 
 from __future__ import annotations

@@ -304,9 +304,7 @@ def _slip_metrics(
     trajectories: Sequence[Trajectory], slips: Sequence[Int32Array], max_slip: int
 ) -> dict[str, float | list[float]]:
     """Return slip and age of trained tokens at consumption, and where the slip was gathered."""
-    masks = [
-        (t.loss_mask > 0) & (slip <= max_slip) for t, slip in zip(trajectories, slips, strict=True)
-    ]
+    masks = [(t.loss_mask > 0) & (slip <= max_slip) for t, slip in zip(trajectories, slips, strict=True)]
     if not any(mask.any() for mask in masks):
         return {}
     slip_N = np.concatenate([slip[mask] for slip, mask in zip(slips, masks, strict=True)])

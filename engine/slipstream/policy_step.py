@@ -21,7 +21,7 @@ from slipstream.packing import pack
 from slipstream.rewards import components
 from slipstream.training import DeviceBatch, Optimizer, schedule, score, trained_hidden
 from slipstream.types import Float32Array, Int32Array, ToolStatus, Trajectory
-from slipstream_kernels import finish_metrics, linear_policy_loss, merge_metrics
+from slipstream_kernels import PolicyMetrics, finish_metrics, linear_policy_loss, merge_metrics
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -64,7 +64,7 @@ class PolicyStep:
         ]
         share = schedule(step, steps=config.steps, config=config.optim)
         proximals = [self._proximals(part) for part in parts]
-        kernel_metrics: list[Mapping[str, Tensor]] = []
+        kernel_metrics: list[PolicyMetrics] = []
         updates = [
             self.optimizer.step(self._losses(part, proximal, kernel_metrics), share=share)
             for part, proximal in zip(parts, proximals, strict=True)
@@ -124,7 +124,7 @@ class PolicyStep:
         self,
         part: Sequence[DeviceBatch],
         proximals: Sequence[Tensor | None],
-        sink: list[Mapping[str, Tensor]],
+        sink: list[PolicyMetrics],
     ) -> list[Callable[[], Tensor]]:
         # Token mean over the whole minibatch, counted before the trust region masks any token.
         divisor = sum((batch.weight_N.sum() for batch in part), torch.zeros((), device=self._device))
@@ -134,7 +134,7 @@ class PolicyStep:
         ]
 
     def _loss(
-        self, batch: DeviceBatch, proximal_N: Tensor | None, divisor: Tensor, sink: list[Mapping[str, Tensor]]
+        self, batch: DeviceBatch, proximal_N: Tensor | None, divisor: Tensor, sink: list[PolicyMetrics]
     ) -> Callable[[], Tensor]:
         temperature = self._config.sampling.temperature
 
@@ -162,7 +162,7 @@ class PolicyStep:
         return loss
 
 
-def _readable(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, float]:
+def _readable(parts: Sequence[PolicyMetrics]) -> dict[str, float]:
     """Return the kernels' metrics of a whole step under the names of metrics.py."""
     if not parts:
         return {}

@@ -48,9 +48,7 @@ def components(scores: Sequence[Score]) -> dict[str, float]:
     return sums
 
 
-def turn_rewards(
-    earned_U: Sequence[float], scores: Sequence[Score], config: RewardConfig
-) -> Float32Array:
+def turn_rewards(earned_U: Sequence[float], scores: Sequence[Score], config: RewardConfig) -> Float32Array:
     """Spread a trajectory's reward over its turns; the sum is `reward(scores, config)`.
 
     `earned_U` is what the environment gave in each turn apart from the outcome. Its penalties and its

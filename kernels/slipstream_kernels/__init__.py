@@ -35,10 +35,10 @@ if TYPE_CHECKING:
         Level,
         Objective,
         Penalty,
-        PolicyLoss,
         Surrogate,
     )
-    from slipstream_kernels.policy_loss import batch_normalizer, finish_metrics, merge_metrics, policy_loss
+    from slipstream_kernels.policy_loss import batch_normalizer, policy_loss
+    from slipstream_kernels.policy_result import PolicyLoss, PolicyMetrics, finish_metrics, merge_metrics
     from slipstream_kernels.segment_scan import segment_scan
     from slipstream_kernels.weight_delta import Delta, delta_apply, delta_encode, delta_encode_cast
 
@@ -60,6 +60,7 @@ __all__ = [
     "ObjectiveError",
     "Penalty",
     "PolicyLoss",
+    "PolicyMetrics",
     "ShapeError",
     "Surrogate",
     "backends",
@@ -97,8 +98,9 @@ _NAMES_OF_MODULE = {
     "linear_kl": "linear_kl",
     "linear_logprob": "linear_logprob",
     "linear_policy_loss": "linear_policy_loss",
-    "objective": "Aggregation Correction Level Objective Penalty PolicyLoss Surrogate",
-    "policy_loss": "batch_normalizer finish_metrics merge_metrics policy_loss",
+    "objective": "Aggregation Correction Level Objective Penalty Surrogate",
+    "policy_loss": "batch_normalizer policy_loss",
+    "policy_result": "PolicyLoss PolicyMetrics finish_metrics merge_metrics",
     "segment_scan": "segment_scan",
     "weight_delta": "Delta delta_apply delta_encode delta_encode_cast",
 }
@@ -123,6 +125,7 @@ def __getattr__(name: str) -> object:
     if name not in _MODULE_OF_NAME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value: object = getattr(import_module(f"{__name__}.{_MODULE_OF_NAME[name]}"), name)
+    globals()[name] = value
     return value
 
 

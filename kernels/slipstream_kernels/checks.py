@@ -17,6 +17,13 @@ def check_shape(op: str, name: str, tensor: Tensor, shape: tuple[int, ...]) -> N
         raise ShapeError(f"{op}: {name} must have shape {list(shape)}, got {list(tensor.shape)}")
 
 
+def plain(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a tensor in this type, contiguous: itself where it already is, sooner than PyTorch says so."""
+    if tensor.dtype is dtype and tensor.is_contiguous():
+        return tensor
+    return tensor.to(dtype).contiguous()
+
+
 def check_range(op: str, name: str, value: float, low: float, high: float) -> None:
     """Raise ShapeError unless low <= value <= high."""
     if not low <= value <= high:
@@ -39,16 +46,17 @@ def check_labels(op: str, labels_N: Tensor, vocabulary: int) -> None:
             raise ShapeError(f"{op}: labels_N must be in [0, {vocabulary}), got values from {low} to {high}")
 
 
-def check_cu_seqlens(op: str, cu_seqlens: Tensor, tokens: int) -> Tensor:
+def check_cu_seqlens(op: str, cu_seqlens: Tensor, tokens: int, *, values: bool = True) -> Tensor:
     """Return [S + 1] int64 segment bounds, which begin with 0, never fall and end with `tokens`.
 
-    Raises ShapeError; values are checked on the CPU only.
+    Raises ShapeError; values are checked on the CPU only, and not where `values` says that the native
+    library will, which is sooner done.
     """
     if cu_seqlens.ndim != 1 or cu_seqlens.numel() == 0 or cu_seqlens.is_floating_point():
         got = f"{list(cu_seqlens.shape)} {cu_seqlens.dtype}"
         raise ShapeError(f"{op}: cu_seqlens must be a vector of at least one integer, got {got}")
     bounds = cu_seqlens.to(torch.int64)
-    if _readable(bounds):
+    if values and _readable(bounds):
         ends_right = int(bounds[0]) == 0 and int(bounds[-1]) == tokens
         if not ends_right or bool((bounds.diff() < 0).any()):
             raise ShapeError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from enum import StrEnum
+from functools import lru_cache
 from importlib.util import find_spec
 from typing import assert_never
 
@@ -38,10 +39,7 @@ def choose(
     not installed here.
     """
     if backend is None:
-        # Triton's interpreter is for tests, and a library that could not be loaded is tried again each time:
-        # neither is a choice for tensors on the CPU.
-        fitting = (b for b in implemented if b not in (Backend.CUDA, Backend.TRITON) or device == "cuda")
-        return next(b for b in fitting if not _obstacle(op, b, device))
+        return _preferred(tuple(implemented), device, native.available())
     names = ", ".join(implemented)
     if backend not in implemented:
         raise BackendError(
@@ -51,6 +49,16 @@ def choose(
     if obstacle := _obstacle(op, chosen, device):
         raise obstacle
     return chosen
+
+
+@lru_cache
+def _preferred(implemented: tuple[Backend, ...], device: str, native_here: bool) -> Backend:
+    """Return the first that serves the device; looked for once, since that takes longer than a small op."""
+    # Triton's interpreter is for tests, no choice for tensors on the CPU.
+    unfit = set() if device == "cuda" else {Backend.CUDA, Backend.TRITON}
+    if not native_here:
+        unfit.add(Backend.NATIVE)
+    return next(b for b in implemented if b not in unfit and not _obstacle("", b, device))
 
 
 def backends() -> dict[str, str]:

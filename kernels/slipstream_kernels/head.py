@@ -9,7 +9,6 @@ Dimensions: N rows, C rows of a chunk, A active rows of a chunk, H hidden, V voc
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, Final
 
@@ -19,6 +18,7 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import _resolve_process_group  # type: ignore[attr-defined]
 
 from slipstream_kernels import native_head
+from slipstream_kernels.checks import plain
 from slipstream_kernels.dispatch import Backend
 from slipstream_kernels.statistics import finish, merge
 
@@ -26,6 +26,8 @@ CHUNK_BYTES: Final = {"cpu": 128 << 20, "cuda": 1 << 30}
 """Logits held at once, by device."""
 KEPT_BYTES: Final = 32 << 20
 """Logits up to this size are kept by a thread for its next call: new pages cost more than filling them."""
+SMALL_BYTES: Final = 64 << 10
+"""Logits up to this size come from memory that malloc has at hand."""
 LEAST_ROWS: Final = 256
 """Fewer rows would read the weight, and write its gradient, too often."""
 
@@ -48,52 +50,46 @@ class _Kept(threading.local):
 _kept: Final = _Kept()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Head:
-    """A linear head and what happens to its logits."""
+    """A linear head and what happens to its logits; nothing changes it once it is made."""
 
-    backend: Backend
-    weight_VH: Tensor
-    """[V, H], contiguous; float32 on the CPU."""
-    bias_V: Tensor | None
-    inverse_temperature: Tensor
-    """[1] or [N] float32."""
-    softcap: float | None
-    group: str
-    """Name of the process group whose members hold the shards in order of rank, or "" for one shard."""
+    # Every call of an op makes one: a plain class takes a third of a frozen dataclass's time.
+    __slots__ = ("bias_V", "group", "inverse_temperature", "is_native", "softcap", "weight_VH")
 
-    @classmethod
-    def of(
-        cls, weight: Tensor, bias: Tensor | None, temperature: Tensor, softcap: float | None, group: str,
+    def __init__(
+        self, weight: Tensor, bias: Tensor | None, temperature: Tensor, softcap: float | None, group: str,
         backend: str,
-    ) -> Head:  # fmt: skip
-        """Return the head of an op's arguments, in the types that the backend computes in."""
-        chosen = Backend(backend)
-        return cls(
-            backend=chosen,
-            weight_VH=(weight.float() if chosen is Backend.NATIVE else weight).contiguous(),
-            bias_V=None if bias is None else bias.float().contiguous(),
-            inverse_temperature=temperature,
-            softcap=softcap,
-            group=group,
-        )
+    ) -> None:  # fmt: skip
+        """Take an op's arguments, in the types that the backend computes in.
+
+        temperature: [1] or [N] float32. group: name of the process group whose members hold the shards of
+        the vocabulary in order of rank, or "" for one shard. backend: "native" or "triton".
+        """
+        self.is_native = backend == Backend.NATIVE
+        self.weight_VH = plain(weight, torch.float32 if self.is_native else weight.dtype)
+        """[V, H], contiguous; float32 on the CPU."""
+        self.bias_V = None if bias is None else plain(bias, torch.float32)
+        self.inverse_temperature, self.softcap, self.group = temperature, softcap, group
 
     def hidden(self, hidden_NH: Tensor) -> Tensor:
         """Return hidden states in the type of the weight, contiguous."""
-        return hidden_NH.to(self.weight_VH.dtype).contiguous()
+        return plain(hidden_NH, self.weight_VH.dtype)
 
     def chunks(self, rows: int) -> list[slice]:
         """Return slices of the rows whose logits are held at once, at least one."""
+        if rows <= LEAST_ROWS:
+            return [slice(0, rows)]
         row_bytes = self.weight_VH.element_size() * self.weight_VH.shape[0]
         size = max(LEAST_ROWS, CHUNK_BYTES[self.weight_VH.device.type] // row_bytes)
-        return [slice(start, min(start + size, rows)) for start in range(0, max(rows, 1), size)]
+        return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
 
     def logits(self, rows: int) -> Tensor:
-        """Return [C, V] uninitialised, for the largest chunk of so many rows; valid until the next call."""
-        shape = self.chunks(rows)[0].stop, self.weight_VH.shape[0]
-        if self.backend is Backend.NATIVE and 4 * shape[0] * shape[1] <= KEPT_BYTES:
-            return _kept.room(shape[0] * shape[1]).view(shape)
-        return self.weight_VH.new_empty(shape)
+        """Return [rows, V] uninitialised, to hold a chunk; valid until the next call."""
+        columns = self.weight_VH.shape[0]
+        if self.is_native:
+            keep = SMALL_BYTES < 4 * rows * columns <= KEPT_BYTES
+            return _kept.room(rows * columns).view(rows, columns) if keep else torch.empty(rows, columns)
+        return self.weight_VH.new_empty((rows, columns))
 
     def temperature(self, chunk: slice) -> Tensor:
         """Return [1] or [C] inverse temperatures of a chunk."""
@@ -104,19 +100,11 @@ class Head:
         self, hidden_CH: Tensor, labels_C: Tensor, temperature: Tensor, logits_CV: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return [C] log-probability, entropy and log-sum-exp of a chunk, whose logits stay in logits_CV."""
-        settings: dict[str, Any] = {
-            "inverse_temperature": temperature,
-            "bias_V": self.bias_V,
-            "softcap": self.softcap,
-            "logits_CV": logits_CV,
-        }
-        if self.backend is Backend.NATIVE and not self.group:
-            logprob_C, entropy_C, logsumexp_C = native_head.head_statistics(
-                hidden_CH, self.weight_VH, labels_C, whole_vocabulary=True, **settings
-            ).unbind()
-            return logprob_C, entropy_C, logsumexp_C
-        kernels: Any = native_head if self.backend is Backend.NATIVE else _triton()
-        statistics_4C = kernels.head_statistics(hidden_CH, self.weight_VH, labels_C, **settings)
+        settings = temperature, self.bias_V, self.softcap, logits_CV
+        if self.is_native and not self.group:
+            return native_head.head_scores(hidden_CH, self.weight_VH, labels_C, *settings)
+        kernels: Any = native_head if self.is_native else _triton()
+        statistics_4C = kernels.head_statistics(hidden_CH, self.weight_VH, labels_C, *settings)
         return finish(self._merged(statistics_4C) if self.group else statistics_4C)
 
     def gradient_(
@@ -134,7 +122,7 @@ class Head:
             "inverse_temperature": temperature,
             "softcap": self.softcap,
         }
-        if self.backend is Backend.NATIVE:
+        if self.is_native:
             return native_head.logit_gradient_(logits_CV, labels_C, active_A=active_A, **given)
         _triton().logit_gradient_(logits_CV, labels_C, **given)
         every = active_A.numel() == logits_CV.shape[0]

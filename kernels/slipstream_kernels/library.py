@@ -8,12 +8,32 @@ with the dispatcher costs a multiple per call.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import torch
 
+Function = TypeVar("Function", bound=Callable[..., Any])
 NAMESPACE: Final = "slipstream"
 _LIBRARY: Final = torch.library.Library(NAMESPACE, "DEF")
+
+
+def constant(function: Function) -> Function:
+    """Let torch.compile take a function's result as a constant, as PyTorch's own mark does.
+
+    That one loads the compiler, which takes longer than PyTorch itself.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+def recorded(function: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """Return what records an autograd function: its `apply`, without the part that prepares for torch.func.
+
+    That part costs 9 us a call, and only serves transforms that reject these functions anyway. While an
+    op is being compiled, `apply` itself must be called.
+    """
+    apply: Callable[..., Any] = super(torch.autograd.Function, function).apply  # type: ignore[misc]
+    return apply
 
 
 def register(

@@ -15,11 +15,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from slipstream_kernels import reference
-from slipstream_kernels.checks import check_integers, check_labels, check_shape
+from slipstream_kernels.checks import check_integers, check_labels, check_shape, plain
 from slipstream_kernels.dispatch import Backend, choose
 from slipstream_kernels.errors import BackendError, NativeError, ShapeError
 from slipstream_kernels.head import Head
-from slipstream_kernels.library import register
+from slipstream_kernels.library import constant, recorded, register
 
 IMPLEMENTED = (Backend.TRITON, Backend.NATIVE, Backend.REFERENCE)
 
@@ -57,21 +57,27 @@ def linear_logprob(
     g_entropy p (ln p + entropy) + g_logsumexp p.
     """
     op = "linear_logprob"
-    check_head(op, hidden_NH, weight_VH, bias_V, softcap)
-    check_shape(op, "labels_N", labels_N, (hidden_NH.shape[0],))
-    check_integers(op, labels_N)
-    chosen = choose_head(op, backend, hidden_NH.dtype, hidden_NH.device.type, sharded=group is not None)
+    check_head(op, hidden_NH, weight_VH, labels_N, bias_V, softcap)
+    chosen = choose_head(op, backend, hidden_NH.dtype, hidden_NH.device.type, group is not None)
     temperature = temperature_of(op, inverse_temperature, hidden_NH)
-    if chosen == Backend.REFERENCE.value:
+    if chosen == "reference":
         check_labels(op, labels_N, weight_VH.shape[0])
         settings = reference.LogitSettings(inverse_temperature=temperature, softcap=softcap)
         return reference.linear_logprob(hidden_NH, weight_VH, labels_N, bias_V=bias_V, settings=settings)
-    name, labels = "" if group is None else group.group_name, shard_labels(labels_N, vocab_start)
-    score: Callable[..., Any] = _Scored.apply if needs_gradient(hidden_NH, weight_VH, bias_V) else _score
+    labels = shard_labels(labels_N, vocab_start)
+    rest: tuple[Any, ...] = (labels, temperature, softcap, "" if group is None else group.group_name, chosen)
+    compiling = torch.compiler.is_compiling()
     try:
-        scored: tuple[Tensor, Tensor, Tensor] = score(
-            hidden_NH, weight_VH, bias_V, labels, temperature, softcap, name, chosen
-        )
+        if torch.is_grad_enabled() and (
+            hidden_NH.requires_grad
+            or weight_VH.requires_grad
+            or (bias_V is not None and bias_V.requires_grad)
+        ):
+            record: Callable[..., Any] = _Scored.apply if compiling else _record
+            scored: tuple[Tensor, Tensor, Tensor] = record(hidden_NH, weight_VH, bias_V, rest)
+        else:
+            # Through the dispatcher, which costs as much as a small op itself, only to be compiled.
+            scored = (_forward if compiling else _run_forward)(hidden_NH, weight_VH, bias_V, *rest)
     except NativeError:
         check_labels(op, labels_N, weight_VH.shape[0])
         raise
@@ -80,46 +86,46 @@ def linear_logprob(
 
 def shard_labels(labels_N: Tensor, vocab_start: int) -> Tensor:
     """Return [N] int64 labels relative to a shard's first row, contiguous."""
-    labels = labels_N.to(torch.int64).contiguous()
+    labels = plain(labels_N, torch.int64)
     return labels - vocab_start if vocab_start else labels
 
 
-def _score(*arguments: Any) -> Any:
-    """Run the op: through the dispatcher, which costs as much as a small op itself, only to be compiled."""
-    return _forward(*arguments) if torch.compiler.is_compiling() else _run_forward(*arguments)
-
-
-def needs_gradient(*tensors: Tensor | None) -> bool:
-    """Return whether autograd will ask for a gradient to any of them."""
-    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
-
-
 def check_head(
-    op: str, hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, softcap: float | None
-) -> None:
-    """Raise ShapeError unless these can be a linear head and its input."""
-    if (
-        hidden_NH.ndim != 2
-        or weight_VH.ndim != 2
-        or hidden_NH.shape[1] != weight_VH.shape[1]
-        or not weight_VH.numel()
-    ):
-        got = f"{list(hidden_NH.shape)} and {list(weight_VH.shape)}"
+    op: str, hidden_NH: Tensor, weight_VH: Tensor, labels_N: Tensor, bias_V: Tensor | None,
+    softcap: float | None,
+) -> None:  # fmt: skip
+    """Raise ShapeError unless these can be a linear head, its input and labels."""
+    hidden, weight = hidden_NH.shape, weight_VH.shape
+    if len(hidden) != 2 or len(weight) != 2 or hidden[1] != weight[1] or 0 in weight:
+        got = f"{list(hidden)} and {list(weight)}"
         raise ShapeError(f"{op}: hidden_NH and weight_VH must be [N, H] and [V, H] with V, H >= 1, got {got}")
-    if hidden_NH.dtype != weight_VH.dtype or not hidden_NH.is_floating_point():
+    if hidden_NH.dtype is not weight_VH.dtype or not hidden_NH.is_floating_point():
         raise ShapeError(
             f"{op}: hidden_NH and weight_VH must have one floating-point type, got {hidden_NH.dtype} and "
             f"{weight_VH.dtype}"
         )
+    if labels_N.dtype is not torch.int64:
+        check_integers(op, labels_N)
+    if labels_N.shape != hidden[:1]:
+        check_shape(op, "labels_N", labels_N, (hidden[0],))
     if bias_V is not None:
-        check_shape(op, "bias_V", bias_V, (weight_VH.shape[0],))
+        check_shape(op, "bias_V", bias_V, (weight[0],))
     if softcap is not None and not softcap > 0.0:
         raise ShapeError(f"{op}: softcap must be positive or None, got {softcap}")
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@constant
 def choose_head(
-    op: str, backend: Backend | str | None, dtype: torch.dtype, device: str, *, sharded: bool
+    op: str, backend: Backend | str | None, dtype: torch.dtype, device: str, sharded: bool
+) -> str:
+    """Return the name of a head op's backend; raises BackendError."""
+    return _choose_head(op, backend, dtype, device, sharded)
+
+
+# Once: what is available does not change while a process lives, and asking takes longer than a small op.
+@lru_cache
+def _choose_head(
+    op: str, backend: Backend | str | None, dtype: torch.dtype, device: str, sharded: bool
 ) -> str:
     """Return the name of a head op's backend: float64 has only the reference, and shards never have it."""
     double = dtype is torch.float64
@@ -143,7 +149,7 @@ def temperature_of(op: str, inverse_temperature: float | Tensor, hidden_NH: Tens
     if inverse_temperature.requires_grad:
         raise ShapeError(f"{op}: inverse_temperature must not require a gradient; detach it")
     check_shape(op, "inverse_temperature", inverse_temperature, (hidden_NH.shape[0],))
-    return inverse_temperature.to(dtype).contiguous()
+    return plain(inverse_temperature, dtype)
 
 
 @lru_cache(maxsize=64)
@@ -158,9 +164,10 @@ class _Scored(torch.autograd.Function):
     """Keeps log-sum-exp and entropy of each row; the backward pass makes the logits of a chunk again."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, *arguments: Any) -> Any:
-        logprob_N, entropy_N, logsumexp_N = _score(hidden, weight, bias, *arguments)
-        labels, temperature, *ctx.settings = arguments
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, settings: Any) -> Any:
+        score = _forward if torch.compiler.is_compiling() else _run_forward
+        logprob_N, entropy_N, logsumexp_N = score(hidden, weight, bias, *settings)
+        labels, temperature, *ctx.settings = settings
         ctx.save_for_backward(hidden, weight, bias, labels, temperature, entropy_N, logsumexp_N)
         ctx.set_materialize_grads(False)
         return logprob_N, entropy_N, logsumexp_N
@@ -172,16 +179,20 @@ class _Scored(torch.autograd.Function):
         grad_hidden, grad_weight, grad_bias = _backward(
             hidden, weight, bias, labels, temperature, *ctx.settings, entropy_N, logsumexp_N, *gradients
         )
-        return grad_hidden, grad_weight, None if bias is None else grad_bias, *[None] * 5
+        return grad_hidden, grad_weight, None if bias is None else grad_bias, None
+
+
+_record = recorded(_Scored)
 
 
 def _run_forward(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, temperature: Tensor,
     softcap: float | None, group: str, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    head = Head.of(weight, bias, temperature, softcap, group, backend)
-    rows, hidden = hidden.shape[0], head.hidden(hidden)
-    chunks, logits = head.chunks(rows), head.logits(rows)
+    head = Head(weight, bias, temperature, softcap, group, backend)
+    hidden = head.hidden(hidden)
+    chunks = head.chunks(hidden.shape[0])
+    logits = head.logits(chunks[0].stop)
     if len(chunks) == 1:
         return head.forward(hidden, labels, temperature, logits)
     parts = []
@@ -197,15 +208,16 @@ def _run_backward(
     softcap: float | None, group: str, backend: str, entropy: Tensor, logsumexp: Tensor,
     grad_logprob: Tensor | None, grad_entropy: Tensor | None, grad_logsumexp: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    head = Head.of(weight, bias, temperature, softcap, group, backend)
+    head = Head(weight, bias, temperature, softcap, group, backend)
     rows, hidden_NH = hidden.shape[0], head.hidden(hidden)
     grad_hidden = torch.empty_like(hidden_NH)
     grad_weight = torch.empty_like(head.weight_VH, dtype=torch.float32)
     grad_bias = grad_weight.new_zeros(weight.shape[0] if bias is not None else 0)
-    logits = head.logits(rows)
+    chunks = head.chunks(rows)
+    logits = head.logits(chunks[0].stop)
 
     gradients = grad_logprob, grad_entropy, grad_logsumexp
-    for chunk in head.chunks(rows):
+    for chunk in chunks:
         logits_CV, labels_C = logits[: chunk.stop - chunk.start], labels[chunk]
         head.forward(hidden_NH[chunk], labels_C, head.temperature(chunk), logits_CV)
         of_logprob, of_entropy, of_logsumexp = (None if g is None else g[chunk] for g in gradients)
@@ -231,11 +243,6 @@ def _run_backward(
     )
 
 
-def _separate(*arguments: Any) -> tuple[Tensor, ...]:
-    """Return results that share no memory, as the dispatcher demands of an op."""
-    return tuple(result.clone() for result in _run_forward(*arguments))
-
-
 def _fake_forward(hidden: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     row_N = hidden.new_empty(hidden.shape[0], dtype=torch.float32)
     return row_N, torch.empty_like(row_N), torch.empty_like(row_N)
@@ -257,7 +264,7 @@ HEAD_SCHEMA = (
 )
 _forward = register(
     f"linear_logprob({HEAD_SCHEMA}) -> (Tensor, Tensor, Tensor)",
-    implementation=_separate,
+    implementation=_run_forward,
     fake=_fake_forward,
 )
 _backward = register(

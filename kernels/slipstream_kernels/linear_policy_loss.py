@@ -6,7 +6,7 @@ Dimensions: N packed tokens, M of them with positive weight, H hidden, V vocabul
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache, lru_cache
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from slipstream_kernels import reference
-from slipstream_kernels.checks import check_integers, check_labels, check_shape
+from slipstream_kernels.checks import check_cu_seqlens, check_labels
 from slipstream_kernels.dispatch import Backend
 from slipstream_kernels.errors import NativeError
 from slipstream_kernels.head import Head
@@ -25,14 +25,14 @@ from slipstream_kernels.linear_logprob import (
     check_head,
     choose_head,
     linear_logprob,
-    needs_gradient,
     shard_labels,
     temperature_of,
 )
-from slipstream_kernels.objective import Objective, PolicyLoss
-from slipstream_kernels.policy_head import Gradients, PolicyHead, trained_rows
-from slipstream_kernels.policy_inputs import checked_inputs, divisor_of
+from slipstream_kernels.objective import Objective
+from slipstream_kernels.policy_head import Gradients, PolicyHead, trained_rows, trained_shares
+from slipstream_kernels.policy_inputs import checked_inputs, given_normalizer
 from slipstream_kernels.policy_loss import policy_loss
+from slipstream_kernels.policy_result import METRICS, PolicyLoss, PolicyMetrics
 
 
 def linear_policy_loss(
@@ -70,37 +70,38 @@ def linear_policy_loss(
     gradients they hold one chunk of logits. Raises ShapeError, ObjectiveError and BackendError.
     """
     op = "linear_policy_loss"
-    check_head(op, hidden_NH, weight_VH, bias_V, softcap)
-    check_shape(op, "labels_N", labels_N, (hidden_NH.shape[0],))
+    check_head(op, hidden_NH, weight_VH, labels_N, bias_V, softcap)
     temperature = temperature_of(op, inverse_temperature, hidden_NH)
+    chosen = choose_head(op, backend, hidden_NH.dtype, hidden_NH.device.type, group is not None)
     inputs = checked_inputs(
         op, objective, tokens=hidden_NH.shape[0], behavior_N=behavior_N, proximal_N=proximal_N,
         reference_N=reference_N, advantage_N=advantage_N, weight_N=weight_N, cu_seqlens=cu_seqlens,
+        native=chosen == Backend.NATIVE.value,
     )  # fmt: skip
-    chosen = choose_head(op, backend, hidden_NH.dtype, hidden_NH.device.type, sharded=group is not None)
     if chosen == Backend.REFERENCE.value:
         settings = temperature, bias_V, softcap
         return _composed(hidden_NH, weight_VH, labels_N, *settings, inputs, objective, normalizer)
-    check_integers(op, labels_N)
     differentiable = hidden_NH, weight_VH, bias_V
-    needs = [tensor is not None and needs_gradient(tensor) for tensor in differentiable]
+    enabled = torch.is_grad_enabled()
+    needs = [enabled and tensor is not None and tensor.requires_grad for tensor in differentiable]
     shards = "" if group is None else group.group_name
     arguments = (
         shard_labels(labels_N, vocab_start), temperature, softcap, shards, chosen,
         inputs.behavior_N, inputs.proximal_N, inputs.reference_N, inputs.advantage_N, inputs.weight_N,
-        inputs.cu_seqlens, divisor_of(op, inputs, objective, normalizer), objective.text, needs,
+        inputs.cu_seqlens, given_normalizer(op, normalizer, hidden_NH.device), objective.text, needs,
     )  # fmt: skip
     differentiated: Callable[..., Any] = _Differentiable.apply
     try:
         loss, grad_logprob_N, grad_entropy_N, metrics = differentiated(*differentiable, *arguments)
     except NativeError:
+        check_cu_seqlens(op, cu_seqlens, hidden_NH.shape[0])
         check_labels(op, labels_N[weight_N > 0], weight_VH.shape[0])
         raise
     return PolicyLoss(
         loss=loss,
         grad_logprob_N=grad_logprob_N,
         grad_entropy_N=grad_entropy_N,
-        metrics=dict(zip(metric_names(), metrics.unbind(), strict=True)),
+        metrics=PolicyMetrics(metrics),
     )
 
 
@@ -143,22 +144,6 @@ def _scatter(values_M: Tensor, rows_M: Tensor, count: int) -> Tensor:
     return values_M.new_zeros(count).index_copy(0, rows_M, values_M)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def metric_names() -> tuple[str, ...]:
-    """Return the names of the metrics of any policy loss, in the order in which the op returns them."""
-    return _metric_names()
-
-
-@cache
-def _metric_names() -> tuple[str, ...]:
-    none = torch.zeros(0)
-    inputs = reference.PolicyInputs(
-        logprob_N=none, behavior_N=none, proximal_N=None, reference_N=None, entropy_N=none, advantage_N=none,
-        weight_N=none, cu_seqlens=torch.zeros(1, dtype=torch.int64),
-    )  # fmt: skip
-    return tuple(reference.policy_terms(inputs, none, Objective()).metrics)
-
-
 @lru_cache(maxsize=64)
 def _read(text: str) -> Objective:
     return Objective.of(text)
@@ -191,18 +176,17 @@ def _run(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, temperature: Tensor,
     softcap: float | None, group: str, backend: str, behavior: Tensor, proximal: Tensor | None,
     kl_reference: Tensor | None, advantage: Tensor, token_weight: Tensor, cu_seqlens: Tensor,
-    normalizer: Tensor, objective: str, needs: list[bool],
+    normalizer: Tensor | None, objective: str, needs: list[bool],
 ) -> tuple[Tensor, ...]:  # fmt: skip
     goal, count = _read(objective), hidden.shape[0]
-    rows_M = (token_weight > 0).nonzero()[:, 0]
     inputs = reference.PolicyInputs(
         logprob_N=behavior, behavior_N=behavior, proximal_N=proximal, reference_N=kl_reference,
         entropy_N=None, advantage_N=advantage, weight_N=token_weight, cu_seqlens=cu_seqlens,
     )  # fmt: skip
-    share_N = reference.token_shares(token_weight, cu_seqlens, goal, normalizer)
+    share_N, rows_M, bounds = trained_shares(inputs, goal, normalizer, Backend(backend))
     every = rows_M.numel() == count
     per_row = temperature if every or temperature.numel() == 1 else temperature[rows_M]
-    head = Head.of(weight, bias, per_row, softcap, group, backend)
+    head = Head(weight, bias, per_row, softcap, group, backend)
     hidden_MH = head.hidden(hidden if every else hidden.index_select(0, rows_M))
     gradients = Gradients(
         hidden=torch.empty_like(hidden_MH) if needs[0] else None,
@@ -210,7 +194,7 @@ def _run(
         bias=head.weight_VH.new_zeros(weight.shape[0], dtype=torch.float32) if needs[2] else None,
     )
     terms = PolicyHead(head, hidden_MH, labels if every else labels[rows_M], gradients).run(
-        inputs if every else trained_rows(inputs, rows_M), share_N if every else share_N[rows_M], goal
+        inputs if every else trained_rows(inputs, rows_M, bounds), share_N if every else share_N[rows_M], goal
     )
     if gradients.hidden is not None:
         head.summed(gradients.hidden)
@@ -218,16 +202,16 @@ def _run(
     def spread(values_M: Tensor | None) -> Tensor:
         if values_M is None:
             return hidden.new_zeros(count, dtype=torch.float32)
-        return values_M.clone() if every else _scatter(values_M, rows_M, count)
+        return values_M if every else _scatter(values_M, rows_M, count)
 
     grad_hidden = gradients.hidden
     if grad_hidden is not None and not every:
         grad_hidden = grad_hidden.new_zeros(hidden.shape).index_copy_(0, rows_M, grad_hidden)
     return (
-        terms.loss.clone(),
+        terms.loss,
         spread(terms.grad_logprob_N),
         spread(terms.grad_entropy_N),
-        torch.stack([terms.metrics[name].float() for name in metric_names()]),
+        terms.metrics.values_K,
         _typed(grad_hidden, hidden),
         _typed(gradients.weight, weight),
         _typed(gradients.bias, weight if bias is None else bias),
@@ -245,14 +229,14 @@ def _fake(hidden: Tensor, weight: Tensor, bias: Tensor | None, *arguments: Any) 
         row_N.new_empty(()),
         row_N,
         torch.empty_like(row_N),
-        row_N.new_empty(len(metric_names())),
+        row_N.new_empty(len(METRICS)),
         *(torch.empty_like(t) if needed else t.new_empty(0) for t, needed in zip(inputs, needs, strict=True)),
     )
 
 
 _head = register(
     f"linear_policy_loss({HEAD_SCHEMA}, Tensor behavior, Tensor? proximal, Tensor? kl_reference,"
-    " Tensor advantage, Tensor token_weight, Tensor cu_seqlens, Tensor normalizer, str objective,"
+    " Tensor advantage, Tensor token_weight, Tensor cu_seqlens, Tensor? normalizer, str objective,"
     " bool[] needs)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     implementation=_run,

@@ -14,7 +14,7 @@ from typing import Final, TypeAlias
 from slipstream_kernels.errors import BackendUnavailableError, NativeError
 
 LIBRARY = Path(__file__).with_name("libslipstream_cpu.so")
-ABI_VERSION = 4
+ABI_VERSION = 5
 
 OK: Final = 0
 BAD_DELTA: Final = 6
@@ -94,13 +94,20 @@ def load(path: Path, signatures: Signatures) -> ctypes.CDLL:
 
 def available() -> bool:
     """Return whether the native library can be used."""
-    return not isinstance(_load(), str)
+    try:
+        library()
+    except BackendUnavailableError:
+        return False
+    return True
 
 
 def description() -> str:
     """Return one sentence saying whether the native library is there, and if not, why."""
-    loaded = _load()
-    return loaded if isinstance(loaded, str) else f"the native library {LIBRARY.name} is installed"
+    try:
+        library()
+    except BackendUnavailableError as error:
+        return str(error)
+    return f"the native library {LIBRARY.name} is installed"
 
 
 def segment_scan(
@@ -131,10 +138,3 @@ def call(name: str, *arguments: object) -> None:
 def reason(status: int) -> str:
     """Return what a status code of the library means."""
     return _STATUS.get(status, f"unknown status {status}")
-
-
-def _load() -> ctypes.CDLL | str:
-    try:
-        return library()
-    except BackendUnavailableError as error:
-        return str(error)

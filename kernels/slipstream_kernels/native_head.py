@@ -20,25 +20,55 @@ from slipstream_kernels.errors import NativeError
 _POINTER, _I64, _I32, _F32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_float
 
 
-def head_statistics(
+def head_scores(
     hidden_CH: Tensor,
     weight_VH: Tensor,
     labels_C: Tensor,
-    *,
     inverse_temperature: Tensor,
     bias_V: Tensor | None,
     softcap: float | None,
     logits_CV: Tensor,
-    whole_vocabulary: bool = False,
-) -> Tensor:
-    """Return [4, C] statistics (statistics.py) of z = inverse_temperature * cap(hidden @ weight.T + bias).
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return [C] log-probability, entropy and log-sum-exp over a whole vocabulary, in nats.
 
-    With `whole_vocabulary` they are finished: [3, C] log-probability, entropy and log-sum-exp. Everything is
-    float32 and contiguous but labels_C, int64. logits_CV is left with z. Raises NativeError.
+    Of z = inverse_temperature * cap(hidden @ weight.T + bias), which logits_CV is left with. Everything is
+    float32 and contiguous but labels_C, int64. Raises NativeError.
     """
-    torch.mm(hidden_CH, weight_VH.T, out=logits_CV)
+    torch.mm(hidden_CH, weight_VH.t(), out=logits_CV)
     rows, columns = logits_CV.shape
-    result = hidden_CH.new_empty(3 if whole_vocabulary else 4, rows)
+    logprob_C, entropy_C, logsumexp_C = torch.empty(rows), torch.empty(rows), torch.empty(rows)
+    status = _library().slipstream_logit_scores_f32(
+        logits_CV.data_ptr(),
+        labels_C.data_ptr(),
+        None if bias_V is None else bias_V.data_ptr(),
+        inverse_temperature.data_ptr(),
+        inverse_temperature.numel() > 1,
+        softcap or 0.0,
+        rows,
+        columns,
+        torch.get_num_threads(),
+        logprob_C.data_ptr(),
+        entropy_C.data_ptr(),
+        logsumexp_C.data_ptr(),
+    )
+    if status != native.OK:
+        raise NativeError(f"slipstream_logit_scores_f32: {native.reason(status)}")
+    return logprob_C, entropy_C, logsumexp_C
+
+
+def head_statistics(
+    hidden_CH: Tensor,
+    weight_VH: Tensor,
+    labels_C: Tensor,
+    inverse_temperature: Tensor,
+    bias_V: Tensor | None,
+    softcap: float | None,
+    logits_CV: Tensor,
+) -> Tensor:
+    """Return [4, C] statistics (statistics.py) of a part of a vocabulary; otherwise as head_scores."""
+    torch.mm(hidden_CH, weight_VH.t(), out=logits_CV)
+    rows, columns = logits_CV.shape
+    result = torch.empty(4, rows)
     _run(
         _library().slipstream_logit_statistics_f32,
         logits_CV.data_ptr(),
@@ -49,7 +79,6 @@ def head_statistics(
         softcap or 0.0,
         rows,
         columns,
-        whole_vocabulary,
         torch.get_num_threads(),
         result.data_ptr(),
     )
@@ -98,10 +127,12 @@ def logit_gradient_(
 @cache
 def _library() -> ctypes.CDLL:
     library = native.library()
-    statistics, gradient = library.slipstream_logit_statistics_f32, library.slipstream_logit_gradient_f32
-    settings: list[type] = [_POINTER, _I32, _F32]
-    statistics.argtypes = [*[_POINTER] * 3, *settings, _I64, _I64, _I32, _I32, _POINTER]
-    gradient.argtypes = [*[_POINTER] * 7, *settings, _POINTER, _I64, _I64, _I32]
+    rows: list[type] = [*[_POINTER] * 4, _I32, _F32, _I64, _I64, _I32]
+    library.slipstream_logit_scores_f32.argtypes = [*rows, *[_POINTER] * 3]
+    library.slipstream_logit_statistics_f32.argtypes = [*rows, _POINTER]
+    library.slipstream_logit_gradient_f32.argtypes = [
+        *[_POINTER] * 8, _I32, _F32, _POINTER, _I64, _I64, _I32,
+    ]  # fmt: skip
     return library
 
 
@@ -110,6 +141,5 @@ def _address(tensor: Tensor | None) -> int | None:
 
 
 def _run(function: ctypes._NamedFuncPointer, *arguments: object) -> None:
-    status = function(*arguments)
-    if status != 0:
+    if (status := function(*arguments)) != native.OK:
         raise NativeError(f"{function.__name__}: {native.reason(status)}")

@@ -1,11 +1,12 @@
-"""Floor 3. The pass of the policy loss over tokens in C++: one sweep in place of a hundred small ops.
+"""Floor 3. The policy loss in C++: a sweep over tokens for their shares, one for loss, gradients and metrics.
 
-Dimensions: N packed tokens.
+Dimensions: N packed tokens, M of them trained, A of them with a gradient, S segments.
 """
 
 from __future__ import annotations
 
 import ctypes
+from dataclasses import replace
 from functools import cache, lru_cache
 from typing import Any, Final
 
@@ -14,14 +15,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from slipstream_kernels import native
+from slipstream_kernels.checks import plain
 from slipstream_kernels.errors import NativeError
-from slipstream_kernels.objective import Correction, Level, Objective, Penalty, PolicyLoss, Surrogate
-from slipstream_kernels.reference.policy import PolicyInputs, token_shares
-from slipstream_kernels.reference.policy_metrics import COUNTS, SUMS
+from slipstream_kernels.objective import Aggregation, Correction, Level, Objective, Penalty, Surrogate
+from slipstream_kernels.policy_result import METRICS, PolicyLoss, PolicyMetrics
+from slipstream_kernels.reference.policy import PolicyInputs
 from slipstream_kernels.reference.surrogate import level_log_ratio
 
-_LOSSES: Final = ("loss_surrogate", "loss_kl", "loss_entropy")
-_NAMES: Final = (*_LOSSES, *SUMS, *COUNTS, "ratio_max", "ratio_min")
+_AGGREGATIONS: Final = tuple(Aggregation)
 _SURROGATES: Final = (Surrogate.CLIP, Surrogate.CISPO, Surrogate.TOPR, Surrogate.SAPO)
 _CORRECTIONS: Final = (Correction.NONE, Correction.TRUNCATE, Correction.MASK)
 _PENALTIES: Final = (Penalty.K1_IN_REWARD, Penalty.K2, Penalty.K3, Penalty.K3_WITH_K2_GRADIENT)
@@ -46,48 +47,91 @@ class _Goal(ctypes.Structure):
     )
 
 
-def policy_loss(inputs: PolicyInputs, objective: Objective, divisor: Tensor) -> PolicyLoss:
+def policy_loss(inputs: PolicyInputs, objective: Objective, normalizer: Tensor | None) -> PolicyLoss:
     """Return what the reference returns, differentiable in logprob_N and entropy_N; raises NativeError."""
-    share_N = token_shares(inputs.weight_N, inputs.cu_seqlens, objective, divisor)
-    terms = policy_terms(inputs, share_N, objective)
+    share_N, _, _ = token_shares(inputs.weight_N, inputs.cu_seqlens, objective, normalizer)
+    terms, _ = policy_terms(inputs, share_N, objective)
+    needed = inputs.logprob_N.requires_grad or (
+        inputs.entropy_N is not None and inputs.entropy_N.requires_grad
+    )
+    if not needed:
+        return terms
     loss: Tensor = _Loss.apply(  # type: ignore[no-untyped-call]
         inputs.logprob_N, inputs.entropy_N, terms.loss, terms.grad_logprob_N, terms.grad_entropy_N
     )
-    return PolicyLoss(
-        loss=loss,
-        grad_logprob_N=terms.grad_logprob_N,
-        grad_entropy_N=terms.grad_entropy_N,
-        metrics=terms.metrics,
+    return replace(terms, loss=loss)
+
+
+def token_shares(
+    weight_N: Tensor, cu_seqlens: Tensor, objective: Objective, normalizer: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return [N] shares as the reference's token_shares, [M] trained tokens and [S + 1] bounds over them.
+
+    normalizer: [] the denominator, or None for that of these tokens. cu_seqlens: int64. Raises NativeError
+    for bounds of segments that are none.
+    """
+    weight_N, bounds = plain(weight_N, torch.float32), plain(cu_seqlens, torch.int64)
+    divisor = None if normalizer is None else plain(normalizer, torch.float32)
+    tokens = weight_N.numel()
+    share_N, trained_N = torch.empty(tokens), torch.empty(tokens, dtype=torch.int64)
+    trained_bounds, count = torch.empty_like(bounds), ctypes.c_int64()
+    status = _library().slipstream_token_shares_f32(
+        weight_N.data_ptr(),
+        bounds.data_ptr(),
+        bounds.numel() - 1,
+        tokens,
+        _AGGREGATIONS.index(objective.aggregation),
+        objective.fixed_length,
+        None if divisor is None else divisor.data_ptr(),
+        share_N.data_ptr(),
+        trained_N.data_ptr(),
+        trained_bounds.data_ptr(),
+        ctypes.byref(count),
     )
+    if status != native.OK:
+        raise NativeError(f"slipstream_token_shares_f32: {native.reason(status)}")
+    return share_N, trained_N if count.value == tokens else trained_N[: count.value], trained_bounds
 
 
-def policy_terms(inputs: PolicyInputs, share_N: Tensor, objective: Objective) -> PolicyLoss:
-    """Return what the reference's policy_terms returns, without a graph for autograd; raises NativeError."""
+def policy_terms(inputs: PolicyInputs, share_N: Tensor, objective: Objective) -> tuple[PolicyLoss, Tensor]:
+    """Return what the reference's policy_terms returns, without a graph, and [A] tokens with a gradient.
+
+    Raises NativeError.
+    """
     moved_N, mismatch_N = _segment_values(inputs, objective)
     tensors = (
         inputs.logprob_N, inputs.behavior_N, inputs.proximal_N, inputs.reference_N, inputs.entropy_N,
         inputs.advantage_N, inputs.weight_N, share_N, moved_N, mismatch_N,
     )  # fmt: skip
-    plain = [None if t is None else t.detach().float().contiguous() for t in tensors]
-    grad_logprob_N = torch.empty(share_N.numel())
-    grad_entropy_N = None if inputs.entropy_N is None else torch.empty_like(grad_logprob_N)
-    sums = torch.empty(len(_NAMES), dtype=torch.float64)
-    status = _function()(
-        ctypes.byref(_Inputs(*(None if t is None else t.data_ptr() for t in plain))),
+    ready = [None if tensor is None else plain(tensor, torch.float32) for tensor in tensors]
+    tokens, count = share_N.numel(), ctypes.c_int64()
+    grad_logprob_N = torch.empty(tokens)
+    grad_entropy_N = None if inputs.entropy_N is None else torch.empty(tokens)
+    active_N, loss, metrics_K = (
+        torch.empty(tokens, dtype=torch.int64),
+        torch.empty(()),
+        torch.empty(len(METRICS)),
+    )
+    status = _library().slipstream_policy_terms_f32(
+        ctypes.byref(_Inputs(*(None if tensor is None else tensor.data_ptr() for tensor in ready))),
         ctypes.byref(_goal(objective)),
-        grad_logprob_N.numel(),
+        tokens,
         grad_logprob_N.data_ptr(),
         None if grad_entropy_N is None else grad_entropy_N.data_ptr(),
-        sums.data_ptr(),
+        active_N.data_ptr(),
+        ctypes.byref(count),
+        loss.data_ptr(),
+        metrics_K.data_ptr(),
     )
-    if status != 0:
+    if status != native.OK:
         raise NativeError(f"slipstream_policy_terms_f32: {native.reason(status)}")
-    return PolicyLoss(
-        loss=sums[: len(_LOSSES)].sum().float(),
+    terms = PolicyLoss(
+        loss=loss,
         grad_logprob_N=grad_logprob_N,
         grad_entropy_N=grad_entropy_N,
-        metrics=dict(zip(_NAMES, sums.float().unbind(), strict=True)),
+        metrics=PolicyMetrics(metrics_K),
     )
+    return terms, active_N if count.value == tokens else active_N[: count.value]
 
 
 class _Loss(torch.autograd.Function):
@@ -139,7 +183,11 @@ def _goal(objective: Objective) -> _Goal:
 
 
 @cache
-def _function() -> Any:
-    function = native.library().slipstream_policy_terms_f32
-    function.argtypes = [*[ctypes.c_void_p] * 2, ctypes.c_int64, *[ctypes.c_void_p] * 3]
-    return function
+def _library() -> ctypes.CDLL:
+    library = native.library()
+    pointer, size, choice = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
+    library.slipstream_token_shares_f32.argtypes = [
+        pointer, pointer, size, size, choice, ctypes.c_float, *[pointer] * 5,
+    ]  # fmt: skip
+    library.slipstream_policy_terms_f32.argtypes = [pointer, pointer, size, *[pointer] * 6]
+    return library

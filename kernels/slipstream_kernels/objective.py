@@ -1,7 +1,4 @@
-"""Floor 0. What is optimised: plain data, validated, without torch.
-
-Dimensions: N packed tokens.
-"""
+"""Floor 0. What is optimised: plain data, validated, without torch."""
 
 from __future__ import annotations
 
@@ -11,12 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from types import MappingProxyType
-from typing import TYPE_CHECKING
 
 from slipstream_kernels.errors import ObjectiveError
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 class Aggregation(StrEnum):
@@ -279,28 +272,16 @@ class Objective:
         return cls(correction=Correction.MASK, importance_floor=floor, importance_cap=cap)
 
 
-_CHOICES: Mapping[str, type[StrEnum]] = MappingProxyType({
-    "surrogate": Surrogate,
-    "ratio_level": Level,
-    "correction": Correction,
-    "correction_level": Level,
-    "penalty": Penalty,
-    "aggregation": Aggregation,
-})
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class PolicyLoss:
-    """What a policy loss returns."""
-
-    loss: Tensor
-    """[] float32; backpropagates into logprob_N and entropy_N."""
-    grad_logprob_N: Tensor
-    """[N] float32, detached: d loss / d logprob_N; 0 where the weight is 0."""
-    grad_entropy_N: Tensor | None = None
-    """[N] float32, detached: d loss / d entropy_N; 0 where the weight is 0; None without entropies."""
-    metrics: Mapping[str, Tensor]
-    """[] float32 each: sums and counts, to be merged by merge_metrics and read through finish_metrics."""
+_CHOICES: Mapping[str, type[StrEnum]] = MappingProxyType(
+    {
+        "surrogate": Surrogate,
+        "ratio_level": Level,
+        "correction": Correction,
+        "correction_level": Level,
+        "penalty": Penalty,
+        "aggregation": Aggregation,
+    }
+)
 
 
 def _require(name: str, value: float | str, valid: bool, expected: str) -> None:

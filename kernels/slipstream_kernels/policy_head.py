@@ -19,8 +19,9 @@ from torch import Tensor
 from slipstream_kernels import native_policy, reference
 from slipstream_kernels.dispatch import Backend
 from slipstream_kernels.head import Head
-from slipstream_kernels.objective import Objective, PolicyLoss
-from slipstream_kernels.policy_loss import merge_metrics
+from slipstream_kernels.objective import Objective
+from slipstream_kernels.policy_inputs import own_shares
+from slipstream_kernels.policy_result import PolicyLoss, merge_metrics
 
 Scored = tuple[Tensor, Tensor, Tensor]
 """Log-probability, entropy and log-sum-exp of some rows."""
@@ -45,37 +46,53 @@ class PolicyHead:
         """Prepare to fill `gradients`; that of the hidden states is of these rows alone."""
         self._head, self._hidden_MH, self._labels_M, self._gradients = head, hidden_MH, labels_M, gradients
         self._chunks = head.chunks(hidden_MH.shape[0])
-        self._logits = head.logits(hidden_MH.shape[0])
+        self._several = len(self._chunks) > 1
+        self._logits = head.logits(self._chunks[0].stop)
+        self._entropy_matters = False
 
     def run(self, inputs: reference.PolicyInputs, share_M: Tensor, objective: Objective) -> PolicyLoss:
         """Return the loss; logprob_N and entropy_N of `inputs` are set here."""
+        self._entropy_matters = objective.entropy_coefficient > 0
         if objective.sequence_level:
             return self._after_all(inputs, share_M, objective)
         parts = []
         for chunk in self._chunks:
             scored = self._score(chunk)
-            terms = self._terms(_with_scores(_rows(inputs, chunk), scored), share_M[chunk], objective)
-            self._differentiate(chunk, scored, terms)
+            terms, active_A = self._terms(
+                _with_scores(_rows(inputs, chunk) if self._several else inputs, scored),
+                share_M[chunk],
+                objective,
+            )
+            self._differentiate(chunk, scored, terms, active_A)
             parts.append(terms)
-        return _joined(parts)
+        return _joined(parts) if self._several else parts[0]
 
     def _after_all(self, inputs: reference.PolicyInputs, share_M: Tensor, objective: Objective) -> PolicyLoss:
         every = [self._score(chunk) for chunk in self._chunks]
         logprob_M, entropy_M, logsumexp_M = (torch.cat(part) for part in zip(*every, strict=True))
         scored = logprob_M, entropy_M, logsumexp_M
-        terms = self._terms(_with_scores(inputs, scored), share_M, objective)
+        terms, active_B = self._terms(_with_scores(inputs, scored), share_M, objective)
         for chunk in self._chunks:
-            if len(self._chunks) > 1:
+            if self._several:
                 self._score(chunk)
-            self._differentiate(chunk, tuple(part[chunk] for part in scored), _terms_of(terms, chunk))
+            active_A = active_B[(active_B >= chunk.start) & (active_B < chunk.stop)] - chunk.start
+            part = tuple(values[chunk] for values in scored)
+            self._differentiate(chunk, part, _terms_of(terms, chunk), active_A)
         return terms
 
-    def _terms(self, inputs: reference.PolicyInputs, share_M: Tensor, objective: Objective) -> PolicyLoss:
-        if self._head.backend is Backend.TRITON:
+    def _terms(
+        self, inputs: reference.PolicyInputs, share_M: Tensor, objective: Objective
+    ) -> tuple[PolicyLoss, Tensor]:
+        """Return loss, gradients and metrics of rows, and the places of those with a gradient."""
+        if not self._head.is_native:
             # Loaded only here: Triton need not be installed.
             from slipstream_kernels.triton import policy_loss as kernels
 
-            return kernels.policy_terms(inputs, share_M.contiguous(), objective)
+            terms = kernels.policy_terms(inputs, share_M.contiguous(), objective)
+            moved = terms.grad_logprob_N != 0
+            if terms.grad_entropy_N is not None:
+                moved |= terms.grad_entropy_N != 0
+            return terms, moved.nonzero()[:, 0]
         return native_policy.policy_terms(inputs, share_M, objective)
 
     def _score(self, chunk: slice) -> Scored:
@@ -86,17 +103,12 @@ class PolicyHead:
     def _logits_of(self, chunk: slice) -> Tensor:
         return self._logits[: chunk.stop - chunk.start]
 
-    def _differentiate(self, chunk: slice, scored: Any, terms: PolicyLoss) -> None:
+    def _differentiate(self, chunk: slice, scored: Any, terms: PolicyLoss, active_A: Tensor) -> None:
         """Take the gradients of a chunk whose logits are there; rows without one stay out of the products."""
         to = self._gradients
         if to.hidden is None and to.weight is None and to.bias is None:
             return
         _, entropy_C, logsumexp_C = scored
-        grad_logprob_C, grad_entropy_C = terms.grad_logprob_N, terms.grad_entropy_N
-        moved = grad_logprob_C != 0
-        if grad_entropy_C is not None:
-            moved |= grad_entropy_C != 0
-        active_A = moved.nonzero()[:, 0]
         grad_AV = self._head.gradient_(
             self._logits_of(chunk),
             self._labels_M[chunk],
@@ -104,8 +116,8 @@ class PolicyHead:
             active_A=active_A,
             logsumexp_C=logsumexp_C,
             entropy_C=entropy_C,
-            grad_logprob_C=grad_logprob_C,
-            grad_entropy_C=grad_entropy_C,
+            grad_logprob_C=terms.grad_logprob_N,
+            grad_entropy_C=terms.grad_entropy_N if self._entropy_matters else None,
         )
         every = active_A.numel() == chunk.stop - chunk.start
         hidden_CH = self._hidden_MH[chunk]
@@ -120,10 +132,23 @@ class PolicyHead:
             to.bias.add_(grad_AV.sum(0))
 
 
-def trained_rows(inputs: reference.PolicyInputs, rows_M: Tensor) -> reference.PolicyInputs:
-    """Return the inputs of the trained rows alone, with segment bounds over them."""
-    before = torch.nn.functional.pad((inputs.weight_N > 0).cumsum(0), (1, 0))
-    return replace(_rows(inputs, rows_M), cu_seqlens=before[inputs.cu_seqlens])
+def trained_shares(
+    inputs: reference.PolicyInputs, objective: Objective, normalizer: Tensor | None, backend: Backend
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return [N] shares of the loss, [M] places of the trained tokens and [S + 1] bounds over these."""
+    if backend is Backend.NATIVE:
+        return native_policy.token_shares(inputs.weight_N, inputs.cu_seqlens, objective, normalizer)
+    live = inputs.weight_N > 0
+    before = torch.nn.functional.pad(live.cumsum(0), (1, 0))
+    share_N = own_shares(inputs, objective, normalizer)
+    return share_N, live.nonzero()[:, 0], before[inputs.cu_seqlens]
+
+
+def trained_rows(
+    inputs: reference.PolicyInputs, rows_M: Tensor, cu_seqlens: Tensor
+) -> reference.PolicyInputs:
+    """Return the inputs of the trained tokens alone, whose segments these bounds are."""
+    return replace(_rows(inputs, rows_M), cu_seqlens=cu_seqlens)
 
 
 def _rows(inputs: reference.PolicyInputs, rows: slice | Tensor) -> reference.PolicyInputs:

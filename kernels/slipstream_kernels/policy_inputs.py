@@ -17,24 +17,25 @@ from slipstream_kernels.objective import Objective
 def checked_inputs(
     op: str, objective: Objective, *, tokens: int, behavior_N: Tensor, advantage_N: Tensor, weight_N: Tensor,
     cu_seqlens: Tensor, logprob_N: Tensor | None = None, proximal_N: Tensor | None = None,
-    reference_N: Tensor | None = None, entropy_N: Tensor | None = None,
+    reference_N: Tensor | None = None, entropy_N: Tensor | None = None, native: bool,
 ) -> reference.PolicyInputs:  # fmt: skip
     """Return the inputs of a policy loss over `tokens` packed tokens; raises ShapeError and ObjectiveError.
 
     A head that has yet to score them leaves out logprob_N; the behavior policy's then stand in its place.
+    With `native` the values of cu_seqlens are left to the native library.
     """
-    given = {
-        "logprob_N": logprob_N,
-        "behavior_N": behavior_N,
-        "proximal_N": proximal_N,
-        "reference_N": reference_N,
-        "entropy_N": entropy_N,
-        "advantage_N": advantage_N,
-        "weight_N": weight_N,
-    }
-    for name, tensor in given.items():
-        if tensor is not None:
-            check_shape(op, name, tensor, (tokens,))
+    shape = (tokens,)
+    for name, tensor in (
+        ("logprob_N", logprob_N),
+        ("behavior_N", behavior_N),
+        ("proximal_N", proximal_N),
+        ("reference_N", reference_N),
+        ("entropy_N", entropy_N),
+        ("advantage_N", advantage_N),
+        ("weight_N", weight_N),
+    ):
+        if tensor is not None and tensor.shape != shape:
+            check_shape(op, name, tensor, shape)
     if objective.kl_coefficient > 0 and reference_N is None:
         raise ObjectiveError(f"{op}: reference_N must be given when Objective.kl_coefficient is positive")
     return reference.PolicyInputs(
@@ -44,20 +45,25 @@ def checked_inputs(
         reference_N=reference_N,
         entropy_N=entropy_N,
         advantage_N=advantage_N,
-        weight_N=weight_N.detach(),
-        cu_seqlens=check_cu_seqlens(op, cu_seqlens, tokens),
+        weight_N=weight_N.detach() if weight_N.requires_grad else weight_N,
+        cu_seqlens=check_cu_seqlens(op, cu_seqlens, tokens, values=not native),
     )
 
 
-def divisor_of(
-    op: str, inputs: reference.PolicyInputs, objective: Objective, normalizer: Tensor | float | None
-) -> Tensor:
-    """Return the [] denominator: the given one, or that of these tokens; raises ShapeError."""
+def given_normalizer(op: str, normalizer: Tensor | float | None, device: torch.device) -> Tensor | None:
+    """Return a given denominator as a [] tensor, None for None; raises ShapeError."""
     if normalizer is None:
-        return reference.normalizer(inputs.weight_N, inputs.cu_seqlens, objective)
+        return None
     if isinstance(normalizer, Tensor):
         check_shape(op, "normalizer", normalizer, ())
         return normalizer.detach().float()
     if not 0.0 < normalizer < float("inf"):
         raise ShapeError(f"{op}: normalizer must be positive and finite, got {normalizer}")
-    return torch.tensor(normalizer, dtype=torch.float32, device=inputs.weight_N.device)
+    return torch.full((), normalizer, dtype=torch.float32, device=device)
+
+
+def own_shares(inputs: reference.PolicyInputs, objective: Objective, normalizer: Tensor | None) -> Tensor:
+    """Return [N] shares under the given denominator, or under that of these tokens."""
+    if normalizer is None:
+        normalizer = reference.normalizer(inputs.weight_N, inputs.cu_seqlens, objective)
+    return reference.token_shares(inputs.weight_N, inputs.cu_seqlens, objective, normalizer)

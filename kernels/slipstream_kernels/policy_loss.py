@@ -5,17 +5,16 @@ Dimensions: N packed tokens, S segments.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-
 import torch
 from torch import Tensor
 
 from slipstream_kernels import native_policy, reference
 from slipstream_kernels.checks import check_cu_seqlens, check_shape
 from slipstream_kernels.dispatch import Backend, choose
-from slipstream_kernels.errors import ObjectiveError
-from slipstream_kernels.objective import Objective, PolicyLoss
-from slipstream_kernels.policy_inputs import checked_inputs, divisor_of
+from slipstream_kernels.errors import NativeError, ObjectiveError
+from slipstream_kernels.objective import Objective
+from slipstream_kernels.policy_inputs import checked_inputs, given_normalizer
+from slipstream_kernels.policy_result import PolicyLoss
 
 IMPLEMENTED = (Backend.TRITON, Backend.NATIVE, Backend.REFERENCE)
 
@@ -69,18 +68,23 @@ def policy_loss(
     inputs = checked_inputs(
         op, objective, tokens=logprob_N.numel(), logprob_N=logprob_N, behavior_N=behavior_N,
         proximal_N=proximal_N, reference_N=reference_N, entropy_N=entropy_N, advantage_N=advantage_N,
-        weight_N=weight_N, cu_seqlens=cu_seqlens,
+        weight_N=weight_N, cu_seqlens=cu_seqlens, native=chosen is Backend.NATIVE,
     )  # fmt: skip
     if objective.entropy_coefficient > 0 and entropy_N is None:
         raise ObjectiveError(f"{op}: entropy_N must be given when Objective.entropy_coefficient is positive")
-    divisor = divisor_of(op, inputs, objective, normalizer)
+    given = given_normalizer(op, normalizer, logprob_N.device)
+    if chosen is Backend.NATIVE:
+        try:
+            return native_policy.policy_loss(inputs, objective, given)
+        except NativeError:
+            check_cu_seqlens(op, cu_seqlens, logprob_N.numel())
+            raise
+    divisor = given if given is not None else batch_normalizer(weight_N, cu_seqlens, objective)
     if chosen is Backend.TRITON:
         # Loaded only here: Triton need not be installed.
         from slipstream_kernels.triton import policy_loss as triton
 
         return triton.policy_loss(inputs, objective, divisor)
-    if chosen is Backend.NATIVE:
-        return native_policy.policy_loss(inputs, objective, divisor)
     return reference.policy_loss(inputs, objective, divisor)
 
 
@@ -94,79 +98,3 @@ def batch_normalizer(weight_N: Tensor, cu_seqlens: Tensor, objective: Objective)
     check_shape("batch_normalizer", "weight_N", weight_N, (weight_N.numel(),))
     bounds = check_cu_seqlens("batch_normalizer", cu_seqlens, weight_N.numel())
     return reference.normalizer(weight_N, bounds, objective)
-
-
-def merge_metrics(parts: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Return the [] metrics of a whole from those of its micro-batches or ranks: sums and extremes."""
-    merged: dict[str, Tensor] = {}
-    for part in parts:
-        for name, value in part.items():
-            if name not in merged:
-                merged[name] = value
-            elif name.endswith("_max"):
-                merged[name] = torch.maximum(merged[name], value)
-            elif name.endswith("_min"):
-                merged[name] = torch.minimum(merged[name], value)
-            else:
-                merged[name] = merged[name] + value
-    return merged
-
-
-def finish_metrics(metrics: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Turn merged sums and counts into the quantities one reads; [] each, 0 where nothing was counted.
-
-    Raw ratios are r = exp(logprob - behavior) over the n tokens of positive weight, drawn from the
-    behavior policy:
-
-    - ``loss/surrogate``, ``loss/kl``, ``loss/entropy``: the parts of the loss
-    - ``ratio/ess`` = (sum r)^2 / (n sum r^2); ``ratio/mean``, ``ratio/min``, ``ratio/max``
-    - ``mismatch/k1`` = mean(-log r), ``mismatch/k2`` = mean((log r)^2 / 2), ``mismatch/k3`` =
-      mean(r - 1 - log r): estimates of KL(behavior || current)
-    - ``proximal/k1``, ``proximal/k2``, ``proximal/k3``: the same with exp(logprob - proximal)
-    - ``reference/k1`` = mean(d), ``reference/k2`` = mean(d^2 / 2), ``reference/k3`` =
-      mean(exp(-d) - 1 + d) with d = logprob - reference: estimates of KL(current || reference)
-    - ``importance/mean``: corrected proximal / behavior ratio; ``importance/capped``,
-      ``importance/rejected``: share that was truncated, that was masked
-    - ``clip/positive``, ``clip/negative``: share of tokens with advantage of that sign whose ratio
-      the surrogate's clip bounded; ``clip/dual``: share of those with negative advantage that the
-      dual clip bounded
-    - ``advantage/positive``, ``advantage/negative``: mean advantage of that sign, k1 in reward
-      taken off
-    - ``masked``: share outside the trust region; ``entropy``: mean, nats
-    - ``token_count``: n
-    """
-    m = metrics
-    tokens, ratio_sum = m["token_count"], m["ratio_sum"]
-    return {
-        "loss/surrogate": m["loss_surrogate"],
-        "loss/kl": m["loss_kl"],
-        "loss/entropy": m["loss_entropy"],
-        "ratio/ess": _share(ratio_sum.square(), tokens * m["ratio_square_sum"]),
-        "ratio/mean": _share(ratio_sum, tokens),
-        "ratio/min": torch.where(tokens > 0, m["ratio_min"], 0.0),
-        "ratio/max": m["ratio_max"],
-        "mismatch/k1": _share(-m["log_ratio_sum"], tokens),
-        "mismatch/k2": _share(m["k2_sum"], tokens),
-        "mismatch/k3": _share(m["k3_sum"], tokens),
-        "proximal/k1": _share(-m["proximal_log_ratio_sum"], m["proximal_count"]),
-        "proximal/k2": _share(m["proximal_k2_sum"], m["proximal_count"]),
-        "proximal/k3": _share(m["proximal_k3_sum"], m["proximal_count"]),
-        "reference/k1": _share(m["reference_log_ratio_sum"], m["reference_count"]),
-        "reference/k2": _share(m["reference_k2_sum"], m["reference_count"]),
-        "reference/k3": _share(m["reference_k3_sum"], m["reference_count"]),
-        "importance/mean": _share(m["importance_sum"], tokens),
-        "importance/capped": _share(m["capped_count"], tokens),
-        "importance/rejected": _share(m["rejected_count"], tokens),
-        "clip/positive": _share(m["clipped_positive_count"], m["positive_count"]),
-        "clip/negative": _share(m["clipped_negative_count"], m["negative_count"]),
-        "clip/dual": _share(m["dual_clipped_count"], m["negative_count"]),
-        "advantage/positive": _share(m["advantage_positive_sum"], m["positive_count"]),
-        "advantage/negative": _share(m["advantage_negative_sum"], m["negative_count"]),
-        "masked": _share(m["masked_count"], tokens),
-        "entropy": _share(m["entropy_sum"], m["entropy_count"]),
-        "token_count": tokens,
-    }
-
-
-def _share(part: Tensor, whole: Tensor) -> Tensor:
-    return torch.where(whole > 0, part / whole.clamp(min=torch.finfo(torch.float32).tiny), 0.0)

@@ -38,9 +38,9 @@ def merge(parts_K4N: Tensor) -> Tensor:
 def finish(statistics_4N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return [N] log-probability of the label, entropy and log-sum-exp, in nats.
 
-        logprob = ln 2 (label - peak - log2 total)
-        entropy = ln 2 (log2 total - weighted / total)
-        logsumexp = ln 2 (peak + log2 total)
+    logprob = ln 2 (label - peak - log2 total)
+    entropy = ln 2 (log2 total - weighted / total)
+    logsumexp = ln 2 (peak + log2 total)
     """
     peak, total, weighted, label = statistics_4N
     spread = total.log2()

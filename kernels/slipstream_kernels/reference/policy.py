@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from slipstream_kernels.objective import Aggregation, Objective, Penalty, PolicyLoss
+from slipstream_kernels.objective import Aggregation, Objective, Penalty
+from slipstream_kernels.policy_result import PolicyLoss, PolicyMetrics
 from slipstream_kernels.reference.policy_metrics import Pass, metrics_of
 from slipstream_kernels.reference.surrogate import (
     clamped,
@@ -120,12 +121,12 @@ def policy_terms(inputs: PolicyInputs, share_N: Tensor, objective: Objective) ->
         weight=weight,
         surrogate=term,
     )
-    losses = {"loss_surrogate": loss_surrogate, "loss_kl": loss_kl, "loss_entropy": loss_entropy}
+    losses = torch.stack((loss_surrogate, loss_kl, loss_entropy)).detach()
     return PolicyLoss(
         loss=loss_surrogate + loss_kl + loss_entropy,
         grad_logprob_N=share * slope,
         grad_entropy_N=None if tokens.entropy is None else bonus * share,
-        metrics={name: value.detach() for name, value in losses.items()} | metrics_of(seen),
+        metrics=PolicyMetrics(torch.cat((losses, metrics_of(seen)))),
     )
 
 

@@ -10,42 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from slipstream_kernels.policy_result import NO_MINIMUM
 from slipstream_kernels.reference.surrogate import Corrected, Term
-
-NO_MINIMUM = torch.finfo(torch.float32).max
-"""The minimum over no token: finite, so that merged metrics stay finite."""
-
-SUMS = (
-    "ratio_sum",
-    "ratio_square_sum",
-    "log_ratio_sum",
-    "k2_sum",
-    "k3_sum",
-    "importance_sum",
-    "proximal_log_ratio_sum",
-    "proximal_k2_sum",
-    "proximal_k3_sum",
-    "reference_log_ratio_sum",
-    "reference_k2_sum",
-    "reference_k3_sum",
-    "entropy_sum",
-    "advantage_positive_sum",
-    "advantage_negative_sum",
-)
-COUNTS = (
-    "token_count",
-    "positive_count",
-    "negative_count",
-    "clipped_positive_count",
-    "clipped_negative_count",
-    "dual_clipped_count",
-    "capped_count",
-    "rejected_count",
-    "masked_count",
-    "proximal_count",
-    "reference_count",
-    "entropy_count",
-)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -66,8 +32,8 @@ class Pass:
     surrogate: Term
 
 
-def metrics_of(seen: Pass) -> dict[str, Tensor]:
-    """Return [] sums, counts, greatest and least ratio of live tokens."""
+def metrics_of(seen: Pass) -> Tensor:
+    """Return [K] metrics of live tokens, in the order of METRICS, without the three losses."""
     live, ratio = seen.live, torch.where(seen.live, seen.raw_ratio, 0.0)
     nothing = torch.zeros_like(ratio)
     divergences = _divergences(seen.raw_log_ratio, seen.raw_ratio)
@@ -84,13 +50,11 @@ def metrics_of(seen: Pass) -> dict[str, Tensor]:
         seen.advantage.clamp(min=0.0),
         seen.advantage.clamp(max=0.0),
     )
-    metrics = dict(zip(SUMS, torch.stack(sums).sum(1).unbind(), strict=True))
     counted = torch.stack(_flags(seen)).sum(1).to(ratio.dtype)
-    metrics |= dict(zip(COUNTS, counted.unbind(), strict=True))
-    metrics["ratio_max"] = ratio.amax() if ratio.numel() else ratio.new_zeros(())
-    least = torch.where(live, seen.raw_ratio, NO_MINIMUM)
-    metrics["ratio_min"] = least.amin() if ratio.numel() else ratio.new_full((), NO_MINIMUM)
-    return metrics
+    most = ratio.amax() if ratio.numel() else ratio.new_zeros(())
+    every = torch.where(live, seen.raw_ratio, NO_MINIMUM)
+    least = every.amin() if ratio.numel() else ratio.new_full((), NO_MINIMUM)
+    return torch.cat((torch.stack(sums).sum(1), counted, torch.stack((most, least))))
 
 
 def _divergences(log_ratio: Tensor, ratio: Tensor, sign: float = 1.0) -> tuple[Tensor, ...]:

@@ -103,9 +103,7 @@ class _LinearKl(torch.autograd.Function):
         else:
             empty = (torch.empty(0, device=labels_N.device) for _ in range(4))
             kl_N, mean_N, logprob_N, entropy_N = empty
-        ctx.save_for_backward(
-            hidden_p_NH, weight_p_VH, hidden_q_NK, weight_q_VK, labels_N, mean_N, entropy_N
-        )
+        ctx.save_for_backward(hidden_p_NH, weight_p_VH, hidden_q_NK, weight_q_VK, labels_N, mean_N, entropy_N)
         ctx.settings = settings
         return kl_N, logprob_N, entropy_N
 
@@ -164,8 +162,13 @@ def linear_kl(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return [N] divergence, and [N] log-probability of each label and [N] entropy under p; see reference."""
     result: tuple[Tensor, Tensor, Tensor] = _LinearKl.apply(  # type: ignore[no-untyped-call]
-        hidden_p_NH, weight_p_VH, hidden_q_NK, weight_q_VK, labels_N.to(torch.int64).contiguous(), settings,
-        tile
+        hidden_p_NH,
+        weight_p_VH,
+        hidden_q_NK,
+        weight_q_VK,
+        labels_N.to(torch.int64).contiguous(),
+        settings,
+        tile,
     )
     return result
 

@@ -90,7 +90,6 @@ def head_statistics(
     hidden_CH: Tensor,
     weight_VH: Tensor,
     labels_C: Tensor,
-    *,
     inverse_temperature: Tensor,
     bias_V: Tensor | None,
     softcap: float | None,

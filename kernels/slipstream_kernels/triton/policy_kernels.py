@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from slipstream_kernels.reference.policy_metrics import COUNTS, NO_MINIMUM, SUMS
+from slipstream_kernels.policy_result import METRICS, NO_MINIMUM
 from slipstream_kernels.triton.policy_terms import (
     BONUS,
     KL,
@@ -27,8 +27,7 @@ from slipstream_kernels.triton.policy_terms import (
     surrogate,
 )
 
-LOSSES: Final = ("loss_surrogate", "loss_kl", "loss_entropy")
-NAMES: Final = (*LOSSES, *SUMS, *COUNTS)
+NAMES: Final = METRICS[:-2]
 """The K metrics that are summed, in the order in which the kernel stores them."""
 
 _TINY = tl.constexpr(torch.finfo(torch.float32).tiny)

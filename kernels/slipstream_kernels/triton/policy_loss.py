@@ -16,9 +16,10 @@ import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from slipstream_kernels.objective import Aggregation, Level, Objective, PolicyLoss
+from slipstream_kernels.objective import Aggregation, Level, Objective
+from slipstream_kernels.policy_result import LOSSES, PolicyLoss, PolicyMetrics
 from slipstream_kernels.reference.policy import PolicyInputs
-from slipstream_kernels.triton.policy_kernels import LOSSES, NAMES, segment_kernel, token_kernel
+from slipstream_kernels.triton.policy_kernels import NAMES, segment_kernel, token_kernel
 from slipstream_kernels.triton.policy_terms import coefficients
 
 TOKEN_BLOCK: Final = 256
@@ -92,8 +93,6 @@ def policy_loss(
         enable_fp_fusion=True,
     )
     sums_K, extremes = sums_BK.sum(0), extremes_B2.amax(0)
-    metrics = dict(zip(NAMES, sums_K.unbind(), strict=True))
-    metrics |= {"ratio_max": extremes[0], "ratio_min": -extremes[1]}
     loss: Tensor = _Loss.apply(  # type: ignore[no-untyped-call]
         inputs.logprob_N, inputs.entropy_N, sums_K[: len(LOSSES)], gradient_N, entropy_gradient_N
     )
@@ -101,7 +100,7 @@ def policy_loss(
         loss=loss,
         grad_logprob_N=gradient_N,
         grad_entropy_N=entropy_gradient_N,
-        metrics=metrics,
+        metrics=PolicyMetrics(torch.cat((sums_K, extremes[:1], -extremes[1:]))),
     )
 
 
