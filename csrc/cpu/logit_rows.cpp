@@ -159,6 +159,10 @@ INLINE Statistics statistics_of(const float* row, int64_t start, int64_t stop, f
     return {peak, sum_lanes(total), sum_lanes(weighted)};
 }
 
+FOR_EACH_INSTRUCTION_SET Statistics part_statistics(float* row, int64_t start, int64_t stop, const Logits& how) {
+    return statistics_of(row, start, stop, peak_of(row, start, stop, how));
+}
+
 FOR_EACH_INSTRUCTION_SET Statistics row_statistics(float* row, int64_t columns, const Logits& how) {
     Statistics whole = {kLeast, 0.0f, 0.0f};
     for (int64_t start = 0; start < columns; start += kPart) {
@@ -169,18 +173,26 @@ FOR_EACH_INSTRUCTION_SET Statistics row_statistics(float* row, int64_t columns, 
     return whole;
 }
 
-// Runs `finish(row, its statistics, its logits)` on every row.
-template <typename Finish>
+struct Scores {
+    float logprob, entropy, logsumexp;
+};
+
+Scores scores_of(const Statistics& whole, float at_label) {
+    const float spread = std::log(whole.total);
+    return {(at_label - whole.peak) - spread, spread - kLn2 * (whole.weighted / whole.total), whole.peak + spread};
+}
+
+// Runs `visit(row, its logits, what is to happen to them)` on every row.
+template <typename Visit>
 void each_row(float* logits, const float* bias, const float* inverse_temperature, int32_t per_row, float softcap,
-              int64_t rows, int64_t columns, int32_t threads, const Finish& finish) {
+              int64_t rows, int64_t columns, int32_t threads, const Visit& visit) {
     const int workers = threads < 1 ? 1 : threads;
     (void)workers;
 #pragma omp parallel for schedule(static) num_threads(workers) if (workers > 1 && rows * columns >= kParallelLogits)
     for (int64_t n = 0; n < rows; ++n) {
         const float inverse = inverse_temperature[per_row != 0 ? n : 0];
-        const Logits how = {bias, inverse, softcap, bias != nullptr || softcap > 0.0f || inverse != 1.0f};
-        float* row = logits + n * columns;
-        finish(n, row_statistics(row, columns, how), row);
+        const bool change = bias != nullptr || softcap > 0.0f || inverse != 1.0f;
+        visit(n, logits + n * columns, Logits{bias, inverse, softcap, change});
     }
 }
 
@@ -226,25 +238,6 @@ FOR_EACH_INSTRUCTION_SET void row_gradient(float* row, int64_t columns, int64_t 
 
 }  // namespace
 
-extern "C" int32_t slipstream_logit_statistics_f32(float* logits, const int64_t* labels, const float* bias,
-                                                   const float* inverse_temperature, int32_t per_row, float softcap,
-                                                   int64_t rows, int64_t columns, int32_t threads,
-                                                   float* statistics) {
-    if (rows < 0 || columns < 0) return SLIPSTREAM_NEGATIVE_SIZE;
-    if (rows == 0) return SLIPSTREAM_OK;
-    if (labels == nullptr || inverse_temperature == nullptr || statistics == nullptr) return SLIPSTREAM_NULL_POINTER;
-    if (columns > 0 && logits == nullptr) return SLIPSTREAM_NULL_POINTER;
-    each_row(logits, bias, inverse_temperature, per_row, softcap, rows, columns, threads,
-             [=](int64_t n, const Statistics& whole, const float* row) {
-                 const bool here = labels[n] >= 0 && labels[n] < columns;
-                 statistics[n] = whole.peak * kLog2E;
-                 statistics[rows + n] = whole.total;
-                 statistics[2 * rows + n] = whole.weighted;
-                 statistics[3 * rows + n] = here ? row[labels[n]] * kLog2E : 0.0f;
-             });
-    return SLIPSTREAM_OK;
-}
-
 extern "C" int32_t slipstream_logit_scores_f32(float* logits, const int64_t* labels, const float* bias,
                                                const float* inverse_temperature, int32_t per_row, float softcap,
                                                int64_t rows, int64_t columns, int32_t threads, float* logprob,
@@ -259,12 +252,72 @@ extern "C" int32_t slipstream_logit_scores_f32(float* logits, const int64_t* lab
         if (labels[n] < 0 || labels[n] >= columns) return SLIPSTREAM_BAD_LABEL;
     }
     each_row(logits, bias, inverse_temperature, per_row, softcap, rows, columns, threads,
-             [=](int64_t n, const Statistics& whole, const float* row) {
-                 const float spread = std::log(whole.total);
-                 logprob[n] = (row[labels[n]] - whole.peak) - spread;
-                 entropy[n] = spread - kLn2 * (whole.weighted / whole.total);
-                 logsumexp[n] = whole.peak + spread;
+             [=](int64_t n, float* row, const Logits& how) {
+                 const Statistics whole = row_statistics(row, columns, how);
+                 const Scores scores = scores_of(whole, row[labels[n]]);
+                 logprob[n] = scores.logprob;
+                 entropy[n] = scores.entropy;
+                 logsumexp[n] = scores.logsumexp;
              });
+    return SLIPSTREAM_OK;
+}
+
+extern "C" int32_t slipstream_logit_parts_f32(float* logits, const int64_t* labels, const float* bias,
+                                              const float* inverse_temperature, int32_t per_row, float softcap,
+                                              int64_t rows, int64_t columns, int32_t threads, float* parts) {
+    if (rows < 0 || columns < 0) return SLIPSTREAM_NEGATIVE_SIZE;
+    if (rows == 0 || columns == 0) return SLIPSTREAM_OK;
+    if (labels == nullptr || inverse_temperature == nullptr || parts == nullptr || logits == nullptr) {
+        return SLIPSTREAM_NULL_POINTER;
+    }
+    each_row(logits, bias, inverse_temperature, per_row, softcap, rows, columns, threads,
+             [=](int64_t n, float* row, const Logits& how) {
+                 float* part = parts + n;
+                 for (int64_t start = 0; start < columns; start += kPart, part += 4 * rows) {
+                     const int64_t stop = start + kPart < columns ? start + kPart : columns;
+                     const Statistics found = part_statistics(row, start, stop, how);
+                     part[0] = found.peak;
+                     part[rows] = found.total;
+                     part[2 * rows] = found.weighted;
+                     part[3 * rows] = labels[n] >= start && labels[n] < stop ? row[labels[n]] : 0.0f;
+                 }
+             });
+    return SLIPSTREAM_OK;
+}
+
+extern "C" int32_t slipstream_merge_parts_f32(const float* parts, int64_t count, int64_t rows, float* whole) {
+    if (count < 0 || rows < 0) return SLIPSTREAM_NEGATIVE_SIZE;
+    if (rows > 0 && (whole == nullptr || (count > 0 && parts == nullptr))) return SLIPSTREAM_NULL_POINTER;
+    for (int64_t n = 0; n < rows; ++n) {
+        Statistics found = {kLeast, 0.0f, 0.0f};
+        float at_label = 0.0f;
+        for (int64_t k = 0; k < count; ++k) {
+            const float* part = parts + 4 * rows * k + n;
+            const Statistics next = {part[0], part[rows], part[2 * rows]};
+            found = k == 0 ? next : merged(found, next);
+            at_label += part[3 * rows];
+        }
+        whole[n] = found.peak;
+        whole[rows + n] = found.total;
+        whole[2 * rows + n] = found.weighted;
+        whole[3 * rows + n] = at_label;
+    }
+    return SLIPSTREAM_OK;
+}
+
+extern "C" int32_t slipstream_finish_parts_f32(const float* whole, int64_t rows, float* logprob, float* entropy,
+                                               float* logsumexp) {
+    if (rows < 0) return SLIPSTREAM_NEGATIVE_SIZE;
+    if (rows == 0) return SLIPSTREAM_OK;
+    if (whole == nullptr || logprob == nullptr || entropy == nullptr || logsumexp == nullptr) {
+        return SLIPSTREAM_NULL_POINTER;
+    }
+    for (int64_t n = 0; n < rows; ++n) {
+        const Scores scores = scores_of({whole[n], whole[rows + n], whole[2 * rows + n]}, whole[3 * rows + n]);
+        logprob[n] = scores.logprob;
+        entropy[n] = scores.entropy;
+        logsumexp[n] = scores.logsumexp;
+    }
     return SLIPSTREAM_OK;
 }
 

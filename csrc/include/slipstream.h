@@ -56,26 +56,31 @@ SLIPSTREAM_EXPORT int32_t slipstream_segment_scan_f32(const float* decay, const 
                                                       int64_t segments, int64_t tokens, int32_t threads, float* output);
 
 // Rows of logits [rows, columns], row-major float32, in three steps: the caller multiplies hidden states and weight,
-// _scores or _statistics reads the logits, and _gradient, once the loss is known, writes their gradient over them. Sums
-// run in a fixed order of 8 lanes and parts of 1,024 columns. labels: [rows], any value; one outside [0, columns) is in
-// another part of the vocabulary. inverse_temperature: [rows] where per_row is not 0, else [1]; positive. softcap: 0
-// for none.
+// _scores or _parts reads the logits, and _gradient, once the loss is known, writes their gradient over them. Sums run
+// in a fixed order of 8 lanes and parts of 1,024 columns. labels: [rows], any value; one outside [0, columns) is in
+// another shard of the vocabulary. inverse_temperature: [rows] where per_row is not 0, else [1]; positive. softcap: 0
+// for none. bias: [columns] or null.
 
 // Replaces the logits x by z = inverse_temperature * cap(x + bias), cap(x) = softcap * tanh(x / softcap), and writes
-// statistics [4, rows], in units of ln 2 (z2 = z * log2 e): peak = max z2, total = sum 2^(z2 - peak),
-// weighted = sum 2^(z2 - peak) (z2 - peak), and z2 at the label (0 where it is elsewhere).
-// bias: [columns] or null. Without columns: -1e30, 0, 0, 0.
-SLIPSTREAM_EXPORT int32_t slipstream_logit_statistics_f32(float* logits, const int64_t* labels, const float* bias,
-                                                          const float* inverse_temperature, int32_t per_row,
-                                                          float softcap, int64_t rows, int64_t columns,
-                                                          int32_t threads, float* statistics);
-
-// The same over a whole vocabulary, finished: log-probability of the label, entropy and log-sum-exp, [rows] each, in
-// nats. A label outside [0, columns) is SLIPSTREAM_BAD_LABEL, and the logits are then left as they were.
+// log-probability of the label, entropy and log-sum-exp, [rows] each, in nats. A label outside [0, columns) is
+// SLIPSTREAM_BAD_LABEL, and the logits are then left as they were.
 SLIPSTREAM_EXPORT int32_t slipstream_logit_scores_f32(float* logits, const int64_t* labels, const float* bias,
                                                       const float* inverse_temperature, int32_t per_row, float softcap,
                                                       int64_t rows, int64_t columns, int32_t threads, float* logprob,
                                                       float* entropy, float* logsumexp);
+
+// The same in steps, for a vocabulary in shards. Replaces x by z and writes for each part of 1,024 columns
+// [ceil(columns / 1024), 4, rows]: peak = max z, total = sum exp(z - peak), weighted = sum exp(z - peak) (z - peak) log2
+// e, and z at the label (0 where it is elsewhere).
+SLIPSTREAM_EXPORT int32_t slipstream_logit_parts_f32(float* logits, const int64_t* labels, const float* bias,
+                                                     const float* inverse_temperature, int32_t per_row, float softcap,
+                                                     int64_t rows, int64_t columns, int32_t threads, float* parts);
+
+// Merges parts [count, 4, rows] in order into one [4, rows], and turns one of a whole vocabulary into what _scores
+// returns, with the same bits. The first part may stand for all columns before.
+SLIPSTREAM_EXPORT int32_t slipstream_merge_parts_f32(const float* parts, int64_t count, int64_t rows, float* whole);
+SLIPSTREAM_EXPORT int32_t slipstream_finish_parts_f32(const float* whole, int64_t rows, float* logprob, float* entropy,
+                                                      float* logsumexp);
 
 // Writes the gradient of `count` chosen rows over the first `count` rows of z, and leaves the others undefined. With
 // p = exp(z - logsumexp):

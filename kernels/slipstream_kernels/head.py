@@ -9,6 +9,7 @@ Dimensions: N rows, C rows of a chunk, A active rows of a chunk, H hidden, V voc
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from importlib import import_module
 from typing import Any, Final
 
@@ -20,7 +21,6 @@ from torch.distributed.distributed_c10d import _resolve_process_group  # type: i
 from slipstream_kernels import native_head
 from slipstream_kernels.checks import plain
 from slipstream_kernels.dispatch import Backend
-from slipstream_kernels.statistics import finish, merge
 
 CHUNK_BYTES: Final = {"cpu": 128 << 20, "cuda": 1 << 30}
 """Logits held at once, by device."""
@@ -100,12 +100,15 @@ class Head:
         self, hidden_CH: Tensor, labels_C: Tensor, temperature: Tensor, logits_CV: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return [C] log-probability, entropy and log-sum-exp of a chunk, whose logits stay in logits_CV."""
-        settings = temperature, self.bias_V, self.softcap, logits_CV
-        if self.is_native and not self.group:
-            return native_head.head_scores(hidden_CH, self.weight_VH, labels_C, *settings)
         kernels: Any = native_head if self.is_native else _triton()
-        statistics_4C = kernels.head_statistics(hidden_CH, self.weight_VH, labels_C, *settings)
-        return finish(self._merged(statistics_4C) if self.group else statistics_4C)
+        settings = self.weight_VH, labels_C, temperature, self.bias_V, self.softcap, logits_CV
+        scores: tuple[Tensor, Tensor, Tensor]
+        if self.group:
+            parts_K4C = kernels.head_parts(hidden_CH, *settings)
+            scores = kernels.finish(self._merged(parts_K4C, kernels.merge_parts))
+        else:
+            scores = kernels.head_scores(hidden_CH, *settings)
+        return scores
 
     def gradient_(
         self, logits_CV: Tensor, labels_C: Tensor, temperature: Tensor, *, active_A: Tensor,
@@ -143,11 +146,19 @@ class Head:
             dist.all_reduce(grad_hidden, group=_group(self.group))
         return grad_hidden
 
-    def _merged(self, statistics_4C: Tensor) -> Tensor:
+    def _merged(self, parts_K4C: Tensor, merge_parts: Callable[[Tensor], Tensor]) -> Tensor:
+        """Return [4, C] statistics of the whole vocabulary, the same on every rank.
+
+        Each rank in turn merges its parts onto what lies before them and hands on the [4, C]: sums of shards
+        that were merged beforehand would differ by rounding from those of a head in one piece.
+        """
         group = _group(self.group)
-        parts = [torch.empty_like(statistics_4C) for _ in range(dist.get_world_size(group))]
-        dist.all_gather(parts, statistics_4C.contiguous(), group=group)
-        return merge(torch.stack(parts))
+        merged_4C = torch.empty_like(parts_K4C[0])
+        for rank in range(dist.get_world_size(group)):
+            if rank == dist.get_rank(group):
+                merged_4C = merge_parts(parts_K4C if rank == 0 else torch.cat((merged_4C[None], parts_K4C)))
+            dist.broadcast(merged_4C, group=group, group_src=rank)
+        return merged_4C
 
 
 def _triton() -> Any:

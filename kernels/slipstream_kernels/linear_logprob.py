@@ -50,8 +50,9 @@ def linear_logprob(
     once. Logits are never rounded below float32, and memory is bounded by a chunk of rows.
 
     A vocabulary may lie in shards: each rank of `group` then passes its rows [vocab_start,
-    vocab_start + V) of weight and bias, in order of rank, and the same hidden states and labels;
-    one gather of [4, N] merges them, and the gradient to hidden_NH is summed over the group.
+    vocab_start + V) of weight and bias, in order of rank, and the same hidden states and labels.
+    Each rank hands [4, N] statistics to the next, so that shards cut at multiples of 1,024 give
+    the bits of the whole; the gradient to hidden_NH is summed over the group.
 
     Raises ShapeError and BackendError. Source of the gradient: p = softmax(z); dz = g (1_label - p) -
     g_entropy p (ln p + entropy) + g_logsumexp p.

@@ -1,7 +1,7 @@
 """Floor 3. The linear head on the CPU: PyTorch's matrix product, and sweeps of C++ over its rows of logits.
 
-The seam between a head's ops and what computes them, as triton/linear_logprob.py is: `head_statistics` and
-`logit_gradient_`.
+The seam between a head's ops and what computes them, as triton/linear_logprob.py is: `head_scores`, in steps
+`head_parts`, `merge_parts` and `finish`, and `logit_gradient_`.
 
 Dimensions: C rows of a chunk, A active rows among them, H hidden, V vocabulary.
 """
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from slipstream_kernels import native
 from slipstream_kernels.errors import NativeError
+from slipstream_kernels.statistics import PART_COLUMNS
 
 _POINTER, _I64, _I32, _F32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_float
 
@@ -56,7 +57,7 @@ def head_scores(
     return logprob_C, entropy_C, logsumexp_C
 
 
-def head_statistics(
+def head_parts(
     hidden_CH: Tensor,
     weight_VH: Tensor,
     labels_C: Tensor,
@@ -65,12 +66,12 @@ def head_statistics(
     softcap: float | None,
     logits_CV: Tensor,
 ) -> Tensor:
-    """Return [4, C] statistics (statistics.py) of a part of a vocabulary; otherwise as head_scores."""
+    """Return [K, 4, C]: what merge_parts needs of each part of the vocabulary; otherwise as head_scores."""
     torch.mm(hidden_CH, weight_VH.t(), out=logits_CV)
     rows, columns = logits_CV.shape
-    result = torch.empty(4, rows)
+    parts_K4C = torch.empty(-(-columns // PART_COLUMNS), 4, rows)
     _run(
-        _library().slipstream_logit_statistics_f32,
+        _library().slipstream_logit_parts_f32,
         logits_CV.data_ptr(),
         labels_C.data_ptr(),
         _address(bias_V),
@@ -80,9 +81,30 @@ def head_statistics(
         rows,
         columns,
         torch.get_num_threads(),
-        result.data_ptr(),
+        parts_K4C.data_ptr(),
     )
-    return result
+    return parts_K4C
+
+
+def merge_parts(parts_K4C: Tensor) -> Tensor:
+    """Return [4, C] of a vocabulary from its parts, merged in index order."""
+    parts, _, rows = parts_K4C.shape
+    whole_4C = torch.empty(4, rows)
+    _run(_library().slipstream_merge_parts_f32, parts_K4C.data_ptr(), parts, rows, whole_4C.data_ptr())
+    return whole_4C
+
+
+def finish(whole_4C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what head_scores does, with the same bits, from the merged parts of a whole vocabulary."""
+    rows = whole_4C.shape[1]
+    scores = torch.empty(rows), torch.empty(rows), torch.empty(rows)
+    _run(
+        _library().slipstream_finish_parts_f32,
+        whole_4C.data_ptr(),
+        rows,
+        *(score.data_ptr() for score in scores),
+    )
+    return scores
 
 
 def logit_gradient_(
@@ -129,7 +151,9 @@ def _library() -> ctypes.CDLL:
     library = native.library()
     rows: list[type] = [*[_POINTER] * 4, _I32, _F32, _I64, _I64, _I32]
     library.slipstream_logit_scores_f32.argtypes = [*rows, *[_POINTER] * 3]
-    library.slipstream_logit_statistics_f32.argtypes = [*rows, _POINTER]
+    library.slipstream_logit_parts_f32.argtypes = [*rows, _POINTER]
+    library.slipstream_merge_parts_f32.argtypes = [_POINTER, _I64, _I64, _POINTER]
+    library.slipstream_finish_parts_f32.argtypes = [_POINTER, _I64, *[_POINTER] * 3]
     library.slipstream_logit_gradient_f32.argtypes = [
         *[_POINTER] * 8, _I32, _F32, _POINTER, _I64, _I64, _I32,
     ]  # fmt: skip

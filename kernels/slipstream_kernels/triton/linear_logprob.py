@@ -10,7 +10,7 @@ import triton
 from torch import Tensor
 
 from slipstream_kernels.dispatch import interpreted
-from slipstream_kernels.statistics import PART_COLUMNS
+from slipstream_kernels.statistics import PART_COLUMNS, finish
 from slipstream_kernels.triton.head_kernels import fold_parts, replace_by_gradient, sweep_parts
 from slipstream_kernels.triton.operands import operands, writable
 from slipstream_kernels.tuning import Tile
@@ -24,7 +24,6 @@ def head_parts(
     hidden_CH: Tensor,
     weight_VH: Tensor,
     labels_C: Tensor,
-    *,
     inverse_temperature: Tensor,
     bias_V: Tensor | None,
     softcap: float | None,
@@ -112,6 +111,23 @@ def head_statistics(
             bias_V=bias_V,
             softcap=softcap,
             logits_CV=logits_CV,
+        )
+    )
+
+
+def head_scores(
+    hidden_CH: Tensor,
+    weight_VH: Tensor,
+    labels_C: Tensor,
+    inverse_temperature: Tensor,
+    bias_V: Tensor | None,
+    softcap: float | None,
+    logits_CV: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return [C] float32 log-probability, entropy and log-sum-exp, nats; arguments: see head_statistics."""
+    return finish(
+        head_statistics(
+            hidden_CH, weight_VH, labels_C, inverse_temperature, bias_V, softcap, logits_CV=logits_CV
         )
     )
 
