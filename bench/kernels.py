@@ -1,6 +1,6 @@
 """Every op of slipstream_kernels against eager PyTorch and its peers, side by side on this machine.
 
-    slipstream bench kernels [--op NAME] [--device cpu|cuda] [--smoke] [--output FOLDER] [--json FILE]
+    slipstream bench kernels [--op NAME] [--shape PART] [--device cpu|cuda] [--smoke] [--output FOLDER] [--json FILE]
 
 The ceilings come first: copy bandwidth and matrix products on random data. Then each case: all variants in
 every round, in turns, on inputs that rotate past the last-level cache, with the case's own matrix products
@@ -76,6 +76,8 @@ def _measured(chosen: argparse.Namespace, place: Place) -> list[measure.Row]:
     rows = []
     for op in chosen.op or CASES:
         for case in CASES[op](place):
+            if chosen.shape is not None and chosen.shape not in case.shape:
+                continue
             for row in measure.measure(case, setting):
                 rows.append(row)
                 report.append(chosen.output, row)
@@ -127,6 +129,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="slipstream bench kernels", description="Kernels against eager PyTorch and peers.")
     parser.add_argument("--op", action="append", choices=list(CASES), metavar="NAME", help=", ".join(CASES))
     parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
+    parser.add_argument("--shape", metavar="PART", help="only shapes whose name holds this")
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--smoke", action="store_true", help="tiny shapes: whether everything runs")
     size.add_argument("--full", action="store_true", help="on a CPU, the vocabularies of a GPU too")
