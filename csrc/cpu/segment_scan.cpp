@@ -1,16 +1,9 @@
 // Affine reverse scan over packed segments: GAE, V-trace and discounted returns are choices of its coefficients.
 
+#include "segments.h"
 #include "slipstream.h"
 
 namespace {
-
-bool segments_are_valid(const int64_t* cu_seqlens, int64_t segments, int64_t tokens) {
-    if (cu_seqlens[0] != 0 || cu_seqlens[segments] != tokens) return false;
-    for (int64_t s = 0; s < segments; ++s) {
-        if (cu_seqlens[s + 1] < cu_seqlens[s]) return false;
-    }
-    return true;
-}
 
 // Segments that advance side by side: each is one chain of dependent operations, whose latency the others hide.
 constexpr int kLanes = 4;

@@ -1,16 +1,9 @@
 // Each token's share of a policy loss, and the tokens that are trained at all.
 
+#include "segments.h"
 #include "slipstream.h"
 
 namespace {
-
-bool bounds_are_valid(const int64_t* cu_seqlens, int64_t segments, int64_t tokens) {
-    if (cu_seqlens[0] != 0 || cu_seqlens[segments] != tokens) return false;
-    for (int64_t s = 0; s < segments; ++s) {
-        if (cu_seqlens[s + 1] < cu_seqlens[s]) return false;
-    }
-    return true;
-}
 
 double weight_of(const float* weight, int64_t start, int64_t stop) {
     double total = 0.0;
@@ -38,7 +31,7 @@ extern "C" int32_t slipstream_token_shares_f32(const float* weight, const int64_
     if (segments < 0 || tokens < 0) return SLIPSTREAM_NEGATIVE_SIZE;
     if (cu_seqlens == nullptr || trained_bounds == nullptr || trained_count == nullptr) return SLIPSTREAM_NULL_POINTER;
     if (tokens > 0 && (weight == nullptr || share == nullptr || trained == nullptr)) return SLIPSTREAM_NULL_POINTER;
-    if (!bounds_are_valid(cu_seqlens, segments, tokens)) return SLIPSTREAM_BAD_SEGMENTS;
+    if (!segments_are_valid(cu_seqlens, segments, tokens)) return SLIPSTREAM_BAD_SEGMENTS;
     const float whole = normalizer != nullptr ? *normalizer
                                               : static_cast<float>(own_normalizer(weight, cu_seqlens, segments, tokens,
                                                                                   aggregation, fixed_length));

@@ -55,6 +55,35 @@ SLIPSTREAM_EXPORT int32_t slipstream_abi_version(void);
 SLIPSTREAM_EXPORT int32_t slipstream_segment_scan_f32(const float* decay, const float* input, const int64_t* cu_seqlens,
                                                       int64_t segments, int64_t tokens, int32_t threads, float* output);
 
+// Advantages and returns of packed segments, one pass. Formulas: advantage.py.
+enum slipstream_estimator_kind {
+    SLIPSTREAM_GAE = 0,
+    SLIPSTREAM_TD_LAMBDA = 1,
+    SLIPSTREAM_VTRACE = 2,
+    SLIPSTREAM_RETURN = 3,
+};
+
+// [tokens] each: value (not for RETURN), reward, ratio = current / behavior (for VTRACE alone), sampled: 0 for tokens
+// that are skipped, whatever their other values. bootstrap: [segments] value after the last sampled token, or null for
+// 0. cu_seqlens: as in the scan.
+typedef struct {
+    const float *value, *reward, *ratio, *bootstrap;
+    const uint8_t* sampled;
+    const int64_t* cu_seqlens;
+    int64_t segments, tokens;
+} slipstream_steps;
+
+// decay: discount times lambda. trace, rest: lambda and 1 - lambda.
+typedef struct {
+    int32_t kind;
+    float discount, decay, trace, rest, rho_cap, trace_cap;
+} slipstream_estimator;
+
+// advantage (for GAE and VTRACE, else null), target: [tokens], 0 where not sampled. Steps are in float32 and the scan in
+// double without fused multiply-add, so that the bits equal the reference's.
+SLIPSTREAM_EXPORT int32_t slipstream_estimate_f32(const slipstream_steps* steps, const slipstream_estimator* estimator,
+                                                  int32_t threads, float* advantage, float* target);
+
 // Rows of logits [rows, columns], row-major float32, in three steps: the caller multiplies hidden states and weight,
 // _scores or _parts reads the logits, and _gradient, once the loss is known, writes their gradient over them. Sums run
 // in a fixed order of 8 lanes and parts of 1,024 columns. labels: [rows], any value; one outside [0, columns) is in

@@ -1,4 +1,4 @@
-"""Floor 4. Advantages and returns over packed sequences, all on one affine reverse scan.
+"""Floor 5. Advantages and returns over packed sequences, all on one affine reverse scan.
 
 Tokens outside the mask (prompts, tool results) are skipped: the step after a sampled token is the next
 sampled one. Given turns, a step is a whole turn instead. Nothing here is differentiable.
@@ -16,8 +16,10 @@ from torch import Tensor
 
 from slipstream_kernels import reference
 from slipstream_kernels.checks import check_cu_seqlens, check_range, check_shape
-from slipstream_kernels.dispatch import Backend
-from slipstream_kernels.segment_scan import segment_scan
+from slipstream_kernels.dispatch import Backend, choose
+from slipstream_kernels.errors import NativeError
+from slipstream_kernels.native_advantage import Estimator, Factors, estimate
+from slipstream_kernels.segment_scan import IMPLEMENTED, segment_scan
 
 
 @torch.no_grad()
@@ -49,11 +51,16 @@ def gae(
     """
     op = "gae"
     _check_factors(op, discount=discount, gae_lambda=gae_lambda)
+    chosen = choose(op, backend, implemented=IMPLEMENTED, device=mask_N.device.type)
+    if chosen is Backend.NATIVE and turns_N is None:
+        tensors = _Tensors(values_N=values_N, rewards_N=rewards_N, mask_N=mask_N, cu_seqlens=cu_seqlens)
+        factors = Factors(discount=discount, trace_lambda=gae_lambda)
+        return tensors.estimate(op, Estimator.GAE, factors, bootstrap_S)
     steps = _Steps.of(op, mask_N, cu_seqlens, turns_N)
     value, reward = steps.take(op, "values_N", values_N), steps.total(op, "rewards_N", rewards_N)
     delta = reward + discount * steps.following(op, value, bootstrap_S) - value
     advantage = segment_scan(
-        torch.full_like(delta, discount * gae_lambda), delta, steps.bounds, backend=backend
+        torch.full_like(delta, discount * gae_lambda), delta, steps.bounds, backend=chosen
     )
     return steps.spread(advantage), steps.spread(advantage + value)
 
@@ -80,6 +87,11 @@ def td_lambda(
     """
     op = "td_lambda"
     _check_factors(op, discount=discount, trace_lambda=trace_lambda)
+    chosen = choose(op, backend, implemented=IMPLEMENTED, device=mask_N.device.type)
+    if chosen is Backend.NATIVE:
+        tensors = _Tensors(values_N=values_N, rewards_N=rewards_N, mask_N=mask_N, cu_seqlens=cu_seqlens)
+        factors = Factors(discount=discount, trace_lambda=trace_lambda)
+        return tensors.estimate(op, Estimator.TD_LAMBDA, factors, bootstrap_S)[1]
     steps = _Steps.of(op, mask_N, cu_seqlens)
     value, reward = steps.take(op, "values_N", values_N), steps.take(op, "rewards_N", rewards_N)
     after = steps.following(op, value, bootstrap_S)
@@ -90,7 +102,7 @@ def td_lambda(
             torch.full_like(reward, discount * trace_lambda),
             reward + discount * share * after,
             steps.bounds,
-            backend=backend,
+            backend=chosen,
         )
     )
 
@@ -124,12 +136,21 @@ def vtrace(
     _check_factors(op, discount=discount, gae_lambda=gae_lambda)
     check_range(op, "rho_cap", rho_cap, 0.0, math.inf)
     check_range(op, "trace_cap", trace_cap, 0.0, math.inf)
+    chosen = choose(op, backend, implemented=IMPLEMENTED, device=mask_N.device.type)
+    if chosen is Backend.NATIVE:
+        check_shape(op, "log_ratio_N", log_ratio_N, (mask_N.numel(),))
+        ratio_N = log_ratio_N.float().clamp(max=reference.MAX_LOG_RATIO).exp()
+        tensors = _Tensors(
+            values_N=values_N, rewards_N=rewards_N, mask_N=mask_N, cu_seqlens=cu_seqlens, ratio_N=ratio_N
+        )
+        factors = Factors(discount=discount, trace_lambda=gae_lambda, rho_cap=rho_cap, trace_cap=trace_cap)
+        return tensors.estimate(op, Estimator.VTRACE, factors, bootstrap_S)
     steps = _Steps.of(op, mask_N, cu_seqlens)
     value, reward = steps.take(op, "values_N", values_N), steps.take(op, "rewards_N", rewards_N)
     ratio = steps.take(op, "log_ratio_N", log_ratio_N).clamp(max=reference.MAX_LOG_RATIO).exp()
     rho, trace = ratio.clamp(max=rho_cap), ratio.clamp(max=trace_cap)
     delta = rho * (reward + discount * steps.following(op, value, bootstrap_S) - value)
-    target = value + segment_scan(discount * gae_lambda * trace, delta, steps.bounds, backend=backend)
+    target = value + segment_scan(discount * gae_lambda * trace, delta, steps.bounds, backend=chosen)
     advantage = rho * (reward + discount * steps.following(op, target, bootstrap_S) - value)
     return steps.spread(advantage), steps.spread(target)
 
@@ -151,12 +172,52 @@ def discounted_return(
     """
     op = "discounted_return"
     _check_factors(op, discount=discount)
+    chosen = choose(op, backend, implemented=IMPLEMENTED, device=mask_N.device.type)
+    if chosen is Backend.NATIVE:
+        tensors = _Tensors(rewards_N=rewards_N, mask_N=mask_N, cu_seqlens=cu_seqlens)
+        return tensors.estimate(op, Estimator.RETURN, Factors(discount=discount), bootstrap_S)[1]
     steps = _Steps.of(op, mask_N, cu_seqlens)
     reward = steps.take(op, "rewards_N", rewards_N)
     reward = reward + discount * steps.following(op, torch.zeros_like(reward), bootstrap_S)
-    return steps.spread(
-        segment_scan(torch.full_like(reward, discount), reward, steps.bounds, backend=backend)
-    )
+    return steps.spread(segment_scan(torch.full_like(reward, discount), reward, steps.bounds, backend=chosen))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Tensors:
+    """What the native pass over tokens reads."""
+
+    values_N: Tensor | None = None
+    rewards_N: Tensor
+    mask_N: Tensor
+    cu_seqlens: Tensor
+    ratio_N: Tensor | None = None
+
+    def estimate(
+        self, op: str, estimator: Estimator, factors: Factors, bootstrap_S: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Return [N] advantages, or targets again where an estimator has none, and [N] targets."""
+        tokens = self.mask_N.numel()
+        for name in ("mask_N", "values_N", "rewards_N"):
+            if (tensor := getattr(self, name)) is not None:
+                check_shape(op, name, tensor, (tokens,))
+        bounds = check_cu_seqlens(op, self.cu_seqlens, tokens, values=False)
+        if bootstrap_S is not None:
+            check_shape(op, "bootstrap_S", bootstrap_S, (bounds.numel() - 1,))
+        try:
+            advantage_N, target_N = estimate(
+                estimator,
+                factors,
+                values_N=self.values_N,
+                rewards_N=self.rewards_N,
+                ratio_N=self.ratio_N,
+                bootstrap_S=bootstrap_S,
+                mask_N=self.mask_N,
+                cu_seqlens=bounds,
+            )
+        except NativeError:
+            check_cu_seqlens(op, self.cu_seqlens, tokens)
+            raise
+        return target_N if advantage_N is None else advantage_N, target_N
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -237,3 +237,42 @@ def test_refuses_bad_arguments() -> None:
         td_lambda(torch.ones(1), torch.ones(1), torch.ones(1), torch.tensor([0, 1]), trace_lambda=-1.0)
     with pytest.raises(BackendError, match="segment_scan: backend 'triton' takes CUDA tensors"):
         segment_scan(torch.ones(1), torch.ones(1), torch.tensor([0, 1]), backend="triton")
+
+
+ESTIMATORS: dict[str, Any] = {
+    "gae": lambda case, **factors: gae(*case, gae_lambda=0.95, **factors),
+    "td_lambda": lambda case, **factors: (td_lambda(*case, trace_lambda=0.7, **factors),),
+    "vtrace": lambda case, **factors: vtrace(
+        *case, log_ratio_N=case[0] * 0.8, gae_lambda=0.9, rho_cap=1.5, trace_cap=1.1, **factors
+    ),
+    "discounted_return": lambda case, **factors: (discounted_return(*case[1:], **factors),),
+}
+
+
+@pytest.mark.skipif(not native.available(), reason=native.description())
+@pytest.mark.parametrize("bootstrapped", [False, True])
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_one_native_pass_has_the_bits_of_the_reference(estimator: str, bootstrapped: bool) -> None:
+    lengths = [0, 1, 700, 0, 40_000, 3, *torch.randint(0, 90, (300,)).tolist(), 0]
+    tokens = sum(lengths)
+    mask = torch.rand(tokens) < 0.7
+    mask[1:701] = False
+    case = [torch.randn(tokens), torch.randn(tokens), mask, cu_seqlens_of(lengths)]
+    for place in (~mask).nonzero()[::3, 0]:
+        case[0][place] = case[1][place] = float("nan")
+    bootstrap = torch.randn(len(lengths)) if bootstrapped else None
+    expected, *results = (
+        ESTIMATORS[estimator](case, discount=0.99, bootstrap_S=bootstrap, backend=backend)
+        for backend in ("reference", "native", None)
+    )
+    for result in results:
+        for ours, theirs in zip(result, expected, strict=True):
+            assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("bounds", [[0, 2], [1, 3], [0, 2, 1, 3], []])
+def test_refuses_bounds_that_are_none(bounds: list[int]) -> None:
+    with pytest.raises(ShapeError, match="gae: cu_seqlens must be"):
+        gae(torch.ones(3), torch.ones(3), torch.ones(3), torch.tensor(bounds, dtype=torch.int64))
+    with pytest.raises(ShapeError, match=r"gae: rewards_N must have shape \[3\], got \[2\]"):
+        gae(torch.ones(3), torch.ones(2), torch.ones(3), torch.tensor([0, 3]))

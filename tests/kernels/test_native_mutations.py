@@ -12,8 +12,17 @@ import pytest
 
 ROOT = Path(__file__).parent.parent.parent
 COMPILER = shutil.which("g++")
-ROWS, SCAN, TERMS = (f"csrc/cpu/{name}.cpp" for name in ("logit_rows", "segment_scan", "policy_terms"))
-TESTS = {ROWS: "test_fused_head.py", SCAN: "test_advantage.py", TERMS: "test_policy_loss_family.py"}
+ROWS, SCAN, PASS, SHARES, TERMS = (
+    f"csrc/cpu/{name}.cpp"
+    for name in ("logit_rows", "segment_scan", "estimators", "token_shares", "policy_terms")
+)
+TESTS = {
+    ROWS: "test_fused_head.py",
+    SCAN: "test_advantage.py",
+    PASS: "test_advantage.py",
+    SHARES: "test_policy_loss_family.py",
+    TERMS: "test_policy_loss_family.py",
+}
 PLANTED = {
     "off by one part": (ROWS, "start + kPart < columns ? start + kPart : columns", "columns"),
     "columns of a part forgotten": (ROWS, "start += kPart", "start += kPart + 1"),
@@ -24,6 +33,9 @@ PLANTED = {
     "softcap's slope dropped": (ROWS, "slope = slope * (1.0f - ratio * ratio)", "slope = slope"),
     "gradients left in their old rows": (ROWS, "if (chosen[k] != k)", "if (false)"),
     "segments leak into each other": (SCAN, "- cu_seqlens[next], 0.0}", "- cu_seqlens[next], lane.carry}"),
+    "unsampled tokens are steps": (PASS, "later.scan = sampled ? scan : later.scan", "later.scan = scan"),
+    "bootstrap counts in part": (PASS, "later.none ? how.trace : 0.0f", "0.0f"),
+    "wrong denominator": (SHARES, "weight[n] / divisor / length", "weight[n] / divisor"),
     "penalty has no slope": (TERMS, "share * (term.slope + penalty_slope)", "share * term.slope"),
     "untrusted tokens keep their gradient": (TERMS, "trusted ? in.share[n] : 0.0f", "in.share[n]"),
 }
