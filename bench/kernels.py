@@ -1,6 +1,6 @@
 """Every op of slipstream_kernels against eager PyTorch and its peers, side by side on this machine.
 
-    slipstream bench kernels [--op NAME] [--shape PART] [--device cpu|cuda] [--smoke] [--output FOLDER] [--json FILE]
+    slipstream bench kernels [--op NAME] [--shape PART] [--device cpu|cuda] [--smoke] [--output FOLDER]
 
 The ceilings come first: copy bandwidth and matrix products on random data. Then each case: all variants in
 every round, in turns, on inputs that rotate past the last-level cache, with the case's own matrix products

@@ -59,6 +59,7 @@ LARGE_ON_CPU: Final = (
     Head(name="Llama", rows=512, hidden=1024, vocabulary=128256, trained=(0.5,)),
     Head(name="Gemma", rows=512, hidden=1024, vocabulary=262144, trained=(0.5,)),
 )
+OBJECTIVE: Final = Objective(clip_low=eager.CLIP, clip_high=eager.CLIP)
 TINY: Final = Head(name="tiny", rows=4, hidden=8, vocabulary=16, trained=(1.0,))
 SMALL_ROWS: Final = 256
 """Rows of the comparison with float64."""
@@ -160,7 +161,7 @@ def _policy_case(place: Place, head: Head, share: float, mode: str) -> Case:
             advantage_N=inputs["advantage_N"],
             weight_N=inputs["weight_N"],
             cu_seqlens=inputs["cu_seqlens"],
-            objective=Objective(clip_low=eager.CLIP, clip_high=eager.CLIP),
+            objective=OBJECTIVE,
         )
         out = {"loss": result.loss, "entropy_mean": lambda: finish_metrics(result.metrics)["entropy"]}
         return out | (gradients(result.loss, inputs) if backward else {})

@@ -30,6 +30,7 @@ SHAPES: Final = {
     Scale.GPU: (("1M in 1024 segments", 1 << 20, 1024),),
 }
 """name, N, S."""
+OBJECTIVE: Final = Objective(clip_low=eager.CLIP, clip_high=eager.CLIP)
 TINY: Final = ("tiny", 16, 2)
 GROUPS: Final = {Scale.CHECK: 33, Scale.SMOKE: 16, Scale.CPU: 512, Scale.GPU: 8192}
 GROUP_SIZE: Final = 8
@@ -108,7 +109,7 @@ def _policy_case(place: Place, name: str, tokens: int, segments: int, mode: str)
             advantage_N=inputs["advantage_N"],
             weight_N=inputs["weight_N"],
             cu_seqlens=inputs["cu_seqlens"],
-            objective=Objective(clip_low=eager.CLIP, clip_high=eager.CLIP),
+            objective=OBJECTIVE,
         )
         return {"loss": result.loss, "grad_logprob": result.grad_logprob_N}
 
