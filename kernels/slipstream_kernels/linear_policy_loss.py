@@ -17,9 +17,9 @@ from torch.autograd.function import once_differentiable
 from slipstream_kernels import reference
 from slipstream_kernels.checks import check_cu_seqlens, check_labels
 from slipstream_kernels.dispatch import Backend
-from slipstream_kernels.errors import NativeError
+from slipstream_kernels.errors import KernelError, NativeError
 from slipstream_kernels.head import Head
-from slipstream_kernels.library import register
+from slipstream_kernels.library import recorded, register
 from slipstream_kernels.linear_logprob import (
     HEAD_SCHEMA,
     check_head,
@@ -90,9 +90,9 @@ def linear_policy_loss(
         inputs.behavior_N, inputs.proximal_N, inputs.reference_N, inputs.advantage_N, inputs.weight_N,
         inputs.cu_seqlens, given_normalizer(op, normalizer, hidden_NH.device), objective.text, needs,
     )  # fmt: skip
-    differentiated: Callable[..., Any] = _Differentiable.apply
+    record: Callable[..., Any] = _Differentiable.apply if torch.compiler.is_compiling() else _record
     try:
-        loss, grad_logprob_N, grad_entropy_N, metrics = differentiated(*differentiable, *arguments)
+        loss, grad_logprob_N, grad_entropy_N, metrics = record(*differentiable, *arguments)
     except NativeError:
         check_cu_seqlens(op, cu_seqlens, hidden_NH.shape[0])
         check_labels(op, labels_N[weight_N > 0], weight_VH.shape[0])
@@ -150,26 +150,43 @@ def _read(text: str) -> Objective:
 
 
 class _Differentiable(torch.autograd.Function):
-    """The op computes its gradients with the loss; the backward pass scales them."""
+    """The op computes its gradients with the loss; the backward pass scales them where they are.
+
+    A scaled copy would hold the gradient of the weight twice. So they serve one backward pass; a compiled
+    graph, which plans its own memory, saves and copies them.
+    """
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Any:
         # Through the dispatcher, which costs as much as a small op itself, only to be compiled.
-        run = _head if torch.compiler.is_compiling() else _run
-        loss, grad_logprob_N, grad_entropy_N, metrics, *gradients = run(*arguments)
+        compiling = torch.compiler.is_compiling()
+        loss, grad_logprob_N, grad_entropy_N, metrics, *gradients = (_head if compiling else _run)(*arguments)
         ctx.needs = arguments[-1]
-        ctx.save_for_backward(*gradients)
+        if compiling:
+            ctx.save_for_backward(*gradients)
+        else:
+            ctx.gradients = gradients
         ctx.mark_non_differentiable(grad_logprob_N, grad_entropy_N, metrics)
         return loss, grad_logprob_N, grad_entropy_N, metrics
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor, *_: Any) -> Any:
-        gradients = [
-            gradient * upstream if needed else None
-            for gradient, needed in zip(ctx.saved_tensors, ctx.needs, strict=True)
-        ]
-        return *gradients, *[None] * 14
+        if torch.compiler.is_compiling():
+            scaled = [gradient * upstream for gradient in ctx.saved_tensors]
+        else:
+            gradients, ctx.gradients = ctx.gradients, None
+            if gradients is None:
+                raise KernelError(
+                    "linear_policy_loss: its gradients serve one backward pass, and this is the second; call"
+                    " the op again instead of retaining the graph"
+                )
+            scaled = [gradient.mul_(upstream) for gradient in gradients]
+        needed = (gradient if need else None for gradient, need in zip(scaled, ctx.needs, strict=True))
+        return *needed, *[None] * 14
+
+
+_record = recorded(_Differentiable)
 
 
 def _run(

@@ -4,9 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 
-from slipstream_kernels import Objective, finish_metrics, linear_logprob, linear_policy_loss, policy_loss
+from slipstream_kernels import (
+    KernelError,
+    Objective,
+    finish_metrics,
+    linear_logprob,
+    linear_policy_loss,
+    native,
+    policy_loss,
+)
 from slipstream_kernels.testing import assert_matches_reference
 
 
@@ -58,3 +67,25 @@ def test_no_trained_row_gives_a_zero_loss_that_backpropagates() -> None:
     gradients = torch.autograd.grad(result.loss, [hidden, weight])
     assert result.loss.item() == 0.0
     assert not any(bool(gradient.any()) for gradient in gradients)
+
+
+@pytest.mark.skipif(not native.available(), reason=native.description())
+def test_gradients_serve_one_backward_pass() -> None:
+    hidden, weight = torch.randn(3, 4, requires_grad=True), torch.randn(5, 4, requires_grad=True)
+    result = linear_policy_loss(
+        hidden,
+        weight,
+        torch.tensor([0, 1, 2]),
+        behavior_N=torch.full((3,), -1.0),
+        advantage_N=torch.ones(3),
+        weight_N=torch.ones(3),
+        cu_seqlens=torch.tensor([0, 3]),
+        objective=Objective(),
+    )
+    (3.0 * result.loss).backward(retain_graph=True)
+    first = weight.grad
+    assert first is not None and first.abs().sum() > 0
+    kept = first.clone()
+    with pytest.raises(KernelError, match="linear_policy_loss: its gradients serve one backward pass"):
+        result.loss.backward()
+    assert torch.equal(first, kept)
