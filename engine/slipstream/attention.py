@@ -192,7 +192,10 @@ class PackedSegments:
     def attend(
         self, layer: int, query_THD: Tensor, key_TKD: Tensor, value_TKD: Tensor, scale: float
     ) -> Tensor:
-        """Gather each group's rows, attend causally, pack again."""
+        """Return the [T, H, D] output: gather each group's rows, attend causally, pack again.
+
+        query_THD: [T, H, D]; key_TKD and value_TKD: [T, K, D], where K divides H.
+        """
         rows = (tuple(gather(x, path).transpose(1, 2) for x in (key_TKD, value_TKD)) for path in self._paths)
         return self._ragged(query_THD, rows, scale)  # type: ignore[arg-type]
 

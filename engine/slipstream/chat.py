@@ -41,7 +41,10 @@ PROBE, OTHER_PROBE = "probe-of-the-template", "another-probe"
 
 
 def train_tokenizer(texts: Iterable[str], *, vocabulary: int) -> PreTrainedTokenizerFast:
-    """Train a byte-level BPE on `texts`; any text can be encoded, what resembles `texts` is short."""
+    """Train a byte-level BPE on `texts`; any text can be encoded, what resembles `texts` is short.
+
+    vocabulary: most tokens, the control tokens among them; those of a tool call are added to it.
+    """
     tokenizer = Tokenizer(models.BPE())
     split = pre_tokenizers.Split(Regex(PIECES), behavior="isolated")
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -61,7 +64,10 @@ def train_tokenizer(texts: Iterable[str], *, vocabulary: int) -> PreTrainedToken
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """Load a tokenizer with its chat template from a model folder."""
+    """Load a tokenizer with its chat template from a model folder.
+
+    Raises CheckpointError when there is none, or no chat template or eos_token in it.
+    """
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError) as error:

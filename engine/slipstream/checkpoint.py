@@ -46,7 +46,8 @@ class Checkpoint:
 def save_checkpoint(folder: Path, step: int, write: Callable[[Path], None], *, keep: int) -> Path:
     """Publish what `write` puts into an empty folder as the checkpoint of `step`; return its folder.
 
-    Keeps the newest `keep` and removes those of later steps: they belong to a branch given up.
+    Keeps the newest `keep` and removes those of later steps: they belong to a branch given up. Raises
+    what `write` raises; the checkpoints that are there then stay as they are.
     """
     folder.mkdir(parents=True, exist_ok=True)
     target = folder / f"step-{step:08d}"
@@ -102,7 +103,7 @@ def verify(path: Path) -> dict[str, Any]:
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """Return a folder's manifest without checking the files it lists."""
+    """Return a folder's manifest without checking the files it lists; raises CheckpointError."""
     file = path / MANIFEST
     try:
         manifest = json.loads(file.read_text(encoding="utf-8"))
@@ -120,7 +121,10 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
 
 def publish_folder(source: Path, target: Path) -> None:
-    """Make `target` a verified copy of the published folder `source`, replacing it atomically."""
+    """Make `target` a verified copy of the published folder `source`, replacing it atomically.
+
+    Raises CheckpointError when `source` does not verify.
+    """
     manifest = verify(source)
 
     def copy(folder: Path) -> None:
@@ -132,7 +136,11 @@ def publish_folder(source: Path, target: Path) -> None:
 
 
 def publish(target: Path, write: Callable[[Path], None], notes: Mapping[str, Any]) -> None:
-    """Publish what `write` puts into an empty folder as `target`; `notes` go into the manifest."""
+    """Publish what `write` puts into an empty folder as `target`; `notes` go into the manifest.
+
+    Durable; a crash leaves the old `target` or the new one where the file system can exchange folders.
+    Raises what `write` raises, before `target` is touched.
+    """
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)  # left by a crash
@@ -179,7 +187,7 @@ def write_state(path: Path, state: Mapping[str, Any]) -> None:
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """Return what `write_state` wrote."""
+    """Return what `write_state` wrote; raises CheckpointError."""
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))
     except OSError as error:

@@ -81,7 +81,7 @@ class IngestLog:
     def append(self, event: Event, record: Buffer = b"") -> int:
         """Add an event, and the checked record of a trajectory, and return its position.
 
-        It is durable after `flush`.
+        It is durable after `flush`. Raises StorageError, after which only a restart helps.
         """
         if self._size >= self._segment_bytes:
             self._next_segment()

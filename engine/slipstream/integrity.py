@@ -34,7 +34,7 @@ _NATIVE_FROM: Final = 128 << 10
 
 
 def crc32c(frames: Sequence[Buffer], start: int = 0) -> int:
-    """Return the CRC-32C of some buffers in order, continuing from `start`."""
+    """Return the CRC-32C (RFC 3720) of some buffers in order; `start`: that of the bytes before them."""
     total, native = start, load()
     for frame in frames:
         size = len(frame)

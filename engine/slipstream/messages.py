@@ -232,7 +232,8 @@ def decode_struct(
 def check_nesting(frame: Buffer, *, what: str) -> None:
     """Refuse MessagePack that is deep, cut off, oversized in items, or holds extension types.
 
-    msgspec decodes recursively: deep nesting overflows a small C stack before Python can raise.
+    msgspec decodes recursively: deep nesting overflows a small C stack before Python can raise. Raises
+    FrameError naming `what`.
     """
     native = load()
     if native is None or not native.is_plain_msgpack(
@@ -242,7 +243,7 @@ def check_nesting(frame: Buffer, *, what: str) -> None:
 
 
 def check_nesting_in_python(frame: Buffer, *, what: str) -> None:
-    """Do what `check_nesting` does, without the native library."""
+    """Do what `check_nesting` does, without the native library; raises FrameError."""
     position, end, items = 0, len(frame), 0
     open_items = [1]
     while open_items:

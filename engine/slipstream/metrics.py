@@ -98,9 +98,10 @@ def undefined_names(row: Mapping[str, Any]) -> list[str]:
 
 
 def append_row(path: Path, row: Mapping[str, Any]) -> None:
-    """Append one row with a single write; `time` is added, non-finite numbers become null.
+    """Append one row with a single write; non-finite numbers become null.
 
-    A line torn by a crash before is closed first, so that it cannot swallow this row.
+    `time`, in seconds since 1970, is added. A line torn by a crash before is closed first, so that it
+    cannot swallow this row.
     """
     stamped = {"time": time.time(), **row}
     line = json.dumps({name: _plain(value) for name, value in stamped.items()}, allow_nan=False) + "\n"

@@ -43,7 +43,7 @@ class Policy:
 
 
 def choose_device(name: str) -> torch.device:
-    """Return the named device; "auto" is a GPU where there is one."""
+    """Return the named device; "auto" is a GPU where there is one. Raises ConfigurationError."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if name.startswith("cuda") and not torch.cuda.is_available():
@@ -54,7 +54,10 @@ def choose_device(name: str) -> torch.device:
 
 
 def first_policy(config: RunConfig, corpus: Iterable[str]) -> Policy:
-    """Load the configured model folder, or train a tokenizer on `corpus` and build a small Llama."""
+    """Load the configured model folder, or train a tokenizer on `corpus` and build a small Llama.
+
+    Raises ConfigurationError for the device and CheckpointError for the folder.
+    """
     device = choose_device(config.device)
     if config.model.path:
         policy = load_policy(Path(config.model.path), config=config.model, device=device)
@@ -75,7 +78,10 @@ def first_policy(config: RunConfig, corpus: Iterable[str]) -> Policy:
 def build_model(
     config: ModelConfig, *, vocabulary: int, stop_token: int, max_tokens: int, seed: int
 ) -> PreTrainedModel:
-    """Build a Llama with fresh weights; equal arguments give equal weights."""
+    """Build a Llama with fresh weights; equal arguments give equal weights.
+
+    vocabulary: rows of its head, which is tied to the embedding; max_tokens: most tokens of an episode.
+    """
     sizes = LlamaConfig(
         vocab_size=vocabulary,
         hidden_size=config.hidden_size,
@@ -99,7 +105,10 @@ def build_model(
 def load_model(
     folder: Path, *, dtype: str = "float32", device: torch.device | None = None
 ) -> PreTrainedModel:
-    """Load a causal language model from a local folder; nothing is fetched and nothing is unpickled."""
+    """Load a causal language model from a local folder; nothing is fetched and nothing is unpickled.
+
+    Raises CheckpointError.
+    """
     if not (folder / "config.json").is_file():
         raise CheckpointError(
             f"{folder}: no model here (config.json is missing); give a local Hugging Face model folder"
@@ -122,7 +131,10 @@ def _on(device: torch.device, model: PreTrainedModel) -> PreTrainedModel:
 
 
 def load_policy(folder: Path, *, config: ModelConfig, device: torch.device) -> Policy:
-    """Load model, tokenizer and chat format from a folder: a checkpoint of ours or any Hugging Face model."""
+    """Load model, tokenizer and chat format from a folder: a checkpoint of ours or any Hugging Face model.
+
+    Raises CheckpointError.
+    """
     model = load_model(folder, dtype=config.dtype, device=device)
     tokenizer = load_tokenizer(folder)
     # A model that was not built here has to be told how a call is written.
@@ -153,7 +165,7 @@ def named_weights(model: PreTrainedModel) -> dict[str, Tensor]:
 
 
 def copy_weights(model: PreTrainedModel, tensors: dict[str, Tensor]) -> None:
-    """Overwrite the model's parameters in place; names and shapes must match exactly."""
+    """Overwrite the model's parameters in place; raises CheckpointError unless names and shapes match."""
     parameters = named_weights(model)
     if parameters.keys() != tensors.keys():
         odd = sorted(parameters.keys() ^ tensors.keys())[0]

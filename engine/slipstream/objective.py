@@ -46,7 +46,7 @@ def kernel_objective(config: ObjectiveConfig) -> Objective:
 def advantages(
     trajectories: Sequence[Trajectory], objective: ObjectiveConfig, rewards: RewardConfig
 ) -> Advantages:
-    """Return group-relative advantages; a trajectory without a verdict leaves its group's baseline.
+    """Return [G] group-relative advantages; a trajectory without a verdict leaves its group's baseline.
 
     advantage = reward - mean of the group (Dr. GRPO, Liu et al. 2025, arXiv:2503.20783), or as
     `objective.advantage` says.

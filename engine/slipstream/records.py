@@ -136,7 +136,10 @@ def write_at(file: int, buffers: Sequence[Buffer], offset: int, path: object) ->
 
 
 def sync(file: int, path: object) -> None:
-    """Force a file's data to the disk; a failure is final, since the kernel may have dropped the pages."""
+    """Force a file's data to the disk; raises StorageError.
+
+    A failure is final, since the kernel may have dropped the pages.
+    """
     try:
         os.fdatasync(file)
     except OSError as error:

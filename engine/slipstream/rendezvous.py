@@ -12,7 +12,7 @@ from slipstream.run_folder import read_json, write_json
 
 
 def run_id(folder: Path) -> str:
-    """Return the identity of a run folder, drawn at random by whoever asks first."""
+    """Return the identity of a run folder, drawn at random by whoever asks first; raises RunFolderError."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "run.json"
     try:

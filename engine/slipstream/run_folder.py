@@ -69,7 +69,7 @@ def write_config(folder: Path, config: RunConfig) -> None:
 
 
 def read_config(folder: Path) -> RunConfig:
-    """Return the configuration a run folder belongs to."""
+    """Return the configuration a run folder belongs to; raises RunFolderError."""
     path = folder / CONFIG
     if not path.exists():
         raise RunFolderError(f"{folder} is no run folder: it holds no {CONFIG}")

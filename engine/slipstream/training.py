@@ -145,7 +145,10 @@ class Optimizer:
         return {"grad_norm": norm, "learning_rate": 0.0, "skipped": 1.0}
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """Return AdamW's state as named tensors: exp_avg.NAME, exp_avg_sq.NAME, step.NAME."""
+        """Return copies of AdamW's state as named tensors: exp_avg.NAME, exp_avg_sq.NAME, step.NAME.
+
+        The first two have the shape of the parameter NAME, the step has shape [].
+        """
         tensors = {}
         for name, parameter in zip(self._names, self._parameters, strict=True):
             for key, value in self._adam.state[parameter].items():

@@ -134,7 +134,7 @@ def decode_trajectory(record: Buffer) -> Trajectory:
 
 
 def inspect_trajectory(record: Buffer) -> Arrival:
-    """Check a record as `decode_trajectory` does, and return what it adds up to."""
+    """Check a record as `decode_trajectory` does, and return what it adds up to; raises FrameError."""
     found = _check(record)
     header, _ = _decode_meta(record, found)
     serials: tuple[int, ...] = (found.most,) if found.sampled else ()

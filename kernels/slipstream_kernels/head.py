@@ -76,7 +76,10 @@ class Head:
         return plain(hidden_NH, self.weight_VH.dtype)
 
     def chunks(self, rows: int) -> list[slice]:
-        """Return slices of the rows whose logits are held at once, at least one."""
+        """Return slices of the rows whose logits are held at once, at least one.
+
+        Each has CHUNK_BYTES of logits, or LEAST_ROWS rows where those are more; the last may be shorter.
+        """
         if rows <= LEAST_ROWS:
             return [slice(0, rows)]
         row_bytes = self.weight_VH.element_size() * self.weight_VH.shape[0]
@@ -132,7 +135,10 @@ class Head:
         return logits_CV if every else logits_CV.index_select(0, active_A)
 
     def add_to_weight_(self, grad_VH: Tensor, grad_AV: Tensor, hidden_AH: Tensor, *, first: bool) -> None:
-        """Add the rows' part to the float32 gradient of the weight; the first chunk overwrites it."""
+        """Add grad_AV.T @ hidden_AH to the [V, H] float32 gradient; the first chunk overwrites it.
+
+        grad_AV: [A, V] of gradient_; hidden_AH: [A, H] of the same rows.
+        """
         if grad_AV.dtype is torch.float32:
             # beta 0: one pass over the gradient less, which need not hold zeros.
             grad_VH.addmm_(grad_AV.T, hidden_AH, beta=0.0 if first else 1.0)
@@ -141,7 +147,7 @@ class Head:
         grad_VH.copy_(part_VH) if first else grad_VH.add_(part_VH)
 
     def summed(self, grad_hidden: Tensor) -> Tensor:
-        """Return the gradient to the hidden states, which every shard adds to."""
+        """Return the [N, H] gradient to the hidden states, summed in place over the shards."""
         if self.group:
             dist.all_reduce(grad_hidden, group=_group(self.group))
         return grad_hidden

@@ -39,7 +39,10 @@ def recorded(function: type[torch.autograd.Function]) -> Callable[..., Any]:
 def register(
     schema: str, *, implementation: Callable[..., Any], fake: Callable[..., Any]
 ) -> Callable[..., Any]:
-    """Define an op for every device and return it; `fake` returns empty tensors of the results' shapes."""
+    """Define an op for every device and return it; `fake` returns empty tensors of the results' shapes.
+
+    schema: "name(arguments) -> results" in PyTorch's notation. Raises RuntimeError for a name that is taken.
+    """
     name = schema.partition("(")[0]
     _LIBRARY.define(schema)
     _LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")

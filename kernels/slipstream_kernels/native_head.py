@@ -66,7 +66,10 @@ def head_parts(
     softcap: float | None,
     logits_CV: Tensor,
 ) -> Tensor:
-    """Return [K, 4, C]: what merge_parts needs of each part of the vocabulary; otherwise as head_scores."""
+    """Return [K, 4, C]: what merge_parts needs of each part of the vocabulary; otherwise as head_scores.
+
+    A part has PART_COLUMNS columns, the last what is left; its four numbers: see statistics.py.
+    """
     torch.mm(hidden_CH, weight_VH.t(), out=logits_CV)
     rows, columns = logits_CV.shape
     parts_K4C = torch.empty(-(-columns // PART_COLUMNS), 4, rows)
@@ -87,7 +90,7 @@ def head_parts(
 
 
 def merge_parts(parts_K4C: Tensor) -> Tensor:
-    """Return [4, C] of a vocabulary from its parts, merged in index order."""
+    """Return [4, C] of a vocabulary from its [K, 4, C] parts, merged in index order; raises NativeError."""
     parts, _, rows = parts_K4C.shape
     whole_4C = torch.empty(4, rows)
     _run(_library().slipstream_merge_parts_f32, parts_K4C.data_ptr(), parts, rows, whole_4C.data_ptr())
@@ -95,7 +98,10 @@ def merge_parts(parts_K4C: Tensor) -> Tensor:
 
 
 def finish(whole_4C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return what head_scores does, with the same bits, from the merged parts of a whole vocabulary."""
+    """Return what head_scores does, with the same bits, from the merged parts of a whole vocabulary.
+
+    whole_4C: [4, C] float32 of merge_parts. Returns [C] each, in nats. Raises NativeError.
+    """
     rows = whole_4C.shape[1]
     scores = torch.empty(rows), torch.empty(rows), torch.empty(rows)
     _run(

@@ -51,7 +51,11 @@ class PolicyHead:
         self._entropy_matters = False
 
     def run(self, inputs: reference.PolicyInputs, share_M: Tensor, objective: Objective) -> PolicyLoss:
-        """Return the loss; logprob_N and entropy_N of `inputs` are set here."""
+        """Return the loss of the M rows, its [M] gradients to their scores, and metrics; fill the gradients.
+
+        inputs: of these rows alone, [M] each; logprob_N and entropy_N are set here. share_M: [M] of
+        trained_shares. Raises NativeError.
+        """
         self._entropy_matters = objective.entropy_coefficient > 0
         if objective.sequence_level:
             return self._after_all(inputs, share_M, objective)

@@ -83,11 +83,23 @@ def test_values_and_gradients(
 
 
 @pytest.mark.parametrize("direction", Direction)
-def test_gradcheck(direction: Direction) -> None:
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("per_row", [False, True])
+def test_gradcheck(
+    direction: Direction, softcap: float | None, per_row: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reference.kl, "KL_CHUNK_ELEMENTS", 1)
+    monkeypatch.setattr(reference.kl, "KL_MIN_CHUNK_ROWS", 2)
     heads, labels = case(3, 6)
+    settings: dict[str, Any] = {
+        "direction": direction,
+        "beta": 0.2,
+        "inverse_temperature": torch.rand(3, dtype=torch.float64) + 0.5 if per_row else 0.7,
+        "softcap": softcap,
+    }
 
     def op(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return linear_kl(hidden, weight, *heads[2:], labels, direction=direction, beta=0.2, softcap=3.0)
+        return linear_kl(hidden, weight, *heads[2:], labels, **settings)
 
     assert torch.autograd.gradcheck(op, (heads[0], heads[1]))
 

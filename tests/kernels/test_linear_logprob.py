@@ -64,6 +64,25 @@ def test_values_and_gradients(
         assert_matches_reference(actual, truth, dtype=torch.float64)
 
 
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("per_row", [False, True])
+@pytest.mark.parametrize("biased", [False, True])
+def test_gradcheck(
+    softcap: float | None, per_row: bool, biased: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reference.linear, "CHUNK_ELEMENTS", 1)
+    monkeypatch.setattr(reference.linear, "MIN_CHUNK_ROWS", 2)
+    *differentiable, labels = case(3, 4, 6)
+    temperature = torch.rand(3, dtype=torch.float64) + 0.5 if per_row else 0.7
+
+    def op(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        return linear_logprob(
+            hidden, weight, labels, inverse_temperature=temperature, bias_V=bias, softcap=softcap
+        )
+
+    assert torch.autograd.gradcheck(op, differentiable if biased else differentiable[:2])
+
+
 def test_gradient_of_one_output_alone() -> None:
     h, w, _, labels = case(9, 4, 11)
     for index in range(3):

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from slipstream_kernels import (
     KernelError,
@@ -89,3 +90,44 @@ def test_gradients_serve_one_backward_pass() -> None:
     with pytest.raises(KernelError, match="linear_policy_loss: its gradients serve one backward pass"):
         result.loss.backward()
     assert torch.equal(first, kept)
+
+
+@pytest.mark.parametrize(
+    "members",
+    [
+        {"dual_clip": 1.5, "importance_cap": 1.3, "entropy_coefficient": 0.2},
+        {"surrogate": "sapo", "penalty": "k3", "correction": "mask", "importance_cap": 1.3},
+        {"penalty": "k3", "correction": "none", "aggregation": "sequence_mean_token_mean"},
+    ],
+)
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_gradcheck_of_the_reference(members: dict[str, Any], softcap: float | None) -> None:
+    """Of objectives that hold no function of logprob still; ratios are away from the kinks."""
+    hidden, weight, bias = (torch.randn(size, dtype=torch.float64) for size in ((6, 3), (5, 3), (5,)))
+    labels = torch.tensor([0, 4, -100, 2, 1, 3])
+    trained = torch.tensor([1.0, 0.5, 0.0, 1.0, 1.0, 1.0])
+    head: dict[str, Any] = {
+        "inverse_temperature": torch.rand(6, dtype=torch.float64) + 0.5,
+        "softcap": softcap,
+    }
+    logprob, _, _ = linear_logprob(hidden, weight, labels.clamp(min=0), bias_V=bias, **head)
+    # Current / proximal is 1.35, 0.67, 1.82 and 1.11, the fourth past the dual clip.
+    moved = torch.tensor([0.3, -0.4, 9.0, 0.6, 0.1, -0.1], dtype=torch.float64)
+    proximal = logprob - moved
+    inputs: dict[str, Any] = {
+        "behavior_N": proximal - torch.tensor([0.4, -0.2, 9.0, 0.1, 0.2, 0.5], dtype=torch.float64),
+        "proximal_N": proximal,
+        "reference_N": logprob + torch.tensor([0.5, -0.3, 9.0, 0.2, -0.8, 0.1], dtype=torch.float64),
+        "advantage_N": torch.tensor([-1.0, 0.8, 9.0, -0.5, 1.2, -0.7], dtype=torch.float64),
+        "weight_N": trained,
+        "cu_seqlens": torch.tensor([0, 2, 2, 6]),
+        "objective": Objective(kl_coefficient=0.3, **members),
+    }
+
+    def loss(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        result = linear_policy_loss(
+            hidden, weight, labels, bias_V=bias, backend="reference", **head, **inputs
+        )
+        return result.loss
+
+    assert torch.autograd.gradcheck(loss, tuple(one.requires_grad_() for one in (hidden, weight, bias)))

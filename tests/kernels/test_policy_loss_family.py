@@ -318,56 +318,173 @@ def test_returned_gradients_equal_autograd_in_float64(objective: Objective) -> N
     assert_matches_reference(gradients[1], 2.0 * result.grad_entropy_N, dtype=torch.float64)
 
 
-@pytest.mark.parametrize("objective", [one for one in FAMILY if one.ratio_level is Level.TOKEN])
-def test_gradient_is_the_derivative_of_the_loss(objective: Objective) -> None:
-    """By finite differences in float64; weights and ratios that carry a stop-gradient are held still."""
-    inputs = random_inputs(torch.float64)
-    trust_free = replace(objective, trust_low=0.0)
-    result = reference.policy_loss(inputs, trust_free, torch.tensor(3.0))
-
-    def loss(logprob_N: Tensor) -> float:
-        held = trust_free.surrogate in (Surrogate.CISPO, Surrogate.TOPR)
-        members = {name: getattr(inputs, name) for name in inputs.__slots__}
-        moved = members | {"logprob_N": logprob_N}
-        if held or trust_free.penalty is Penalty.K1_IN_REWARD:
-            return stop_gradient_loss(inputs, logprob_N, trust_free)
-        inputs_moved = reference.PolicyInputs(**moved)
-        return reference.policy_loss(inputs_moved, trust_free, torch.tensor(3.0)).loss.item()
-
-    base, step = inputs.logprob_N.detach(), 1e-6
-    for token in range(0, 24, 5):
-        delta = step * torch.nn.functional.one_hot(torch.tensor(token), 24).double()
-        slope = (loss(base + delta) - loss(base - delta)) / (2 * step)
-        assert slope == pytest.approx(result.grad_logprob_N[token].item(), abs=1e-7)
+# Away from every kink, yet on each side of it: the clip's bounds 0.8 and 1.2, the dual clip's 1.5 and 1 for
+# current / proximal of tokens and of segments, the correction's 0.6 and 1.3 for proximal / behavior, and the
+# trust region, which the second token leaves. The last has weight 0; the fifth is 25 off the reference, past
+# the clamp at 20.
+MOVED = torch.tensor([0.3, -0.4, 0.1, 0.6, 0.35, -0.5, -0.35, 0.1, 9.0], dtype=torch.float64)
+MISMATCH = torch.tensor([0.4, -0.7, 0.2, 0.1, -0.15, 0.15, -0.2, 0.5, 9.0], dtype=torch.float64)
+DRIFT = torch.tensor([-0.6, 0.4, 0.9, -0.3, 25.0, 0.2, -0.8, 0.5, 9.0], dtype=torch.float64)
+CURRENT = torch.tensor([-1.0, -0.5, -2.0, -0.3, -1.5, -0.7, -1.2, -0.1, -9.0], dtype=torch.float64)
 
 
-def stop_gradient_loss(inputs: reference.PolicyInputs, logprob_N: Tensor, objective: Objective) -> float:
-    """CISPO and TOPR in words of one line each: weights at the old log-probability, times the new one."""
-    assert inputs.proximal_N is not None
+def smooth_inputs() -> reference.PolicyInputs:
+    proximal = CURRENT - MOVED
+    return reference.PolicyInputs(
+        logprob_N=CURRENT.clone().requires_grad_(),
+        behavior_N=proximal - MISMATCH,
+        proximal_N=proximal,
+        reference_N=CURRENT - DRIFT,
+        entropy_N=torch.linspace(0.1, 2.0, 9, dtype=torch.float64).requires_grad_(),
+        advantage_N=torch.tensor([-1.0, 0.8, -1.2, -0.5, 0.9, 0.7, -0.9, 1.1, 9.0], dtype=torch.float64),
+        weight_N=torch.tensor([1.0, 0.5, 1.0, 1.0, 0.5, 1.0, 1.0, 0.5, 0.0]),
+        cu_seqlens=torch.tensor([0, 1, 1, 5, 9]),
+    )
+
+
+def smooth_objective(surrogate: Surrogate, correction: Correction, **members: Any) -> Objective:
+    return Objective(
+        surrogate=surrogate,
+        correction=correction,
+        dual_clip=1.5 if surrogate is Surrogate.CLIP else math.inf,
+        importance_floor=0.6 if correction is Correction.MASK else 0.0,
+        importance_cap=math.inf if correction is Correction.NONE else 1.3,
+        trust_low=0.4,
+        trust_high=2.5,
+        kl_coefficient=0.02,
+        entropy_coefficient=0.2,
+        aggregation="sequence_mean_token_mean",
+        **members,
+    )
+
+
+def stated_loss(
+    inputs: reference.PolicyInputs, objective: Objective, logprob_N: Tensor, entropy_N: Tensor
+) -> Tensor:
+    """The formulas as the enums state them; what carries a stop-gradient stays at the inputs' logprob_N."""
     assert inputs.reference_N is not None
-    old = inputs.logprob_N.detach()
-    advantage, ratio = inputs.advantage_N, (old - inputs.proximal_N).exp()
-    rho = (inputs.proximal_N - inputs.behavior_N).exp()
-    drift, penalty = logprob_N - inputs.reference_N, torch.zeros(24)
-    if objective.penalty is Penalty.K1_IN_REWARD:
-        advantage = advantage - objective.kl_coefficient * (old - inputs.reference_N)
-    else:
-        penalty = objective.kl_coefficient * ((-drift).exp() - 1 + drift)
+    old, live = inputs.logprob_N.detach(), inputs.weight_N > 0
+    proximal = old if inputs.proximal_N is None else inputs.proximal_N
+
+    def ratio_at(level: Level, log_ratio: Tensor) -> Tensor:
+        values = log_ratio.clone()
+        for start, stop in itertools.pairwise(inputs.cu_seqlens.tolist()):
+            part = torch.arange(start, stop)[live[start:stop]]
+            if level is not Level.TOKEN and len(part):
+                values[part] = values[part].sum() / (1 if level is Level.SEQUENCE else len(part))
+        return values.exp()
+
+    drift, held_drift = ((to - inputs.reference_N).clamp(-20, 20) for to in (logprob_N, old))
+    rho = ratio_at(objective.correction_level, proximal - inputs.behavior_N)
     match objective.correction:
         case Correction.NONE:
-            rho = torch.ones(24)
+            rho = torch.ones_like(rho)
         case Correction.TRUNCATE:
             rho = rho.clamp(max=objective.importance_cap)
         case Correction.MASK:
-            rho = rho * (rho <= objective.importance_cap)
-    weight = ratio.clamp(1 - objective.clip_low, 1 + objective.clip_high)
-    if objective.surrogate is Surrogate.TOPR:
-        weight = torch.where(advantage >= 0, 1.0, ratio.clamp(max=1.0))
-    token = penalty - rho * weight * advantage * logprob_N
+            rho = rho * ((rho >= objective.importance_floor) & (rho <= objective.importance_cap))
+    match objective.penalty:
+        case Penalty.K1_IN_REWARD:
+            penalty = torch.zeros_like(old)
+        case Penalty.K2:
+            penalty = drift**2 / 2
+        case Penalty.K3:
+            penalty = (-drift).exp() - 1 + drift
+        case Penalty.K3_WITH_K2_GRADIENT:
+            penalty = (-held_drift).exp() - 1 + held_drift + (drift**2 - held_drift**2) / 2
+    reward = objective.kl_coefficient * held_drift if objective.penalty is Penalty.K1_IN_REWARD else 0.0
+    advantage = inputs.advantage_N - reward
+    held = ratio_at(objective.ratio_level, old - proximal)
+    ratio = held * (logprob_N - old).exp()
+    low, high = 1 - objective.clip_low, 1 + objective.clip_high
+    match objective.surrogate:
+        case Surrogate.CLIP:
+            loss = torch.maximum(-advantage * ratio, -advantage * ratio.clamp(low, high))
+            loss = torch.where(advantage < 0, loss.minimum(-objective.dual_clip * advantage), loss)
+        case Surrogate.CISPO:
+            loss = -held.clamp(low, high) * advantage * logprob_N
+        case Surrogate.TOPR:
+            loss = -torch.where(advantage >= 0, 1.0, held.clamp(max=1.0)) * advantage * logprob_N
+        case Surrogate.SAPO:
+            heat = torch.full_like(old, objective.gate_negative)
+            heat[advantage > 0] = objective.gate_positive
+            loss = -advantage * 4 / heat * (heat * (ratio - 1)).sigmoid()
+    token = rho * loss + objective.kl_coefficient * penalty - objective.entropy_coefficient * entropy_N
+    away = (old - inputs.behavior_N).exp()
+    counted = live & (away >= objective.trust_low) & (away <= objective.trust_high)
     share = reference.token_shares(inputs.weight_N, inputs.cu_seqlens, objective, torch.tensor(3.0))
+    return (share * token)[counted].sum()
+
+
+LEVELS_OF_CORRECTION = [
+    (correction, level)
+    for correction, level in itertools.product(Correction, Level)
+    if correction is not Correction.NONE or level is Level.TOKEN
+]
+
+
+@pytest.mark.parametrize(("correction", "correction_level"), LEVELS_OF_CORRECTION)
+@pytest.mark.parametrize("penalty", [Penalty.K2, Penalty.K3])
+@pytest.mark.parametrize("surrogate", [Surrogate.CLIP, Surrogate.SAPO])
+def test_gradcheck(
+    surrogate: Surrogate, penalty: Penalty, correction: Correction, correction_level: Level
+) -> None:
+    """Of objectives that hold no function of logprob_N still: their gradient is that of the value."""
+    objective = smooth_objective(surrogate, correction, correction_level=correction_level, penalty=penalty)
+    inputs = smooth_inputs()
+
+    def loss(logprob_N: Tensor, entropy_N: Tensor) -> Tensor:
+        moved = replace(inputs, logprob_N=logprob_N, entropy_N=entropy_N)
+        return reference.policy_loss(moved, objective, torch.tensor(3.0)).loss
+
+    assert torch.autograd.gradcheck(loss, (inputs.logprob_N, inputs.entropy_N))
+
+
+@pytest.mark.parametrize(("correction", "correction_level"), LEVELS_OF_CORRECTION)
+@pytest.mark.parametrize("penalty", Penalty)
+@pytest.mark.parametrize("ratio_level", Level)
+@pytest.mark.parametrize("surrogate", Surrogate)
+def test_gradcheck_of_the_stated_form(
+    surrogate: Surrogate,
+    ratio_level: Level,
+    penalty: Penalty,
+    correction: Correction,
+    correction_level: Level,
+) -> None:
+    """Of every objective: its gradient is that of the formula with the stop-gradients held still."""
+    objective = smooth_objective(
+        surrogate, correction, ratio_level=ratio_level, correction_level=correction_level, penalty=penalty
+    )
+    check_against_the_stated_form(smooth_inputs(), objective)
+
+
+@pytest.mark.parametrize("penalty", Penalty)
+@pytest.mark.parametrize("surrogate", Surrogate)
+def test_gradcheck_of_one_update_per_batch(surrogate: Surrogate, penalty: Penalty) -> None:
+    """Without proximal_N its place is taken by logprob_N, held still."""
+    objective = smooth_objective(surrogate, Correction.TRUNCATE, penalty=penalty)
+    check_against_the_stated_form(replace(smooth_inputs(), proximal_N=None), objective)
+
+
+def check_against_the_stated_form(inputs: reference.PolicyInputs, objective: Objective) -> None:
+    """Compare values with stated_loss, and its numerical gradient with both of the reference's."""
+    result = reference.policy_loss(inputs, objective, torch.tensor(3.0))
     assert inputs.entropy_N is not None
-    bonus = objective.entropy_coefficient * inputs.entropy_N.detach()
-    return (share * (token - bonus)).sum().item()
+    gradients = torch.autograd.grad(result.loss, [inputs.logprob_N, inputs.entropy_N])
+    # Copies: gradcheck moves them in place.
+    variables = [one.detach().clone().requires_grad_() for one in (inputs.logprob_N, inputs.entropy_N)]
+
+    def loss(logprob_N: Tensor, entropy_N: Tensor) -> Tensor:
+        value = stated_loss(inputs, objective, logprob_N.detach(), entropy_N.detach())
+        for variable, gradient in zip((logprob_N, entropy_N), gradients, strict=True):
+            value = value + (gradient * (variable - variable.detach())).sum()
+        return value
+
+    assert_matches_reference(result.loss, loss(*variables), dtype=torch.float64)
+    assert torch.autograd.gradcheck(loss, variables, fast_mode=True)
+    assert result.grad_entropy_N is not None
+    for returned, gradient in zip((result.grad_logprob_N, result.grad_entropy_N), gradients, strict=True):
+        assert_matches_reference(returned, gradient, dtype=torch.float64)
 
 
 def rows_of(inputs: reference.PolicyInputs, rows: Tensor) -> reference.PolicyInputs:

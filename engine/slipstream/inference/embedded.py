@@ -132,7 +132,10 @@ class EmbeddedBackend:
             self._room.release()
 
     async def load(self, update: WeightUpdate) -> WeightProof:
-        """Copy published weights in and prove it; called between two passes, since both run on one thread."""
+        """Copy published weights in and prove it; called between two passes, since both run on one thread.
+
+        Raises CheckpointError when they do not fit, RuntimeError without a subscriber.
+        """
         if self._subscriber is None:
             raise RuntimeError("this backend was built without a weight subscriber")
         with torch.no_grad():

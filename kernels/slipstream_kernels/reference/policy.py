@@ -70,7 +70,7 @@ class PolicyInputs:
 
 
 def policy_loss(inputs: PolicyInputs, objective: Objective, divisor: Tensor) -> PolicyLoss:
-    """Return loss, gradients and metrics; see the public op for the formula."""
+    """Return loss, [N] gradients and metrics; divisor: [] the batch's normalizer. Formula: the public op."""
     share_N = token_shares(inputs.weight_N, inputs.cu_seqlens, objective, divisor)
     return policy_terms(inputs, share_N, objective)
 

@@ -63,7 +63,10 @@ class Corrected:
 
 
 def corrected(log_ratio_N: Tensor, objective: Objective) -> Corrected:
-    """Return the correction of proximal / behavior log-ratios, which are already at their level."""
+    """Return the correction of [N] proximal / behavior log-ratios, which are already at their level.
+
+    Formulas and sources: objective.Correction.
+    """
     if objective.correction is Correction.NONE:
         return Corrected(importance=torch.ones_like(log_ratio_N), capped=None, rejected=None)
     ratio = clamped(log_ratio_N).exp()
@@ -90,7 +93,10 @@ class Term:
 def surrogate(
     log_ratio_N: Tensor, logprob_N: Tensor, advantage_N: Tensor, importance_N: Tensor, objective: Objective
 ) -> Term:
-    """Return importance * L of each token; `log_ratio_N` is current / proximal at its level."""
+    """Return importance * L of each token; `log_ratio_N` is current / proximal at its level.
+
+    All arguments: [N]. Formulas and sources: objective.Surrogate.
+    """
     ratio = clamped(log_ratio_N).exp()
     fixed = ratio.detach()
     moves = inside(log_ratio_N.detach())
@@ -125,7 +131,10 @@ def surrogate(
 
 
 def penalised(drift_N: Tensor | None, penalty: Penalty) -> tuple[Tensor, Tensor] | None:
-    """Return the penalty of current / reference log-ratios and its slope, or None where the loss has none."""
+    """Return the penalty of current / reference log-ratios and its slope, or None where the loss has none.
+
+    drift_N: [N], not clamped; both results: [N], in nats. Formulas and source: objective.Penalty.
+    """
     if drift_N is None or penalty is Penalty.K1_IN_REWARD:
         return None
     drift = clamped(drift_N)

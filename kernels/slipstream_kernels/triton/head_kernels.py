@@ -77,7 +77,10 @@ def sweep_parts(
     PER_ROW: tl.constexpr, BIAS: tl.constexpr, SOFTCAP: tl.constexpr, LOGITS: tl.constexpr,
     DESCRIPTORS: tl.constexpr, WARP_SPECIALIZE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Statistics of C rows and one part of the vocabulary, over blocks of V columns from left to right."""
+    """Write [4, C] statistics of C rows and one part of the vocabulary, by V columns from left to right.
+
+    parts_K4C: [K, 4, rows], see statistics.py, in units of ln 2; logits_CV: [rows, columns], where wanted.
+    """
     row, part = tl.program_id(0) * C, tl.program_id(1)
     at_C = row + tl.arange(0, C)
     label_C = local_labels(labels_C, at_C, rows, columns)
@@ -126,7 +129,7 @@ def sweep_parts(
 
 @triton.jit
 def fold_parts(parts_K4C, merged_4C, parts, rows, C: tl.constexpr):
-    """Merge the parts of C rows in index order; see statistics.merge."""
+    """Merge the [K, 4, rows] parts of C rows in index order into [4, rows]; see statistics.merge."""
     at_C = tl.program_id(0) * C + tl.arange(0, C)
     inside_C = at_C < rows
     peak_C = tl.full((C,), _LEAST_PEAK, dtype=tl.float32)
@@ -159,7 +162,10 @@ def replace_by_gradient(
     V: tl.constexpr, PER_ROW: tl.constexpr, SOFTCAP: tl.constexpr,
     LOGPROB: tl.constexpr, ENTROPY: tl.constexpr, LOGSUMEXP: tl.constexpr,
 ):  # fmt: skip
-    """Replace one row of logits by its gradient, V columns at a time."""
+    """Replace one row of [rows, columns] logits by its gradient to hidden @ weight.T, V columns at a time.
+
+    logits_CV: times the inverse temperature, in nats, as logsumexp_C and entropy_C are; [rows] each.
+    """
     row = tl.program_id(0)
     zero = tl.load(logsumexp_C + row) * 0.0
     g_logprob, g_entropy, g_logsumexp, entropy = zero, zero, zero, zero

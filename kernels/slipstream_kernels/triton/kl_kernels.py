@@ -47,7 +47,7 @@ def kl_parts(
     REVERSE: tl.constexpr, PER_ROW: tl.constexpr, SOFTCAP: tl.constexpr, DESCRIPTORS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Statistics of both heads for C rows and one part of the vocabulary."""
+    """Write [7, C] statistics of both heads, in units of ln 2, for C rows and one part of the vocabulary."""
     row, part = tl.program_id(0) * C, tl.program_id(1)
     at_C = row + tl.arange(0, C)
     label_C = local_labels(labels_C, at_C, rows, columns)
@@ -100,7 +100,7 @@ def kl_parts(
 
 @triton.jit
 def merge_kl_parts(parts_J7C, merged_7C, parts, rows, C: tl.constexpr, REVERSE: tl.constexpr):
-    """Merge the parts of C rows in index order."""
+    """Merge the [J, 7, rows] parts of C rows in index order into [7, rows]."""
     at_C = tl.program_id(0) * C + tl.arange(0, C)
     inside_C = at_C < rows
     peak_p_C = tl.full((C,), _LEAST_PEAK, dtype=tl.float32)
@@ -149,7 +149,10 @@ def jsd_parts(
     PART: tl.constexpr, C: tl.constexpr, V: tl.constexpr, H: tl.constexpr,
     PER_ROW: tl.constexpr, SOFTCAP: tl.constexpr, DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Sums of p (log2 p - log2 m) and q (log2 q - log2 m) over one part; log_beta: log2 of beta."""
+    """Write [2, C] sums of p (log2 p - log2 m) and q (log2 q - log2 m) over one part.
+
+    log_total_p_C, log_total_q_C: [rows] log2 of sum 2^z; log_beta, log_rest: log2 of beta and of 1 - beta.
+    """
     row, part = tl.program_id(0) * C, tl.program_id(1)
     at_C = row + tl.arange(0, C)
     scale_C = row_scale(inverse_temperature, at_C, rows, PER_ROW) * _LOG2_E
@@ -201,7 +204,10 @@ def kl_gradient(
     log_rest, V: tl.constexpr, FORWARD: tl.constexpr, REVERSE: tl.constexpr, PER_ROW: tl.constexpr,
     SOFTCAP: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of one row to hidden_p @ weight_p.T; divergence: KL(p || q) or KL(p || m)."""
+    """Write the gradient of one row of [rows, columns] to hidden_p @ weight_p.T.
+
+    divergence_C: [rows] KL(p || q), or KL(p || m) for the Jensen-Shannon divergence; nats throughout.
+    """
     row = tl.program_id(0)
     label = tl.load(labels_C + row)
     all_p, all_q = tl.load(logsumexp_p_C + row), tl.load(logsumexp_q_C + row)

@@ -46,7 +46,7 @@ def operands(
 ) -> Operands:
     """Return both factors in one type and layout, and the output, with a tile that serves them.
 
-    `tile`, where given, is taken as it is.
+    hidden_CH: [C, H]; weight_VH: [V, H]; output_CV: [C, V] or None. `tile`, where given, is taken as it is.
     """
     dtype = torch.promote_types(hidden_CH.dtype, weight_VH.dtype)
     # The interpreter's products of bfloat16 are wrong without a word.
@@ -79,7 +79,7 @@ def operands(
 def paired_operands(
     p: tuple[Tensor, Tensor], q: tuple[Tensor, Tensor], *, work: Work, tile: Tile | None = None
 ) -> tuple[Operands, Operands]:
-    """Return the operands of two heads that one kernel multiplies, with one tile."""
+    """Return the operands of two heads that one kernel multiplies, with one tile; each [C, H] and [V, H]."""
     left, right = operands(*p, tile=tile, work=work), operands(*q, tile=tile, work=work)
     if left.tile == right.tile:
         return left, right

@@ -64,7 +64,10 @@ def policy_terms(inputs: PolicyInputs, share_N: Tensor, objective: Objective) ->
 def policy_loss(
     inputs: PolicyInputs, objective: Objective, divisor: Tensor, share_N: Tensor | None = None
 ) -> PolicyLoss:
-    """Return what the reference returns, computed in float32 on the device of the inputs."""
+    """Return what the reference returns, computed in float32 on the device of the inputs.
+
+    divisor: [] the batch's normalizer; of no effect where share_N, the [N] shares of the loss, is given.
+    """
     rows = inputs.logprob_N.numel()
     blocks = max(1, triton.cdiv(rows, TOKEN_BLOCK))
     fields = ("logprob_N", "behavior_N", "proximal_N", "reference_N", "entropy_N", "advantage_N", "weight_N")

@@ -71,7 +71,7 @@ def read(pointer, offset, within, live):
 
 @triton.jit
 def corrected(log_ratio, coefficients, CORRECTION: tl.constexpr):
-    """Return importance, whether it was truncated, whether it was masked."""
+    """Return [block] importance, whether it was truncated, whether it was masked."""
     cap = tl.load(coefficients + _CAP)
     ratio = tl.exp(clamped(log_ratio))
     above = ratio > cap
@@ -87,7 +87,10 @@ def corrected(log_ratio, coefficients, CORRECTION: tl.constexpr):
 
 @triton.jit
 def surrogate(log_ratio, logprob, advantage, importance, coefficients, SURROGATE: tl.constexpr):
-    """Return loss, slope, whether a bound and whether the dual clip took effect."""
+    """Return [block] loss, slope, whether a bound and whether the dual clip took effect.
+
+    log_ratio: current / proximal at its level, not clamped. Formulas and sources: objective.Surrogate.
+    """
     low = tl.load(coefficients + _CLIP_BELOW)
     high = tl.load(coefficients + _CLIP_ABOVE)
     ratio = tl.exp(clamped(log_ratio))
@@ -120,7 +123,7 @@ def surrogate(log_ratio, logprob, advantage, importance, coefficients, SURROGATE
 
 @triton.jit
 def penalised(drift, PENALTY: tl.constexpr):
-    """Return value and slope of the penalty in the loss; `drift` is not clamped."""
+    """Return [block] value and slope of the penalty in the loss, in nats; `drift` is not clamped."""
     near = clamped(drift)
     stuck = tl.abs(drift) > _LIMIT
     if PENALTY == "k2":
