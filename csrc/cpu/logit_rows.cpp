@@ -5,60 +5,19 @@
 #include <cmath>
 #include <cstring>
 
+#include "lanes.h"
 #include "slipstream.h"
-
-// Chosen by the loader; compilers without this attribute build the portable version alone.
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && !defined(__SANITIZE_ADDRESS__)
-#define FOR_EACH_INSTRUCTION_SET __attribute__((target_clones("avx2", "default")))
-#else
-#define FOR_EACH_INSTRUCTION_SET
-#endif
-#define INLINE static inline __attribute__((always_inline))
 
 namespace {
 
-constexpr int kLanes = 8;
+using namespace slipstream;
+
 // Columns of one part: their logits stay in the first-level cache between the two passes over them.
 constexpr int64_t kPart = 1024;
 // Fewer logits are done sooner by one thread than a team is woken.
 constexpr int64_t kParallelLogits = 1 << 15;
-constexpr float kLog2E = 1.44269504f;
 constexpr float kLn2 = 0.693147181f;
 constexpr float kLeast = -1e30f;
-
-typedef float Floats __attribute__((vector_size(4 * kLanes)));
-typedef int32_t Ints __attribute__((vector_size(4 * kLanes)));
-
-INLINE void load(Floats& to, const float* from) { std::memcpy(&to, from, sizeof(Floats)); }
-INLINE void store(float* to, const Floats& from) { std::memcpy(to, &from, sizeof(Floats)); }
-
-// Loads the last `count` < kLanes values; `filler` stands in the other lanes.
-INLINE void load_some(Floats& to, const float* from, int64_t count, float filler) {
-    for (int lane = 0; lane < kLanes; ++lane) to[lane] = lane < count ? from[lane] : filler;
-}
-
-INLINE void store_some(float* to, const Floats& from, int64_t count) {
-    for (int64_t lane = 0; lane < count; ++lane) to[lane] = from[lane];
-}
-
-// x = 2^x with a relative error below 2e-7; exactly 0 below -126.
-INLINE void exp2_lanes(Floats& x) {
-    const Floats kept = x < -126.0f ? Floats{} - 126.0f : x;
-    // Adding 1.5 * 2^23 rounds to an integer, which then stands in the low bits.
-    const Floats shifted = kept + 12582912.0f;
-    const Floats fraction = kept - (shifted - 12582912.0f);
-    // Least relative error of degree 6 on [-0.5, 0.5].
-    Floats power = Floats{} + 1.53375775e-4f;
-    power = power * fraction + 1.33998599e-3f;
-    power = power * fraction + 9.61851981e-3f;
-    power = power * fraction + 5.55032901e-2f;
-    power = power * fraction + 2.40226462e-1f;
-    power = power * fraction + 6.93147182e-1f;
-    power = power * fraction + 1.0f;
-    const Ints exponent = ((Ints)shifted - 0x4B400000 + 127) << 23;
-    const Floats result = power * (Floats)exponent;
-    x = x < -126.0f ? Floats{} : result;
-}
 
 // u = tanh(u): a polynomial near 0, where the quotient of exponentials would lose digits.
 INLINE void tanh_lanes(Floats& u) {
