@@ -27,7 +27,6 @@ constexpr float kLog2E = 1.44269504f;
 
 typedef float Floats __attribute__((vector_size(4 * kLanes)));
 typedef int32_t Ints __attribute__((vector_size(4 * kLanes)));
-typedef double Doubles __attribute__((vector_size(8 * kLanes)));
 
 INLINE void load(Floats& to, const float* from) { std::memcpy(&to, from, sizeof(Floats)); }
 INLINE void store(float* to, const Floats& from) { std::memcpy(to, &from, sizeof(Floats)); }

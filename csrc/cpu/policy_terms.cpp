@@ -18,8 +18,8 @@ typedef slipstream_objective Objective;
 // Log-ratios are held to this magnitude before exp, so that no ratio overflows.
 constexpr float kLimit = 20.0f;
 constexpr float kMost = 3.4028234663852886e38f;
-// Tokens whose sums stay in float, four to a lane, before they go to double.
-constexpr int64_t kGroup = 4 * kLanes;
+// Tokens whose sums stay in float, eight to a lane, before they go to double.
+constexpr int64_t kGroup = 8 * kLanes;
 // Tokens with sums of their own.
 constexpr int64_t kBlock = 1024;
 // Blocks whose sums are on the stack at a time.
@@ -232,7 +232,7 @@ INLINE void extend(Totals& totals, double most, double least) {
 FOR_EACH_INSTRUCTION_SET void add_block(const Inputs& in, const Objective& goal, int64_t start, int64_t stop,
                                         const Gradients& to, Totals& totals) {
     Floats sums[kSums] = {};
-    Doubles lanes[kRatioMax] = {};
+    double lanes[kRatioMax][kLanes] = {};
     sums[kRatioMin] = splat(kMost);
     for (int64_t n = start; n < stop; n += kGroup) {
         for (int64_t at = n; at < stop && at < n + kGroup; at += kLanes) {
@@ -240,7 +240,9 @@ FOR_EACH_INSTRUCTION_SET void add_block(const Inputs& in, const Objective& goal,
                                 : add_tokens(in, goal, at, stop - at, to, sums);
         }
         for (int place = 0; place < kRatioMax; ++place) {
-            lanes[place] += __builtin_convertvector(sums[place], Doubles);
+            float some[kLanes];
+            store(some, sums[place]);
+            for (int lane = 0; lane < kLanes; ++lane) lanes[place][lane] += some[lane];
             sums[place] = Floats{};
         }
     }
@@ -255,11 +257,15 @@ FOR_EACH_INSTRUCTION_SET void add_block(const Inputs& in, const Objective& goal,
 
 // Sets the first values of `active` to the tokens of [start, stop) that have a gradient, and returns their number.
 int64_t list_active(const Gradients& of, int64_t start, int64_t stop, int64_t* active) {
+    const float* other = of.entropy == nullptr ? of.logprob : of.entropy;
     int64_t count = 0;
     for (int64_t n = start; n < stop; ++n) {
-        // Not "> 0 or < 0": NaN must reach the weights' gradient.
+        uint32_t bits[2];
+        std::memcpy(bits, of.logprob + n, sizeof(float));
+        std::memcpy(bits + 1, other + n, sizeof(float));
         active[count] = n;
-        count += (of.logprob[n] != 0.0f) | (of.entropy != nullptr && of.entropy[n] != 0.0f);
+        // Whether a bit beside the sign is set: so in NaN too, which must reach the weights' gradient.
+        count += ((bits[0] | bits[1]) << 1) != 0;
     }
     return count;
 }
