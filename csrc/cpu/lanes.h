@@ -31,6 +31,8 @@ typedef int32_t Ints __attribute__((vector_size(4 * kLanes)));
 INLINE void load(Floats& to, const float* from) { std::memcpy(&to, from, sizeof(Floats)); }
 INLINE void store(float* to, const Floats& from) { std::memcpy(to, &from, sizeof(Floats)); }
 
+INLINE Floats splat(float x) { return Floats{x, x, x, x, x, x, x, x}; }
+
 // Loads the last `count` < kLanes values; `filler` stands in the other lanes.
 INLINE void load_some(Floats& to, const float* from, int64_t count, float filler) {
     for (int lane = 0; lane < kLanes; ++lane) to[lane] = lane < count ? from[lane] : filler;
@@ -43,8 +45,8 @@ INLINE void store_some(float* to, const Floats& from, int64_t count) {
 // The float that rounds to an integer when it is added, which then stands in the low bits.
 constexpr float kRounder = 12582912.0f;
 
-// x = 2^(fraction + the integer in `shifted`, within [-126, 127]), for a fraction in [-0.5, 0.5].
-INLINE void power_lanes(Floats& x, const Floats& fraction, const Floats& shifted) {
+// Returns 2^(fraction + the integer in `shifted`, within [-126, 127]) for a fraction in [-0.5, 0.5].
+INLINE Floats power_lanes(const Floats& fraction, const Floats& shifted) {
     // Least relative error of degree 6.
     Floats power = Floats{} + 1.53375775e-4f;
     power = power * fraction + 1.33998599e-3f;
@@ -54,25 +56,24 @@ INLINE void power_lanes(Floats& x, const Floats& fraction, const Floats& shifted
     power = power * fraction + 6.93147182e-1f;
     power = power * fraction + 1.0f;
     const Ints exponent = ((Ints)shifted - 0x4B400000 + 127) << 23;
-    x = power * (Floats)exponent;
+    return power * (Floats)exponent;
 }
 
 // x = 2^x with a relative error below 2e-7; exactly 0 below -126.
 INLINE void exp2_lanes(Floats& x) {
     const Floats kept = x < -126.0f ? Floats{} - 126.0f : x;
     const Floats shifted = kept + kRounder;
-    Floats power;
-    power_lanes(power, kept - (shifted - kRounder), shifted);
+    const Floats power = power_lanes(kept - (shifted - kRounder), shifted);
     x = x < -126.0f ? Floats{} : power;
 }
 
-// x = e^x within [-87, 87], with a relative error below 2e-7.
-INLINE void exp_lanes(Floats& x) {
+// Returns e^x within [-87, 87], with a relative error below 2e-7.
+INLINE Floats exp_lanes(const Floats& x) {
     const Floats shifted = x * kLog2E + kRounder;
     const Floats whole = shifted - kRounder;
     // ln 2 in two parts, the first so short that its products are exact: x * kLog2E alone would lose digits.
     const Floats rest = (x - whole * 0.693359375f) + whole * 2.12194440e-4f;
-    power_lanes(x, rest * kLog2E, shifted);
+    return power_lanes(rest * kLog2E, shifted);
 }
 
 }  // namespace slipstream

@@ -1,11 +1,10 @@
-// One pass of the policy loss over tokens: loss, gradients and metrics. Formulas: kernels/slipstream_kernels/objective.py.
-// Eight lanes, and sums of fixed blocks that are added up in order, make the bits the same for every instruction set
-// and number of threads.
+// One pass of the policy loss over tokens: loss, gradients and metrics. Eight lanes, and sums of fixed blocks that are
+// added up in order, make the bits the same for every instruction set and number of threads.
 
-#include <cmath>
 #include <cstring>
 
 #include "lanes.h"
+#include "policy_formulas.h"
 #include "slipstream.h"
 
 namespace {
@@ -13,10 +12,7 @@ namespace {
 using namespace slipstream;
 
 typedef slipstream_policy_inputs Inputs;
-typedef slipstream_objective Objective;
 
-// Log-ratios are held to this magnitude before exp, so that no ratio overflows.
-constexpr float kLimit = 20.0f;
 constexpr float kMost = 3.4028234663852886e38f;
 // Tokens whose sums stay in float, eight to a lane, before they go to double.
 constexpr int64_t kGroup = 8 * kLanes;
@@ -39,96 +35,12 @@ enum Sum {
     kSums
 };
 
-INLINE Floats splat(float x) { return Floats{x, x, x, x, x, x, x, x}; }
-INLINE Floats counted(Ints mask) { return mask ? splat(1.0f) : Floats{}; }
-
-// Comparisons are such that NaN, which must reach the loss, is never dropped.
-INLINE Floats within(Floats value, float low, float high) {
-    return value < low ? splat(low) : value > high ? splat(high) : value;
-}
-INLINE Floats clamped(Floats log_ratio) { return within(log_ratio, -kLimit, kLimit); }
-// Where the clamped log-ratio has no slope.
-INLINE Ints stuck(Floats log_ratio) { return (log_ratio < -kLimit) | (log_ratio > kLimit); }
-
-INLINE Floats exponential(Floats x) {
-    exp_lanes(x);
-    return x;
-}
-
-struct Corrected {
-    Floats importance;
-    Ints capped, rejected;
-};
-
-INLINE Corrected corrected(Floats mismatch, const Objective& goal) {
-    if (goal.correction == SLIPSTREAM_CORRECTION_NONE) return {splat(1.0f), Ints{}, Ints{}};
-    const Floats ratio = exponential(clamped(mismatch));
-    const Ints above = ratio > goal.importance_cap;
-    if (goal.correction == SLIPSTREAM_CORRECTION_TRUNCATE) {
-        return {above ? splat(goal.importance_cap) : ratio, above, Ints{}};
-    }
-    const Ints out = above | (ratio < goal.importance_floor);
-    return {out ? Floats{} : ratio, Ints{}, out};
-}
-
-struct Term {
-    Floats loss, slope;
-    Ints bounded, dual;
-};
-
-// The loss of a ratio, the current / proximal one, times `factor`; `moved` is its logarithm before the clamp.
-INLINE Term surrogate(Floats moved, Floats ratio, Floats logprob, Floats advantage, Floats factor,
-                      const Objective& goal) {
-    const float low = goal.ratio_low, high = goal.ratio_high;
-    switch (goal.surrogate) {
-        case SLIPSTREAM_SURROGATE_CISPO: {
-            const Floats slope = factor * within(ratio, low, high);
-            return {slope * logprob, slope, (ratio < low) | (ratio > high), Ints{}};
-        }
-        case SLIPSTREAM_SURROGATE_TOPR: {
-            const Ints harmful = advantage < 0.0f;
-            const Floats slope = factor * (harmful ? within(ratio, 0.0f, 1.0f) : splat(1.0f));
-            return {slope * logprob, slope, harmful & (ratio > 1.0f), Ints{}};
-        }
-        case SLIPSTREAM_SURROGATE_SAPO: {
-            const Floats heat = advantage > 0.0f ? splat(goal.gate_positive) : splat(goal.gate_negative);
-            // Held to what exp takes; the gate is shut or open long before.
-            const Floats gate = 1.0f / (1.0f + exponential(within(heat * (1.0f - ratio), -87.0f, 87.0f)));
-            const Floats slope = factor * 4.0f * gate * (1.0f - gate) * ratio;
-            return {factor * 4.0f / heat * gate, stuck(moved) ? Floats{} : slope, Ints{}, Ints{}};
-        }
-        default: {
-            const Ints bounded = advantage >= 0.0f ? ratio > high : ratio < low;
-            const Ints dual = (advantage < 0.0f) & (ratio > goal.dual_clip);
-            const Floats bound = dual ? splat(goal.dual_clip) : within(ratio, low, high);
-            const Ints still = bounded | dual;
-            return {factor * (still ? bound : ratio), still | stuck(moved) ? Floats{} : factor * ratio, bounded, dual};
-        }
-    }
-}
-
-struct Penalty {
-    Floats value, slope;
-};
-
-// `near` is the clamped drift, and `inverse` is exp(-near).
-INLINE Penalty penalised(Floats drift, Floats near, Floats inverse, int32_t kind) {
-    const Floats slope = kind == SLIPSTREAM_PENALTY_K3 ? 1.0f - inverse : near;
-    switch (kind) {
-        case SLIPSTREAM_PENALTY_K2:
-            return {0.5f * near * near, stuck(drift) ? Floats{} : slope};
-        case SLIPSTREAM_PENALTY_K3:
-        case SLIPSTREAM_PENALTY_K3_WITH_K2_GRADIENT:
-            return {inverse - 1.0f + near, stuck(drift) ? Floats{} : slope};
-        default:
-            return {Floats{}, Floats{}};
-    }
-}
+INLINE Floats counted(const Ints& mask) { return mask ? splat(1.0f) : Floats{}; }
 
 // Adds d, d^2 / 2 and r - 1 - log r, where r is exp(d) or exp(-d).
-INLINE void add_divergences(Floats* sums, int at, Floats log_ratio, Floats ratio, Floats log_of_ratio) {
-    sums[at] += log_ratio;
-    sums[at + 1] += 0.5f * log_ratio * log_ratio;
+INLINE void add_divergences(Floats* sums, int at, const Floats& d, const Floats& ratio, const Floats& log_of_ratio) {
+    sums[at] += d;
+    sums[at + 1] += 0.5f * d * d;
     sums[at + 2] += ratio - 1.0f - log_of_ratio;
 }
 
@@ -145,8 +57,26 @@ INLINE Floats lived(const float* from, const Place& at) {
     return at.live ? x : Floats{};
 }
 
-INLINE void put(float* to, const Place& at, Floats x) {
+INLINE void put(float* to, const Place& at, const Floats& x) {
     at.count >= kLanes ? store(to + at.start, x) : store_some(to + at.start, x, at.count);
+}
+
+INLINE Place place_of(const Inputs& in, int64_t start, int64_t count) {
+    const Place all = {start, count, ~Ints{}};
+    return {start, count, lived(in.weight, all) > 0.0f};
+}
+
+// Current / behavior, current / proximal and proximal / behavior of a vector of tokens.
+struct Ratios {
+    Floats raw, moved, mismatch;
+};
+
+// Returns the logarithms before the clamp.
+INLINE Ratios log_ratios(const Inputs& in, const Place& at) {
+    const Floats current = lived(in.logprob, at), behavior = lived(in.behavior, at);
+    const Floats base = in.proximal == nullptr ? current : lived(in.proximal, at);
+    return {current - behavior, in.moved == nullptr ? current - base : lived(in.moved, at),
+            in.mismatch == nullptr ? base - behavior : lived(in.mismatch, at)};
 }
 
 struct Gradients {
@@ -154,8 +84,9 @@ struct Gradients {
 };
 
 // Takes the penalty off the advantage or adds it to the loss, and returns its slope.
-INLINE Floats add_reference(Floats drift, Floats share, Floats& advantage, const Objective& goal, Floats* sums) {
-    const Floats near = clamped(drift), inverse = exponential(-near);
+INLINE Floats add_reference(const Floats& drift, const Floats& share, const Objective& goal, Floats& advantage,
+                            Floats* sums) {
+    const Floats near = clamped(drift), inverse = exp_lanes(-near);
     add_divergences(sums, kReference, near, inverse, -near);
     if (goal.penalty == SLIPSTREAM_PENALTY_K1_IN_REWARD) advantage -= goal.kl_coefficient * near;
     const Penalty penalty = penalised(drift, near, inverse, goal.penalty);
@@ -163,7 +94,8 @@ INLINE Floats add_reference(Floats drift, Floats share, Floats& advantage, const
     return goal.kl_coefficient * penalty.slope;
 }
 
-INLINE void add_outcome(const Place& at, Floats advantage, const Corrected& weight, const Term& term, Floats* sums) {
+INLINE void add_outcome(const Place& at, const Floats& advantage, const Corrected& weight, const Term& term,
+                        Floats* sums) {
     const Ints positive = advantage > 0.0f, negative = advantage < 0.0f;
     sums[kImportance] += at.live ? weight.importance : Floats{};
     sums[kAdvantagePositive] += positive ? advantage : Floats{};
@@ -178,43 +110,60 @@ INLINE void add_outcome(const Place& at, Floats advantage, const Corrected& weig
     sums[kRejected] += counted(at.live & weight.rejected);
 }
 
-// Writes the gradients of at most one vector of tokens, and adds to the sums and extremes.
-INLINE void add_tokens(const Inputs& in, const Objective& goal, int64_t start, int64_t count, const Gradients& to,
-                       Floats* sums) {
-    Place at = {start, count, ~Ints{}};
-    at.live = lived(in.weight, at) > 0.0f;
-    const Floats current = lived(in.logprob, at), behavior = lived(in.behavior, at);
-    const Floats base = in.proximal == nullptr ? current : lived(in.proximal, at);
-    const Floats raw = clamped(current - behavior), raw_ratio = exponential(raw);
-    const Ints trusted = at.live & (raw_ratio >= goal.trust_low) & (raw_ratio <= goal.trust_high);
-    const Floats share = trusted ? lived(in.share, at) : Floats{};
+INLINE void add_proximal(const Inputs& in, const Place& at, const Floats& ratio, Floats* sums) {
+    const Floats moved = clamped(lived(in.logprob, at) - lived(in.proximal, at));
+    // A segment's ratio is not the token's.
+    add_divergences(sums, kProximal, moved, in.moved == nullptr ? ratio : exp_lanes(moved), moved);
+}
+
+INLINE void add_raw(const Place& at, const Floats& raw, const Floats& ratio, const Ints& trusted, Floats* sums) {
+    add_divergences(sums, kBehavior, raw, ratio, raw);
+    sums[kRatio] += at.live ? ratio : Floats{};
+    sums[kRatioSquare] += at.live ? ratio * ratio : Floats{};
+    sums[kRatioMax] = at.live & (ratio > sums[kRatioMax]) ? ratio : sums[kRatioMax];
+    sums[kRatioMin] = at.live & (ratio < sums[kRatioMin]) ? ratio : sums[kRatioMin];
+    sums[kMasked] += counted(at.live & ~trusted);
+}
+
+// Writes the gradients of a vector of tokens, and adds to the sums and extremes.
+INLINE void add_tokens(const Inputs& in, const Objective& goal, const Place& at, const Ratios& ratios,
+                       const Gradients& to, Floats* sums) {
+    const Ratios logs = log_ratios(in, at);
+    const Ints trusted = at.live & (ratios.raw >= goal.trust_low) & (ratios.raw <= goal.trust_high);
+    const Floats current = lived(in.logprob, at), share = trusted ? lived(in.share, at) : Floats{};
     Floats advantage = lived(in.advantage, at), penalty_slope = Floats{};
     if (in.reference != nullptr) {
-        penalty_slope = add_reference(current - lived(in.reference, at), share, advantage, goal, sums);
+        penalty_slope = add_reference(current - lived(in.reference, at), share, goal, advantage, sums);
     }
-    Floats moved = current - base, ratio = exponential(clamped(moved));
-    if (in.proximal != nullptr) add_divergences(sums, kProximal, clamped(moved), ratio, clamped(moved));
-    if (in.moved != nullptr) {
-        moved = lived(in.moved, at);
-        ratio = exponential(clamped(moved));
-    }
+    if (in.proximal != nullptr) add_proximal(in, at, ratios.moved, sums);
     if (in.entropy != nullptr) {
         const Floats entropy = lived(in.entropy, at), gradient = -goal.entropy_coefficient * share;
         put(to.entropy, at, gradient);
         sums[kLossEntropy] += gradient * entropy;
         sums[kEntropy] += entropy;
     }
-    const Corrected weight = corrected(in.mismatch == nullptr ? base - behavior : lived(in.mismatch, at), goal);
-    const Term term = surrogate(moved, ratio, current, advantage, -weight.importance * advantage, goal);
+    const Corrected weight = corrected(ratios.mismatch, goal);
+    const Term term = surrogate(logs.moved, ratios.moved, current, advantage, weight.importance, goal);
     put(to.logprob, at, share * (term.slope + penalty_slope));
     sums[kLossSurrogate] += share * term.loss;
-    add_divergences(sums, kBehavior, raw, raw_ratio, raw);
-    sums[kRatio] += at.live ? raw_ratio : Floats{};
-    sums[kRatioSquare] += at.live ? raw_ratio * raw_ratio : Floats{};
-    sums[kRatioMax] = at.live & (raw_ratio > sums[kRatioMax]) ? raw_ratio : sums[kRatioMax];
-    sums[kRatioMin] = at.live & (raw_ratio < sums[kRatioMin]) ? raw_ratio : sums[kRatioMin];
-    sums[kMasked] += counted(at.live & ~trusted);
+    add_raw(at, clamped(logs.raw), ratios.raw, trusted, sums);
     add_outcome(at, advantage, weight, term, sums);
+}
+
+// Adds at most kGroup tokens; `whole` says that there are no fewer.
+INLINE void add_group(const Inputs& in, const Objective& goal, int64_t start, int64_t stop, bool whole,
+                      const Gradients& to, Floats* sums) {
+    // First all ratios: one exp takes long, but many can be under way at once.
+    Ratios ratios[kGroup / kLanes];
+    for (int64_t n = start, k = 0; n < stop; n += kLanes, ++k) {
+        const Ratios logs = log_ratios(in, place_of(in, n, whole ? kLanes : stop - n));
+        ratios[k].raw = exp_lanes(clamped(logs.raw));
+        ratios[k].moved = exp_lanes(clamped(logs.moved));
+        ratios[k].mismatch = exp_lanes(clamped(logs.mismatch));
+    }
+    for (int64_t n = start, k = 0; n < stop; n += kLanes, ++k) {
+        add_tokens(in, goal, place_of(in, n, whole ? kLanes : stop - n), ratios[k], to, sums);
+    }
 }
 
 // What a block of tokens, or all blocks up to one, add up to; the last two sums are extremes.
@@ -235,10 +184,8 @@ FOR_EACH_INSTRUCTION_SET void add_block(const Inputs& in, const Objective& goal,
     double lanes[kRatioMax][kLanes] = {};
     sums[kRatioMin] = splat(kMost);
     for (int64_t n = start; n < stop; n += kGroup) {
-        for (int64_t at = n; at < stop && at < n + kGroup; at += kLanes) {
-            stop - at >= kLanes ? add_tokens(in, goal, at, kLanes, to, sums)
-                                : add_tokens(in, goal, at, stop - at, to, sums);
-        }
+        stop - n >= kGroup ? add_group(in, goal, n, n + kGroup, true, to, sums)
+                           : add_group(in, goal, n, stop, false, to, sums);
         for (int place = 0; place < kRatioMax; ++place) {
             float some[kLanes];
             store(some, sums[place]);
