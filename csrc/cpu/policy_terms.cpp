@@ -21,7 +21,7 @@ constexpr int64_t kBlock = 1024;
 // Blocks whose sums are on the stack at a time.
 constexpr int64_t kRound = 128;
 // Fewer tokens are done sooner by one thread than a team is woken.
-constexpr int64_t kParallelTokens = 1 << 14;
+constexpr int64_t kParallelTokens = 1 << 15;
 
 // Places of the sums, in the order that the header gives.
 enum Sum {
@@ -257,7 +257,7 @@ extern "C" int32_t slipstream_policy_terms_f32(const slipstream_policy_inputs* i
     Totals totals = nothing(), blocks[kRound];
     for (int64_t first = 0; first < tokens; first += kRound * kBlock) {
         const int64_t left = (tokens - first + kBlock - 1) / kBlock, count = left < kRound ? left : kRound;
-#pragma omp parallel for schedule(static) num_threads(workers) if (workers > 1 && tokens >= kParallelTokens)
+#pragma omp parallel for schedule(dynamic) num_threads(workers) if (workers > 1 && tokens >= kParallelTokens)
         for (int64_t k = 0; k < count; ++k) {
             const int64_t start = first + k * kBlock, stop = tokens - start < kBlock ? tokens : start + kBlock;
             blocks[k] = nothing();
