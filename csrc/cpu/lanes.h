@@ -16,7 +16,7 @@
 #define INLINE static inline __attribute__((always_inline))
 
 // The warning is about vectors that pass between instruction sets; these never leave the sweep that they are in.
-#if defined(__GNUC__)
+#if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic ignored "-Wpsabi"
 #endif
 

@@ -25,11 +25,7 @@ PLANTED = {
     "gradients left in their old rows": (ROWS, "if (chosen[k] != k)", "if (false)"),
     "segments leak into each other": (SCAN, "- cu_seqlens[next], 0.0}", "- cu_seqlens[next], lane.carry}"),
     "penalty has no slope": (TERMS, "share * (term.slope + penalty_slope)", "share * term.slope"),
-    "untrusted tokens keep their gradient": (
-        TERMS,
-        "trusted ? lived(in.share, at) : Floats{}",
-        "lived(in.share, at)",
-    ),
+    "untrusted tokens keep their gradient": (TERMS, "share = trusted ? lived", "share = at.live ? lived"),
     "lanes beyond the last token count": (TERMS, "at.start, at.count, 0.0f)", "at.start, at.count, 1.0f)"),
     "sums of a group count twice": (TERMS, "sums[place] = Floats{};", ""),
     "active tokens of a later block stay behind": (TERMS, "memmove(active + totals.active", "memmove(active"),
