@@ -70,8 +70,8 @@ INLINE Term surrogate(const Floats& moved, const Floats& ratio, const Floats& lo
             const Ints bounded = advantage >= 0.0f ? ratio > high : ratio < low;
             const Ints dual = (advantage < 0.0f) & (ratio > goal.dual_clip);
             const Floats bound = dual ? splat(goal.dual_clip) : within(ratio, low, high);
-            const Ints still = bounded | dual;
-            return {factor * (still ? bound : ratio), still | stuck(moved) ? Floats{} : factor * ratio, bounded, dual};
+            const Ints held = bounded | dual, still = held | stuck(moved);
+            return {factor * (held ? bound : ratio), still ? Floats{} : factor * ratio, bounded, dual};
         }
     }
 }

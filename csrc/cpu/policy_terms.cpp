@@ -120,8 +120,8 @@ INLINE void add_raw(const Place& at, const Floats& raw, const Floats& ratio, con
     add_divergences(sums, kBehavior, raw, ratio, raw);
     sums[kRatio] += at.live ? ratio : Floats{};
     sums[kRatioSquare] += at.live ? ratio * ratio : Floats{};
-    sums[kRatioMax] = at.live & (ratio > sums[kRatioMax]) ? ratio : sums[kRatioMax];
-    sums[kRatioMin] = at.live & (ratio < sums[kRatioMin]) ? ratio : sums[kRatioMin];
+    sums[kRatioMax] = (at.live & (ratio > sums[kRatioMax])) ? ratio : sums[kRatioMax];
+    sums[kRatioMin] = (at.live & (ratio < sums[kRatioMin])) ? ratio : sums[kRatioMin];
     sums[kMasked] += counted(at.live & ~trusted);
 }
 
