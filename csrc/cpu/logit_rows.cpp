@@ -10,6 +10,8 @@
 
 namespace {
 
+using namespace slipstream;
+
 // Columns of one part: their logits stay in the first-level cache between the two passes over them.
 constexpr int64_t kPart = 1024;
 // Fewer logits are done sooner by one thread than a team is woken.

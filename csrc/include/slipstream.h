@@ -157,12 +157,14 @@ typedef struct {
 } slipstream_policy_inputs;
 
 // grad_logprob, grad_entropy: [tokens], the latter null where entropy is. active: [tokens], of which the first
-// active_count are set to the tokens whose gradient is not 0, ascending, and the others undefined. loss: [1]. metrics: [32] in the order of
-// metrics.py. A token whose weight is not positive adds nothing, whatever its other values. Sums are in double.
+// active_count are set to the tokens whose gradient is not 0, ascending, and the others undefined. loss: [1]. metrics:
+// [32] in the order of policy_result.py. A token whose weight is not positive adds nothing, whatever its other values.
+// Sums are in double, but for a few tokens at a time, and in a fixed order of 8 lanes and blocks of 1,024 tokens.
 SLIPSTREAM_EXPORT int32_t slipstream_policy_terms_f32(const slipstream_policy_inputs* inputs,
                                                       const slipstream_objective* objective, int64_t tokens,
-                                                      float* grad_logprob, float* grad_entropy, int64_t* active,
-                                                      int64_t* active_count, float* loss, float* metrics);
+                                                      int32_t threads, float* grad_logprob, float* grad_entropy,
+                                                      int64_t* active, int64_t* active_count, float* loss,
+                                                      float* metrics);
 
 // How token losses become one, as the members of Aggregation.
 enum slipstream_aggregation {

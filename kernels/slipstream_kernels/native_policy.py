@@ -116,6 +116,7 @@ def policy_terms(inputs: PolicyInputs, share_N: Tensor, objective: Objective) ->
         ctypes.byref(_Inputs(*(None if tensor is None else tensor.data_ptr() for tensor in ready))),
         ctypes.byref(_goal(objective)),
         tokens,
+        torch.get_num_threads(),
         grad_logprob_N.data_ptr(),
         None if grad_entropy_N is None else grad_entropy_N.data_ptr(),
         active_N.data_ptr(),
@@ -189,5 +190,5 @@ def _library() -> ctypes.CDLL:
     library.slipstream_token_shares_f32.argtypes = [
         pointer, pointer, size, size, choice, ctypes.c_float, *[pointer] * 5,
     ]  # fmt: skip
-    library.slipstream_policy_terms_f32.argtypes = [pointer, pointer, size, *[pointer] * 6]
+    library.slipstream_policy_terms_f32.argtypes = [pointer, pointer, size, choice, *[pointer] * 6]
     return library

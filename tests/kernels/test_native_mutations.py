@@ -37,7 +37,10 @@ PLANTED = {
     "bootstrap counts in part": (PASS, "later.none ? how.trace : 0.0f", "0.0f"),
     "wrong denominator": (SHARES, "weight[n] / divisor / length", "weight[n] / divisor"),
     "penalty has no slope": (TERMS, "share * (term.slope + penalty_slope)", "share * term.slope"),
-    "untrusted tokens keep their gradient": (TERMS, "trusted ? in.share[n] : 0.0f", "in.share[n]"),
+    "untrusted tokens keep their gradient": (TERMS, "share = trusted ? lived", "share = at.live ? lived"),
+    "lanes beyond the last token count": (TERMS, "at.start, at.count, 0.0f)", "at.start, at.count, 1.0f)"),
+    "sums of a group count twice": (TERMS, "sums[place] = Floats{};", ""),
+    "active tokens of a later block stay behind": (TERMS, "memmove(active + totals.active", "memmove(active"),
 }
 
 

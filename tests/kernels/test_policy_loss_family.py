@@ -21,6 +21,7 @@ from slipstream_kernels import (
     finish_metrics,
     merge_metrics,
     native,
+    native_policy,
     policy_loss,
     reference,
 )
@@ -601,3 +602,87 @@ def test_native_pass_equals_the_reference_in_float64(
         gradients, torch.autograd.grad(3.0 * truth.loss, [exact[name] for name in asked]), strict=True
     ):
         torch.testing.assert_close(actual.double(), expected, rtol=1e-5, atol=1e-6)
+
+
+def many_inputs(count: int) -> reference.PolicyInputs:
+    """Of two segments; a third of the tokens has no weight, and holds NaN."""
+    bounds = torch.tensor([0, count // 3, count])
+    weight_N = torch.where(torch.arange(count) % 3 == 2, 0.0, 1.0)
+    one, two, three, four, five = (
+        torch.where(weight_N > 0, torch.randn(count) * 0.5, math.nan) for _ in range(5)
+    )
+    return reference.PolicyInputs(
+        logprob_N=one,
+        behavior_N=two,
+        proximal_N=three,
+        reference_N=four,
+        entropy_N=torch.rand(count),
+        advantage_N=five,
+        weight_N=weight_N,
+        cu_seqlens=bounds,
+    )
+
+
+@pytest.mark.skipif(not native.available(), reason=native.description())
+@pytest.mark.parametrize("objective", FAMILY[::5])
+@pytest.mark.parametrize("count", [1, 7, 8, 9, 63, 65, 1023, 1025, 2049])
+def test_native_pass_of_ragged_sizes(objective: Objective, count: int) -> None:
+    """Sizes beside those of a vector, of a group of vectors and of a block of groups."""
+    inputs = many_inputs(count)
+    exact = reference.PolicyInputs(
+        **{
+            f.name: t.double() if (t := getattr(inputs, f.name)).is_floating_point() else t
+            for f in fields(inputs)
+        }
+    )
+    share_N = torch.where(inputs.weight_N > 0, torch.rand(count) / count, math.inf)
+    got, active_N = native_policy.policy_terms(inputs, share_N, objective)
+    truth = reference.policy_terms(exact, share_N.double().nan_to_num(posinf=0.0), objective)
+    torch.testing.assert_close(got.loss.double(), truth.loss, rtol=1e-5, atol=1e-6)
+    assert got.grad_entropy_N is not None
+    assert truth.grad_entropy_N is not None
+    torch.testing.assert_close(got.grad_logprob_N.double(), truth.grad_logprob_N, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(got.grad_entropy_N.double(), truth.grad_entropy_N, rtol=1e-5, atol=1e-6)
+    for name, value in truth.metrics.items():
+        torch.testing.assert_close(got.metrics[name].double(), value, rtol=1e-5, atol=1e-5, msg=name)
+    moving = (got.grad_logprob_N != 0) | (got.grad_entropy_N != 0)
+    assert torch.equal(active_N, moving.nonzero()[:, 0])
+
+
+@pytest.mark.skipif(not native.available(), reason=native.description())
+@pytest.mark.parametrize("count", [5_000, 140_001])
+def test_native_pass_has_the_same_bits_on_two_threads(count: int) -> None:
+    """The second size is above the one that threads share, and has more blocks than are kept at a time."""
+    inputs, objective = many_inputs(count), Objective.dapo()
+    share_N = inputs.weight_N / count
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            results.append(native_policy.policy_terms(inputs, share_N, objective))
+    finally:
+        torch.set_num_threads(before)
+    (one, one_active_N), (two, two_active_N) = results
+    assert one.grad_entropy_N is not None
+    assert two.grad_entropy_N is not None
+    assert torch.equal(one.loss, two.loss)
+    assert torch.equal(one.grad_logprob_N, two.grad_logprob_N)
+    assert torch.equal(one.grad_entropy_N, two.grad_entropy_N)
+    assert torch.equal(one_active_N, two_active_N)
+    assert all(torch.equal(one.metrics[name], value) for name, value in two.metrics.items())
+
+
+@pytest.mark.skipif(not native.available(), reason=native.description())
+@pytest.mark.parametrize("name", ["logprob_N", "proximal_N"])
+@pytest.mark.parametrize("token", [3, 16])
+def test_nan_of_a_live_token_reaches_loss_and_gradient(name: str, token: int) -> None:
+    """In a whole vector of lanes and in what is left of one."""
+    inputs = many_inputs(20)
+    poisoned = getattr(inputs, name).clone()
+    poisoned[token] = math.nan
+    share_N = inputs.weight_N / 20
+    terms, active_N = native_policy.policy_terms(replace(inputs, **{name: poisoned}), share_N, Objective())
+    assert terms.loss.isnan()
+    assert terms.grad_logprob_N.isnan().nonzero()[:, 0].tolist() == [token]
+    assert token in active_N
