@@ -181,7 +181,9 @@ class _Differentiable(torch.autograd.Function):
                     "linear_policy_loss: its gradients serve one backward pass, and this is the second; call"
                     " the op again instead of retaining the graph"
                 )
-            scaled = [gradient.mul_(upstream) for gradient in gradients]
+            # The usual upstream is 1; on a CPU to look costs nothing, on a GPU it would wait for the device.
+            as_it_is = upstream.device.type == "cpu" and float(upstream) == 1.0
+            scaled = gradients if as_it_is else [gradient.mul_(upstream) for gradient in gradients]
         needed = (gradient if need else None for gradient, need in zip(scaled, ctx.needs, strict=True))
         return *needed, *[None] * 14
 
