@@ -24,6 +24,7 @@ import uvloop
 from slipstream.config import RunConfig
 from slipstream.environments import environment_factory
 from slipstream.episodes import EpisodeRunner
+from slipstream.flight_recorder import FLIGHT
 from slipstream.inference.embedded import EmbeddedBackend
 from slipstream.inference.trial import lease_key
 from slipstream.messages import Grant, Stop, Weights
@@ -169,6 +170,7 @@ class Actor:
 
     async def _load(self, backend: EmbeddedBackend, update: WeightUpdate) -> None:
         await self._client.prove(await backend.load(update))
+        FLIGHT.note(f"serial {update.version.serial} loaded and proven")
         self._changed.set()
 
     def _begin(self, leases: tuple[Lease, ...], backend: EmbeddedBackend) -> None:
@@ -206,6 +208,7 @@ class Actor:
                 async with asyncio.timeout(REPORT_EVERY_S):
                     await self._stopping.wait()
             now, tokens = time.monotonic(), self._train.tokens_generated
+            FLIGHT.beat()
             await self._client.report(
                 {
                     "episodes": float(self.episodes),

@@ -19,6 +19,7 @@ from slipstream import config as configuration
 from slipstream import run_folder
 from slipstream.config import RunConfig
 from slipstream.errors import ConfigurationError, RunFolderError, SlipstreamError, StorageError, disk_failure
+from slipstream.flight_recorder import FLIGHT, FOLDER
 from slipstream.process import guard_parent
 from slipstream.types import Split
 
@@ -98,6 +99,7 @@ def _commands() -> dict[str, Command]:
         ("rollout", _rollout_args, _rollout, "Print a few episodes to read."),
         ("eval", _eval_args, _eval, "Measure the success of a checkpoint."),
         ("plot", _folder_args, _plot, "Draw the learning curve of a run."),
+        ("doctor", _folder_args, _doctor, "Say what the processes of a run wait for, and what is wrong."),
         ("bench", _bench_args, _bench, "Run a benchmark of the source tree."),
         ("warmup", _role_args, _warmup, "Run the warm start alone."),
         ("hub", _role_args, _hub, "Run the hub alone."),
@@ -209,6 +211,14 @@ def _plot(chosen: argparse.Namespace) -> int:
     return 0
 
 
+def _doctor(chosen: argparse.Namespace) -> int:
+    from slipstream import doctor
+
+    report, well = doctor.examine(chosen.folder)
+    sys.stdout.write(report)
+    return 0 if well else 1
+
+
 def _bench(chosen: argparse.Namespace) -> int:
     folder = Path(__file__).resolve().parents[2] / "bench"
     names = sorted(path.stem for path in folder.glob("*.py") if not path.stem.startswith("_"))
@@ -227,14 +237,14 @@ def _warmup(chosen: argparse.Namespace) -> int:
     config, folder = _role_folder(chosen)
     from slipstream import warmup
 
-    return warmup.main(config, folder)
+    return _recorded(folder, "warmup-0", lambda: warmup.main(config, folder))
 
 
 def _hub(chosen: argparse.Namespace) -> int:
     config, folder = _role_folder(chosen)
     from slipstream import hub
 
-    return hub.main(config, folder)
+    return _recorded(folder, "hub-0", lambda: hub.main(config, folder))
 
 
 def _actor(chosen: argparse.Namespace) -> int:
@@ -242,7 +252,7 @@ def _actor(chosen: argparse.Namespace) -> int:
     _note_hub(folder, chosen.hub, chosen.run)
     from slipstream import actor
 
-    return actor.main(config, folder, chosen.name)
+    return _recorded(folder, chosen.name, lambda: actor.main(config, folder, chosen.name))
 
 
 def _learner(chosen: argparse.Namespace) -> int:
@@ -250,7 +260,21 @@ def _learner(chosen: argparse.Namespace) -> int:
     _note_hub(folder, chosen.hub, chosen.run)
     from slipstream import learner
 
-    return learner.main(config, folder)
+    return _recorded(folder, "learner-0", lambda: learner.main(config, folder))
+
+
+def _recorded(folder: Path, name: str, run: Callable[[], int]) -> int:
+    """Run a role with its flight recorder on (flight_recorder.py)."""
+    FLIGHT.start(folder / FOLDER / f"{name}.ring")
+    try:
+        code = run()
+    except (SlipstreamError, OSError) as error:
+        FLIGHT.note(f"failed: {error}")
+        FLIGHT.end()
+        raise
+    FLIGHT.note(f"done with exit code {code}")
+    FLIGHT.end()
+    return code
 
 
 def _version(chosen: argparse.Namespace) -> int:

@@ -75,6 +75,8 @@ class RunConfig(Part):
     """How many versions old a token may be when it is trained."""
     device: str = "auto"
     """"auto" takes a GPU where there is one."""
+    stall_timeout_s: float = Field(default=600.0, gt=0.0)
+    """A process that shows no sign of life for so long is killed, with a report in the folder `flight`."""
     environment: EnvironmentConfig = EnvironmentConfig()
     model: ModelConfig = ModelConfig()
     warmup: WarmupConfig = WarmupConfig()

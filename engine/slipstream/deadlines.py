@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from slipstream.errors import DeadlineError
+from slipstream.flight_recorder import FLIGHT
 
 T = TypeVar("T")
 
@@ -77,11 +78,14 @@ class Deadline:
 async def within(awaitable: Awaitable[T], seconds: float, who: str, waits_for: str) -> T:
     """Await something for at most `seconds`; raises DeadlineError on expiry."""
     deadline = Deadline(seconds, who, waits_for)
+    FLIGHT.waits(waits_for, seconds)
     try:
         async with asyncio.timeout(seconds):
             return await awaitable
     except TimeoutError as error:
         raise deadline.error() from error
+    finally:
+        FLIGHT.goes_on()
 
 
 def _stacks() -> str:

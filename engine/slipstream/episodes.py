@@ -19,6 +19,7 @@ from slipstream.chat import Chat
 from slipstream.config import EnvironmentConfig, RewardConfig
 from slipstream.environments import EnvironmentFactory
 from slipstream.errors import InfrastructureError
+from slipstream.flight_recorder import FLIGHT
 from slipstream.interfaces import Environment, InferenceBackend, Transition
 from slipstream.rewards import turn_rewards
 from slipstream.tools.hermes import parse_call
@@ -186,6 +187,7 @@ class EpisodeRunner:
         When the environment's ground fails (InfrastructureError, OSError) the trajectory holds what
         happened until then and no scores: a failure that says nothing about the policy is no reward.
         """
+        FLIGHT.beat()
         clock, recorder, environment = _Clock(), Recorder(), self.factory.make()
         scores: Sequence[Score] = ()
         try:

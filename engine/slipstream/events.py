@@ -153,3 +153,32 @@ AnyEvent = (
     | EvaluationDone
     | CheckpointPublished
 )
+
+
+def brief(event: AnyEvent) -> str:
+    """Return an event in a few words for a time line, or "" for those that come by the thousand."""
+    match event:
+        case Epoch(actor=actor, epoch=epoch):
+            return f"actor {actor} joined, epoch {epoch}"
+        case Incarnation(number=number, fork_step=step):
+            return f"learner joined at step {step}, incarnation {number}"
+        case Released(slots=slots, reason=reason):
+            return f"{len(slots)} leases released: {reason}"
+        case Quarantined(actor=actor, file=file, reason=reason):
+            return f"bytes of {actor} quarantined as {file}: {reason}"
+        case Trained(step=step, identities=identities):
+            return f"batch {step} handed out, {len(identities)} trajectories"
+        case Dropped(identities=identities, reason=reason):
+            return f"{len(identities)} trajectories dropped: {reason}"
+        case Published(update=update):
+            return f"serial {update.version.serial} of step {update.version.step} announced"
+        case Proven(actor=actor, serial=serial):
+            return f"serial {serial} proven by {actor}"
+        case RolledBack(step=step):
+            return f"learner went back to step {step}"
+        case EvaluationDone(serial=serial, success=success):
+            return f"serial {serial} evaluated, success {success:.3f}"
+        case CheckpointPublished(step=step):
+            return f"checkpoint of step {step}"
+        case GroupOpened() | Leased() | Received():
+            return ""

@@ -19,6 +19,7 @@ from typing import Final
 
 from slipstream.config import RunConfig
 from slipstream.errors import AddressError, RunFolderError, StorageError
+from slipstream.flight_recorder import FLIGHT
 from slipstream.ingest import IngestLog
 from slipstream.ledger import Ledger
 from slipstream.messages import Buffer
@@ -75,6 +76,7 @@ class Bookkeeper:
 
     def turn(self) -> None:
         """Write new rows, and the status when it is due."""
+        FLIGHT.beat()
         for row in self._ledger.take_reports():
             append_row(self._folder / METRICS, row)
         now = time.monotonic()

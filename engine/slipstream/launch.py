@@ -15,10 +15,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from slipstream import run_folder, summary
+from slipstream import doctor, run_folder, summary
 from slipstream.checkpoint import load_latest, verify
 from slipstream.config import RunConfig
 from slipstream.errors import CheckpointError, RoleError, StorageError, disk_failure
+from slipstream.flight_recorder import FOLDER
 from slipstream.supervisor import Patience, RoleSpec, StoppedBySignal, Supervisor, raising_signals
 from slipstream.types import Split
 
@@ -57,7 +58,8 @@ def train(
             program=program,
             on_event=screen.event,
             on_tick=run.tick,
-            patience=patience or Patience(),
+            on_stall=run.examine_stall,
+            patience=patience or Patience(stall_s=config.stall_timeout_s),
         )
         try:
             run.stages(serial=serial)
@@ -191,6 +193,13 @@ class _Run:
             outlives=outlives,
             resends=resends,
         )
+
+    def examine_stall(self, name: str) -> str:
+        """Keep the doctor's report on a role that is about to be killed for its silence."""
+        path = self._folder / FOLDER / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}.stall"
+        report, _ = doctor.examine(self._folder, stalled=name)
+        path.write_text(report, encoding="utf-8")
+        return f"what it was doing: {path}"
 
     def tick(self) -> None:
         """Refresh the screen; book the seconds every now and then, so that kill -9 loses few."""

@@ -23,6 +23,7 @@ from slipstream import checkpoint
 from slipstream.config import RunConfig
 from slipstream.deadlines import Deadline
 from slipstream.errors import CheckpointError
+from slipstream.flight_recorder import FLIGHT
 from slipstream.messages import Evaluated, Stop
 from slipstream.metrics import read_rows, slip_statistics
 from slipstream.model import (
@@ -145,6 +146,7 @@ class Learner:
         checkpoint.save_checkpoint(
             self._checkpoints, self.step, self._write_checkpoint, keep=self._config.checkpoint.keep
         )
+        FLIGHT.note(f"checkpoint of step {self.step} published")
         if announce:
             self._client.checkpointed(self.step)
 
@@ -153,6 +155,7 @@ class Learner:
         for version in batch.versions:
             self._versions.add(version)
         slips = [self._versions.slip_at(self.step, self._incarnation, t.versions) for t in batch.trajectories]
+        FLIGHT.note(f"batch {self.step}: {len(batch.trajectories)} trajectories")
         result = self._step(batch.trajectories, slips, step=self.step)
         if result.skipped:
             self._quarantine(batch)
@@ -196,6 +199,7 @@ class Learner:
             checksum64=checksum64_named(weights),
         )
         self._versions.add(version)
+        FLIGHT.note(f"serial {serial} published, step {self.step}")
         if self.step % self._config.evaluation.every == 0 or self.step == self._config.steps:
             # Its evaluation may begin late and its weights may turn out the best.
             self._publisher.pin(serial)
@@ -238,7 +242,9 @@ class Learner:
 
     def _await_last_evaluation(self, timeout_s: float) -> None:
         """Wait for the evaluation of the last step; then end the run for everybody."""
-        deadline = Deadline(LAST_EVALUATION_S, "learner", f"the held-out evaluation of step {self.step}")
+        what = f"the held-out evaluation of step {self.step}"
+        deadline = Deadline(LAST_EVALUATION_S, "learner", what)
+        FLIGHT.waits(f"{what} from the hub", LAST_EVALUATION_S)
         while not self.done:
             deadline.check()
             events = self._client.events(timeout_s)

@@ -22,6 +22,7 @@ from slipstream import messages as m
 from slipstream.config import RunConfig
 from slipstream.dispatch import Dispatcher
 from slipstream.errors import FrameError
+from slipstream.flight_recorder import FLIGHT
 from slipstream.ingest import Entry
 from slipstream.leases import slot_of
 from slipstream.ledger_state import LedgerState
@@ -70,6 +71,7 @@ class Ledger:
         self._tolerance = canary_tolerance
         self.state = LedgerState(config)
         for entry in journal.replay():
+            FLIGHT.beat()
             self.state.apply(entry.event, entry.position)
         self._dispatcher = Dispatcher(config, self.state, self._log)
         self._peers: dict[bytes, Peer] = {}
@@ -197,6 +199,8 @@ class Ledger:
 
     def _log(self, event: events.AnyEvent, record: m.Buffer = b"") -> None:
         self.state.apply(event, self._journal.append(event, record))
+        if words := events.brief(event):
+            FLIGHT.note(words)
 
     def _hello(self, peer: bytes, hello: m.Hello, now: float) -> list[Reply]:
         reason = self._refuse_hello(hello)

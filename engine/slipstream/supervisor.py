@@ -20,7 +20,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
-from slipstream.errors import DeadlineError, RoleError, UserError
+from slipstream.errors import DeadlineError, RoleError, RunFolderError, UserError
+from slipstream.flight_recorder import FOLDER, read_flight
 
 POLL_S = 0.1
 FULL_BYTES = 1 << 20
@@ -76,6 +77,8 @@ class Patience:
     """Pause before the first restart; doubles with each."""
     window_s: float = 3600.0
     """A death longer ago is forgotten: a long run may lose an actor now and then."""
+    stall_s: float = 300.0
+    """A role that records its flight and gave no sign of life for so long is killed."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -109,6 +112,9 @@ class Supervisor:
     on_tick: Callable[[], None]
     """Called about ten times a second while roles run."""
     patience: Patience = field(default_factory=Patience)
+    on_stall: Callable[[str], str] = str
+    """Given the name of a stalled role before it is killed; returns what to tell of it."""
+    _next_look: float = 0.0
 
     def supervise(self, specs: Sequence[RoleSpec]) -> None:
         """Run the roles until all awaited ones have ended with 0, then stop the others.
@@ -144,8 +150,28 @@ class Supervisor:
                 finish_at = time.monotonic() + self.patience.finish_s
             if finish_at is not None and time.monotonic() > finish_at:
                 raise DeadlineError(f"launcher: waited {self.patience.finish_s:g} s for {waiting[0]} to end")
+            self._end_stalls(roles)
             self.on_tick()
             time.sleep(POLL_S)
+
+    def _end_stalls(self, roles: Sequence[_Running]) -> None:
+        """Kill roles that are alive and do not get on: a restart, or an end with a reason, beats a hang."""
+        now = time.monotonic()
+        if now < self._next_look:
+            return
+        self._next_look = now + self.patience.stall_s / 8
+        for role in roles:
+            if role.process is None or role.process.poll() is not None:
+                continue
+            try:
+                flight = read_flight(self.folder / FOLDER / f"{role.spec.name}.ring")
+            except (OSError, RunFolderError):
+                continue  # it records none, or has not begun
+            silence = now - flight.heard
+            if flight.pid == role.process.pid and silence > self.patience.stall_s:
+                told = self.on_stall(role.spec.name)
+                role.process.kill()
+                self.on_event(f"{role.spec.name} gave no sign of life for {silence:.0f} s: killed; {told}")
 
     def _look_after(self, role: _Running) -> None:
         """Note a role's end, start it again when that is due, or raise its failure."""

@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 from slipstream.attention import PackedSegments, run_decoder
 from slipstream.config import OptimConfig
 from slipstream.errors import CheckpointError, NumericsError
+from slipstream.flight_recorder import FLIGHT
 from slipstream.model import head
 from slipstream.packing import PackedBatch
 from slipstream_kernels import linear_logprob
@@ -118,6 +119,7 @@ class Optimizer:
         self._adam.zero_grad(set_to_none=True)
         finite = True
         for loss in losses:
+            FLIGHT.beat()
             value = loss()
             finite = finite and bool(torch.isfinite(value))
             if not finite:

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 from slipstream import checkpoint
+from slipstream.flight_recorder import FLIGHT, FOLDER
 from slipstream.metrics import append_row
 from slipstream.process import guard_parent
 from slipstream.run_folder import write_json
@@ -118,6 +119,11 @@ def play(plan: str, role: str, folder: Path) -> None:
         case "kill -9":
             os.kill(os.getpid(), signal.SIGKILL)
         case "wait" | "ignore SIGTERM":
+            wait_for_signal()
+        case "fall silent":
+            FLIGHT.start(Path(argument("--output")) / FOLDER / f"{role}-0.ring")
+            FLIGHT.note("the last thing it did")
+            FLIGHT.waits("a word that never comes", 1.0)
             wait_for_signal()
 
 

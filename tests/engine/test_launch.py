@@ -303,3 +303,23 @@ def test_roles_end_when_the_launcher_is_killed(tmp_path: Path) -> None:
         driver.wait(timeout=HANGS_S)
         wait_for(lambda: not alive(tmp_path), "the roles to end")
     assert "warm start" in json.loads((folder / "times.json").read_text())
+
+
+def test_a_role_that_falls_silent_is_killed_with_a_report(tmp_path: Path) -> None:
+    folder = plan(tmp_path, learner="fall silent")
+    with pytest.raises(RoleError, match="learner-0 was killed by SIGKILL") as caught:
+        train(folder, patience=replace(PATIENCE, stall_s=1.0))
+    (told,) = (line for line in caught.value.__notes__[0].splitlines() if "no sign of life" in line)
+    (report,) = (folder / "flight").glob("learner-0-*.stall")
+    assert str(report) in told
+    text = report.read_text()
+    assert "a word that never comes" in text and "the last thing it did" in text
+    assert "in wait_for_signal" in text
+
+
+def test_a_silent_actor_is_started_again(tmp_path: Path) -> None:
+    folder = plan(tmp_path, actor="fall silent", learner="wait")
+    (tmp_path / "actors wanted").write_text("2")
+    with pytest.raises(RoleError, match=r"actor-0 was killed by SIGKILL .* 6 times"):
+        train(folder, patience=replace(PATIENCE, stall_s=0.2))
+    assert starts(tmp_path, "actor") == 6

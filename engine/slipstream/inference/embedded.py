@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from slipstream.attention import Int64Array, run_decoder
 from slipstream.errors import NumericsError
+from slipstream.flight_recorder import FLIGHT
 from slipstream.inference.cache import SlotCache
 from slipstream.inference.sampling import draw, uniforms
 from slipstream.interfaces import WeightSubscriber
@@ -165,6 +166,7 @@ class EmbeddedBackend:
     @torch.no_grad()
     def _step(self) -> None:
         """Feed the new tokens of active rows; draw a token in each row that is then up to date."""
+        FLIGHT.beat()
         rows, spans, shared = self._chosen_rows()
         decodes = (spans == 1) & (self._length[rows] > self._start[rows])
         feed = self._cache.plan(rows, self._cached[rows], spans, decodes=decodes, shared=shared)

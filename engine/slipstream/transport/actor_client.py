@@ -10,6 +10,7 @@ from typing import Any, Final
 
 from slipstream.deadlines import Deadline, Deadlines, within
 from slipstream.errors import ProtocolError, RefusedError, SlipstreamError
+from slipstream.flight_recorder import FLIGHT
 from slipstream.messages import (
     PROTOCOL,
     Ack,
@@ -227,15 +228,18 @@ class ActorClient:
                 self._channel.send_now([encode_message(Ping())])
 
     async def _take(self, message: AnyMessage) -> None:
+        FLIGHT.beat()
         match message:
             case Ack():
                 self._acknowledged(message)
             case Grant():
                 self._take_leases(message)
             case Weights():
+                FLIGHT.note(f"serial {message.update.version.serial} announced")
                 self._newest_serial = message.update.version.serial
                 self._inbox.put_nowait(message)
             case Stop():
+                FLIGHT.note(f"told to stop: {message.reason}")
                 self._inbox.put_nowait(message)
             case Welcome():
                 await self._welcomed(message)
@@ -270,6 +274,7 @@ class ActorClient:
     async def _welcomed(self, message: Welcome) -> None:
         """Start over with a hub that has just let this actor in, for the first time or again."""
         self._epoch, self._credit = message.epoch, message.credit_bytes
+        FLIGHT.note(f"welcome in epoch {message.epoch}, {len(self._spool)} trajectories to send again")
         self._on_the_way.clear()
         self._bytes_on_the_way = 0
         self._received = [0, 0]

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from slipstream.deadlines import Deadline, Deadlines
 from slipstream.errors import ProtocolError, RefusedError
+from slipstream.flight_recorder import FLIGHT
 from slipstream.messages import (
     PROTOCOL,
     Batch,
@@ -95,6 +96,7 @@ class LearnerClient:
         if self._pulling != step:
             self._pulling, self._batch = step, None
             self._waiting = self._deadline(self._limits.batch_s, f"batch {step}")
+            FLIGHT.waits(f"batch {step} of the hub at {self._channel.address}", self._limits.batch_s)
             self._send(Pull(step=step))
         slice_s = self._limits.batch_s if timeout_s is None else timeout_s
         turn = self._deadline(slice_s, f"batch {step}")
@@ -106,6 +108,7 @@ class LearnerClient:
                 break
         batch = self._batch
         if batch is not None:
+            FLIGHT.goes_on()
             self._pulling, self._batch, self._waiting = None, None, None
         return batch
 
@@ -160,6 +163,7 @@ class LearnerClient:
     def _pump(self, timeout_s: float) -> bool:
         """Take one message if there is one in time; asks for a sign of life after silence."""
         frames = self._channel.receive(timeout_s)
+        FLIGHT.beat()
         if frames is not None:
             self._silence = self._new_silence()
             self._next_ping = self._deadline(self._limits.ping_s, "an answer")
