@@ -17,7 +17,7 @@ from typing import Final
 import psutil
 
 from slipstream.errors import RunFolderError
-from slipstream.flight_recorder import FOLDER, STACKS, Flight, read_flights
+from slipstream.flight_recorder import FOLDER, STACKS, Flight, birth_of, boot_id, read_flights
 from slipstream.run_folder import read_json
 
 QUIET_S: Final = 60.0
@@ -32,7 +32,7 @@ class Patient:
 
     flight: Flight
     state: str
-    """running, stopped, dead or ended."""
+    """running, stopped, dead, ended, or elsewhere: on another machine, or from before this one's restart."""
 
 
 def examine(folder: Path, *, now: float | None = None, stalled: str = "") -> tuple[str, bool]:
@@ -64,12 +64,13 @@ def examine(folder: Path, *, now: float | None = None, stalled: str = "") -> tup
 def _state(flight: Flight) -> str:
     if flight.ended:
         return "ended"
+    if flight.boot != boot_id():
+        return "elsewhere"
+    # Another birth: another process that has only inherited the number.
+    if birth_of(flight.pid) != flight.birth:
+        return "dead"
     try:
-        process = psutil.Process(flight.pid)
-        # A process that began after the ring did has only inherited the number.
-        if process.create_time() > flight.started + 1.0:
-            return "dead"
-        status = process.status()
+        status = psutil.Process(flight.pid).status()
     except psutil.NoSuchProcess:
         return "dead"
     if status in (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP):
@@ -123,6 +124,8 @@ def _disk(folder: Path) -> Iterator[str]:
 
 def _line(patient: Patient, now: float) -> str:
     flight, wait = patient.flight, patient.flight.wait
+    if patient.state == "elsewhere":
+        return f"  {flight.role:<12} pid {flight.pid:<8} elsewhere: ask on its machine, if it still runs"
     ago = f"last sign of life {now - flight.heard:.1f} s ago"
     waits = (
         ""
@@ -147,7 +150,11 @@ def _stacks(folder: Path, stalled: Sequence[Patient]) -> Iterator[str]:
     for patient in stalled:
         path = folder / FOLDER / f"{patient.flight.role}.stacks"
         before = path.stat().st_size if path.exists() else 0
-        os.kill(patient.flight.pid, STACKS)
+        try:
+            os.kill(patient.flight.pid, STACKS)
+        except (ProcessLookupError, PermissionError) as error:
+            yield f"no stacks of {patient.flight.role}: {error.strerror}"
+            continue
         _await_growth(path, before)
         said = path.read_bytes()[before:].decode(errors="replace") if path.exists() else ""
         yield ""

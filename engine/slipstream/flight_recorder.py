@@ -1,6 +1,6 @@
 """Floor 1. What a process did last, in a memory-mapped ring that survives its death by any signal.
 
-    0      header: magic, u32 pid, u32 slots, f64 when it ended, f64 when it started, role
+    0      header: magic, u32 pid, u32 slots, f64 when it ended, f64 when it started, u64 birth, boot id, role
     128    u64 events so far, f64 last sign of life
     256    the wait it is in: f64 since, f64 seconds at most, u32 CRC-32 of the text, u16 its bytes, the text
     1024   slots of 192 bytes: u64 number from 1, f64 time, u32 CRC-32 of the text, u16 its bytes, the text
@@ -34,7 +34,7 @@ SLOT_BYTES: Final = 192
 STACKS: Final = signal.SIGUSR1
 """Makes a recording process write the stacks of all its threads, even while Python is stuck in C."""
 _MAGIC: Final = b"SLIPFLT1"
-_HEADER: Final = struct.Struct("<8sIIdd64s")
+_HEADER: Final = struct.Struct("<8sIIddQ36s48s")
 _ENDED: Final = struct.Struct("<d")
 _ENDED_AT: Final = 16
 _LIFE, _LIFE_AT = struct.Struct("<Qd"), 128
@@ -70,6 +70,10 @@ class Flight:
 
     role: str
     pid: int
+    birth: int
+    """When the process began, as birth_of gives it; with pid and boot id it names one process."""
+    boot: str
+    """The boot_id of its machine."""
     started: float
     ended: float
     """0 unless it came to its own end."""
@@ -101,6 +105,9 @@ class FlightRecorder:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists():
             path.replace(path.with_suffix(".before"))
+        # First: whoever finds the ring may ask for stacks, and a signal without a handler kills.
+        self._stacks = os.open(path.with_suffix(".stacks"), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        faulthandler.register(STACKS, file=self._stacks, all_threads=True)
         size = _SLOTS_AT + SLOTS * SLOT_BYTES
         file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
         try:
@@ -110,11 +117,10 @@ class FlightRecorder:
         finally:
             os.close(file)
         self._count = 0
-        now = time.time()
-        _HEADER.pack_into(self._map, 0, _MAGIC, os.getpid(), SLOTS, 0.0, now, path.stem.encode()[:64])
+        pid, role = os.getpid(), path.stem.encode()[:48]
+        identity = birth_of(pid) or 0, boot_id().encode(), role
         self.beat()
-        self._stacks = os.open(path.with_suffix(".stacks"), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-        faulthandler.register(STACKS, file=self._stacks, all_threads=True)
+        _HEADER.pack_into(self._map, 0, _MAGIC, pid, SLOTS, 0.0, time.time(), *identity)
 
     def note(self, text: str) -> None:
         """Add an event; of a long text the beginning is kept."""
@@ -163,17 +169,34 @@ FLIGHT: Final = FlightRecorder()
 """This process's recorder: every module notes what it does here, as with a logger."""
 
 
+def boot_id() -> str:
+    """Return what names this machine since it was started."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+
+
+def birth_of(pid: int) -> int | None:
+    """Return when a process of this machine began, in clock ticks since the machine did; None without one."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    # Behind the name, which may hold spaces and brackets; field 22 of proc(5).
+    return int(stat.rpartition(")")[2].split()[19])
+
+
 def read_flight(path: Path) -> Flight:
     """Return what a ring tells, whatever its process is doing; raises RunFolderError for another file."""
     data = path.read_bytes()
     if len(data) < _SLOTS_AT or not data.startswith(_MAGIC):
         raise RunFolderError(f"{path}: expected a flight recorder's ring, got {len(data)} other bytes")
-    _, pid, slots, ended, started, role = _HEADER.unpack_from(data)
+    _, pid, slots, ended, started, birth, boot, role = _HEADER.unpack_from(data)
     count, heard = _LIFE.unpack_from(data, _LIFE_AT)
     events = sorted(_events(data, slots))
     return Flight(
         role=role.rstrip(b"\0").decode(errors="replace"),
         pid=pid,
+        birth=birth,
+        boot=boot.rstrip(b"\0").decode(errors="replace"),
         started=started,
         ended=ended,
         heard=heard,

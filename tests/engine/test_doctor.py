@@ -92,3 +92,27 @@ def test_ended_and_running_roles_are_well(tmp_path: Path) -> None:
 def test_a_folder_without_rings_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RunFolderError, match="expected rings of flight recorders, found none"):
         examine(tmp_path)
+
+
+def test_a_foreign_process_of_the_same_number_is_never_signalled(tmp_path: Path) -> None:
+    """A signal that a process does not handle would kill it."""
+    path = tmp_path / FOLDER / "learner-0.ring"
+    with role(tmp_path, "learner-0"):
+        heard = read_flight(path).heard
+        data = bytearray(path.read_bytes())
+    sleeper = subprocess.Popen([sys.executable, "-c", "print('ready', flush=True); input()"],
+                               stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)  # fmt: skip
+    try:
+        assert sleeper.stdout is not None and sleeper.stdout.readline() == "ready\n"
+        data[8:12] = sleeper.pid.to_bytes(4, "little")
+        path.write_bytes(data)
+        report, well = examine(tmp_path, now=heard + QUIET_S + 1, stalled="learner-0")
+        assert not well and f"learner-0 (pid {sleeper.pid}) died" in report
+        data[40:76] = b"00000000-0000-0000-0000-000000000000"
+        path.write_bytes(data)
+        report, well = examine(tmp_path, now=heard + QUIET_S + 1, stalled="learner-0")
+        assert well and "elsewhere: ask on its machine" in report
+        assert sleeper.poll() is None
+    finally:
+        sleeper.communicate("", timeout=30)
+    assert sleeper.returncode >= 0
