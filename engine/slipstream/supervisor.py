@@ -159,7 +159,10 @@ class Supervisor:
         now = time.monotonic()
         if now < self._next_look:
             return
+        late = now - self._next_look > self.patience.stall_s
         self._next_look = now + self.patience.stall_s / 8
+        if late:
+            return  # this process itself stood still, as all do on a paused machine: let them speak first
         for role in roles:
             if role.process is None or role.process.poll() is not None:
                 continue

@@ -323,3 +323,31 @@ def test_a_silent_actor_is_started_again(tmp_path: Path) -> None:
     with pytest.raises(RoleError, match=r"actor-0 was killed by SIGKILL .* 6 times"):
         train(folder, patience=replace(PATIENCE, stall_s=0.2))
     assert starts(tmp_path, "actor") == 6
+
+
+SILENT = """
+import sys
+from pathlib import Path
+from slipstream.flight_recorder import FLIGHT
+FLIGHT.start(Path(sys.argv[1]))
+print("ready", flush=True)
+input()
+"""
+
+
+def test_a_launcher_that_stood_still_itself_blames_nobody(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", SILENT, str(tmp_path / "flight" / "hub-0.ring")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stdout.readline() == b"ready\n"
+        roles = [supervisor._Running(spec=supervisor.RoleSpec(role="hub", arguments=()), process=process)]
+        patience, began = replace(PATIENCE, stall_s=0.5), time.monotonic()
+        watch = supervisor.Supervisor(
+            folder=tmp_path, program=(), on_event=Mock(), on_tick=Mock(), patience=patience
+        )
+        wait_for(lambda: time.monotonic() > began + patience.stall_s, "the silence to be long enough")
+        watch._next_look = time.monotonic() - 600.0
+        watch._end_stalls(roles)
+        assert process.poll() is None
+        watch._next_look = time.monotonic()
+        watch._end_stalls(roles)
+        assert process.wait(HANGS_S) == -signal.SIGKILL
