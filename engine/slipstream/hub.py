@@ -22,6 +22,7 @@ from slipstream.errors import AddressError, RunFolderError, StorageError
 from slipstream.flight_recorder import FLIGHT
 from slipstream.ingest import IngestLog
 from slipstream.ledger import Ledger
+from slipstream.ledger_snapshot import snapshot
 from slipstream.messages import Buffer
 from slipstream.metrics import FILE as METRICS
 from slipstream.metrics import append_row
@@ -47,7 +48,7 @@ def main(config: RunConfig, folder: Path) -> int:
         sys.stderr.write(note + "\n")
     server = _serve(ledger, config.hub.address, folder / "hub.json")
     write_json(folder / "hub.json", {"address": server.address, "pid": os.getpid(), "run": run})
-    books = Bookkeeper(ledger, folder)
+    books = Bookkeeper(ledger, log, folder, retain_bytes=config.hub.retain_bytes)
     try:
         server.run(stopping, each_turn=books.turn)
     finally:
@@ -61,7 +62,10 @@ def open_ledger(config: RunConfig, folder: Path, run: str) -> tuple[IngestLog, L
     """Return a run's log and what it adds up to; raises RunFolderError when the log is damaged."""
     try:
         log = IngestLog(folder / "trajectories", config.hub.durability, config.hub.segment_bytes)
-        return log, Ledger(config, run, log, quarantine_in(folder / "quarantine"))
+        ledger = Ledger(config, run, log, quarantine_in(folder / "quarantine"))
+        log.check(ledger.state.oldest_position)
+        log.opening = lambda: snapshot(ledger.state)
+        return log, ledger
     except StorageError as error:
         raise RunFolderError(str(error)) from error
 
@@ -69,13 +73,15 @@ def open_ledger(config: RunConfig, folder: Path, run: str) -> tuple[IngestLog, L
 class Bookkeeper:
     """Writes what the hub knows into the run's folder."""
 
-    def __init__(self, ledger: Ledger, folder: Path) -> None:
-        """Write into `folder`."""
-        self._ledger, self._folder = ledger, folder
+    def __init__(self, ledger: Ledger, log: IngestLog, folder: Path, *, retain_bytes: int) -> None:
+        """Write into `folder`; keep up to `retain_bytes` of the log beyond what is needed."""
+        self._ledger, self._log, self._folder = ledger, log, folder
+        self._retain_bytes = retain_bytes
         self._next_status = 0.0
+        self._covered = -1
 
     def turn(self) -> None:
-        """Write new rows, and the status when it is due."""
+        """Write new rows, and the status when it is due; shorten the log when a checkpoint covers more."""
         FLIGHT.beat()
         for row in self._ledger.take_reports():
             append_row(self._folder / METRICS, row)
@@ -83,6 +89,10 @@ class Bookkeeper:
         if now >= self._next_status:
             self._next_status = now + _STATUS_EVERY_S
             write_json(self._folder / "status.json", {"time": time.time(), **self._ledger.status(now)})
+        state = self._ledger.state
+        if state.first_batch != self._covered:
+            self._covered = state.first_batch
+            self._log.shorten(state.oldest_position, retain_bytes=self._retain_bytes)
 
     def finish(self) -> None:
         """Write what is left."""

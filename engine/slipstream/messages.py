@@ -19,7 +19,7 @@ from slipstream.errors import FrameError
 from slipstream.types import Lease, Version, WeightProof, WeightUpdate
 from slipstream_kernels.delivery import load
 
-PROTOCOL: Final = 2
+PROTOCOL: Final = 3
 MAX_HEADER_BYTES: Final = 64 << 10
 MAX_DEPTH: Final = 16
 MAX_ITEMS: Final = 1 << 16
@@ -45,6 +45,8 @@ class Hello(Message, frozen=True, kw_only=True, tag=True):
     """Drawn anew by each process: the same session reconnects, another one replaces it."""
     step: int = 0
     """Learner only: the checkpoint step it resumes from."""
+    history: str = ""
+    """Learner only: what that checkpoint was trained on (history.py)."""
 
 
 class Want(Message, frozen=True, kw_only=True, tag=True):
@@ -147,6 +149,8 @@ class Checkpointed(Message, frozen=True, kw_only=True, tag=True):
     """The learner has published a checkpoint of this step."""
 
     step: int
+    oldest: int
+    """Step of the oldest checkpoint it keeps."""
 
 
 class Report(Message, frozen=True, kw_only=True, tag=True):
@@ -170,6 +174,8 @@ class Batch(Message, frozen=True, kw_only=True, tag=True):
     counters: dict[str, float]
     versions: tuple[Version, ...]
     """What every serial among the trajectories' tokens stands for."""
+    history: str
+    """What the learner has been trained on after this batch (history.py)."""
 
 
 class Evaluated(Message, frozen=True, kw_only=True, tag=True):
