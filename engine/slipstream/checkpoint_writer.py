@@ -60,8 +60,9 @@ class CheckpointWriter:
         if self._thread is not None:
             self._writing = self._thread.submit(self._publish, step, write)
         else:
+            done = self._publish(step, write)
             self._writing = Future()
-            self._writing.set_result(self._publish(step, write))
+            self._writing.set_result(done)
         return True
 
     def has_room(self, size_bytes: int) -> bool:

@@ -115,6 +115,9 @@ class Learner:
         self._rows: deque[dict[str, float | list[float]]] = deque(maxlen=KEPT_ROWS)
         self._starved_s = 0.0
         self._save_due = False
+        torch.manual_seed(
+            config.seed
+        )  # before anything is restored: nothing may hang on how this process began
         if newest is not None:
             self._restore(newest)
 

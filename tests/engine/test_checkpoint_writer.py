@@ -1,4 +1,4 @@
-"""Checkpoints written beside the training: one at a time, told when they are whole, failures never swallowed."""
+"""Checkpoints written beside the training: told when they are whole, failures never swallowed."""
 
 from __future__ import annotations
 
