@@ -195,6 +195,8 @@ class HubConfig(Part):
     """Size at which the ingest log starts a new file."""
     retain_bytes: int = Field(default=16 << 30, ge=0)
     """Bytes of the log that are kept for reading, beyond what a restart needs."""
+    reserve_bytes: int = Field(default=256 << 20, ge=0)
+    """With less room than this on the disk no episode begins; those that run still reach the log."""
 
 
 def check_outcome_dominates(rewards: RewardConfig, objective: ObjectiveConfig, group_size: int) -> None:

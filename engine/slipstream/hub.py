@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import resource
 import secrets
+import shutil
 import signal
 import sys
 import time
@@ -17,7 +18,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final
 
-from slipstream.config import RunConfig
+from slipstream.config import HubConfig, RunConfig
 from slipstream.errors import AddressError, RunFolderError, StorageError
 from slipstream.flight_recorder import FLIGHT
 from slipstream.ingest import IngestLog
@@ -48,7 +49,7 @@ def main(config: RunConfig, folder: Path) -> int:
         sys.stderr.write(note + "\n")
     server = _serve(ledger, config.hub.address, folder / "hub.json")
     write_json(folder / "hub.json", {"address": server.address, "pid": os.getpid(), "run": run})
-    books = Bookkeeper(ledger, log, folder, retain_bytes=config.hub.retain_bytes)
+    books = Bookkeeper(ledger, log, folder, config.hub)
     try:
         server.run(stopping, each_turn=books.turn)
     finally:
@@ -73,10 +74,9 @@ def open_ledger(config: RunConfig, folder: Path, run: str) -> tuple[IngestLog, L
 class Bookkeeper:
     """Writes what the hub knows into the run's folder."""
 
-    def __init__(self, ledger: Ledger, log: IngestLog, folder: Path, *, retain_bytes: int) -> None:
-        """Write into `folder`; keep up to `retain_bytes` of the log beyond what is needed."""
-        self._ledger, self._log, self._folder = ledger, log, folder
-        self._retain_bytes = retain_bytes
+    def __init__(self, ledger: Ledger, log: IngestLog, folder: Path, config: HubConfig) -> None:
+        """Write into `folder`."""
+        self._ledger, self._log, self._folder, self._config = ledger, log, folder, config
         self._next_status = 0.0
         self._covered = -1
 
@@ -88,11 +88,23 @@ class Bookkeeper:
         now = time.monotonic()
         if now >= self._next_status:
             self._next_status = now + _STATUS_EVERY_S
+            self._watch_disk()
             write_json(self._folder / "status.json", {"time": time.time(), **self._ledger.status(now)})
         state = self._ledger.state
         if state.first_batch != self._covered:
             self._covered = state.first_batch
-            self._log.shorten(state.oldest_position, retain_bytes=self._retain_bytes)
+            self._log.shorten(state.oldest_position, retain_bytes=self._config.retain_bytes)
+
+    def _watch_disk(self) -> None:
+        """Begin no episode while the disk has too little room for those that run."""
+        free, least = shutil.disk_usage(self._folder).free, self._config.reserve_bytes
+        paused = free < least
+        if paused != self._ledger.paused:
+            self._ledger.paused = paused
+            told = f"{free >> 20} MB left on the disk of {self._folder}, {least >> 20} are reserved: "
+            told += "no new episodes until some are freed" if paused else "episodes begin again"
+            FLIGHT.note(told)
+            sys.stderr.write(told + "\n")
 
     def finish(self) -> None:
         """Write what is left."""

@@ -79,6 +79,8 @@ class Ledger:
         self._reports: list[dict[str, Any]] = []
         self._next_sweep = 0.0
         self.refused_proofs = 0
+        self.paused = False
+        """No leases while it is set, as on a disk that is nearly full."""
 
     def flush(self) -> None:
         """Make everything handled so far durable."""
@@ -357,7 +359,7 @@ class Ledger:
         yield pulling.peer, batch, records
 
     def _give_leases(self, now: float) -> Iterator[Reply]:
-        if not any(any(who.wants) for who in self._peers.values()):
+        if self.paused or not any(any(who.wants) for who in self._peers.values()):
             return
         names = {peer: who.name for peer, who in self._peers.items()
                  if self.state.proven.get((who.name, who.session))}  # fmt: skip

@@ -180,6 +180,17 @@ def test_nothing_is_leased_before_a_proof(rig: Rig) -> None:
     assert [len(r.leases) for r in replies if isinstance(r, m.Grant)] == [4, 2]
 
 
+def test_a_paused_hub_gives_no_leases_and_takes_what_comes(rig: Rig) -> None:
+    peer, announced = ready(rig)
+    (lease,) = rig.want(peer, 1)
+    rig.ledger.paused = True
+    assert rig.want(peer, 3) == []
+    rig.deliver(peer, rig.made(peer, lease, announced.version.serial))
+    assert rig.ledger.books()["buffered"] == 1
+    rig.ledger.paused = False
+    assert len(rig.want(peer, 3)) == 3
+
+
 def test_leases_on_the_way_are_not_granted_twice(rig: Rig) -> None:
     peer, _ = ready(rig)
     rig.say(peer, m.Want(train=3, evaluate=0, received_train=0, received_evaluate=0))
