@@ -7,7 +7,6 @@ last events     the evaluation of the last step  its last episode, or DeadlineEr
 
 from __future__ import annotations
 
-import json
 import logging
 import signal
 import time
@@ -98,7 +97,7 @@ class Learner:
         reference = None
         if config.objective.kl_coefficient > 0:
             reference = load_model(warm, dtype=config.model.dtype, device=device)
-        self._step = PolicyStep(self._policy.model, reference, config)
+        self._step = PolicyStep(self._policy.model, reference, config, quarantine=folder / "quarantine")
         self._publisher = FilesystemPublisher(folder / "weights", keep=4)
         self._versions = VersionTable()
         self.step = 0
@@ -157,8 +156,6 @@ class Learner:
         slips = [self._versions.slip_at(self.step, self._incarnation, t.versions) for t in batch.trajectories]
         FLIGHT.note(f"batch {self.step}: {len(batch.trajectories)} trajectories")
         result = self._step(batch.trajectories, slips, step=self.step)
-        if result.skipped:
-            self._quarantine(batch)
         self.step += 1
         sync_began = time.monotonic()
         self._publish()
@@ -255,20 +252,11 @@ class Learner:
         self.save()
         self._client.finish("training is over")
 
-    def _quarantine(self, batch: PulledBatch) -> None:
-        """Note whose trajectories gave non-finite values; they are trained at most this once."""
-        file = self._folder / "quarantine" / f"step-{self.step:08d}.json"
-        file.parent.mkdir(exist_ok=True)
-        file.write_text(json.dumps([asdict(t.identity) for t in batch.trajectories], indent=1))
-        log.warning(
-            "step %d: non-finite loss or gradient; weights unchanged, batch noted in %s", self.step, file
-        )
-
     def _write_checkpoint(self, folder: Path) -> None:
         write_policy(folder, self._policy)
         checkpoint.write_tensors(folder / OPTIMIZER, self._step.optimizer.state_tensors())
         rows = [{key: value for key, value in row.items() if _is_finite(value)} for row in self._rows]
-        state = {"step": self.step, "skipped": self._step.optimizer.skipped, "rows": rows}
+        state = {"step": self.step, "guard": self._step.optimizer.guard_state(), "rows": rows}
         checkpoint.write_state(folder / STATE, state)
 
     def _newest(self) -> Path | None:
@@ -279,7 +267,7 @@ class Learner:
     def _restore(self, folder: Path) -> None:
         state = checkpoint.read_state(folder / STATE)
         self._step.optimizer.load_state_tensors(checkpoint.read_tensors(folder / OPTIMIZER))
-        self._step.optimizer.skipped = int(state["skipped"])
+        self._step.optimizer.load_guard_state(state["guard"])
         self.step = int(state["step"])
         self._rows.extend(state["rows"])
 
