@@ -24,14 +24,13 @@ from typing import Final, Literal
 import msgspec
 import numpy as np
 
-from slipstream.errors import RunFolderError, StorageError
-from slipstream.events import AnyEvent, Event
+from slipstream.errors import FrameError, RunFolderError, StorageError
+from slipstream.events import AnyEvent, Event, decode_event
 from slipstream.messages import Buffer
 from slipstream.records import HEAD, Scan, pack, payload, scan, sync, write_all
 
 _U32: Final = struct.Struct("<I")
 _ENCODER: Final = msgspec.msgpack.Encoder()
-_DECODER: Final = msgspec.msgpack.Decoder(AnyEvent)
 _OFFSET_BITS: Final = 40
 _BUFFERED_BYTES: Final = 256 << 10
 
@@ -185,7 +184,7 @@ def _entries(folder: Path, number: int, *, last: bool, records: bool) -> Iterato
     found = _refuse_damage(folder, number, scan(data), last=last)
     for record in found.records:
         body = payload(data, record)
-        split = _U32.size + _U32.unpack_from(body)[0]
+        split = _U32.size + int.from_bytes(body[: _U32.size], "little")
         event = _decode(body[_U32.size : split], folder, number, record.offset)
         position = number << _OFFSET_BITS | record.offset
         yield Entry(position=position, event=event, record=bytes(body[split:]) if records else b"")
@@ -193,13 +192,12 @@ def _entries(folder: Path, number: int, *, last: bool, records: bool) -> Iterato
 
 def _decode(body: memoryview, folder: Path, number: int, offset: int) -> AnyEvent:
     try:
-        event: AnyEvent = _DECODER.decode(body)
-    except msgspec.MsgspecError as error:
+        return decode_event(body)
+    except FrameError as error:
         raise StorageError(
             f"{_segment_path(folder, number)} at offset {offset}: expected an event of this version of "
             f"Slipstream, got {error}; start a new run folder"
         ) from error
-    return event
 
 
 def _checked(folder: Path, number: int, seq: int, *, last: bool) -> Scan:

@@ -19,6 +19,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
+from slipstream import plain_json
+
 Row = dict[str, Any]
 
 FILE = "metrics.jsonl"
@@ -124,10 +126,10 @@ def read_rows(folder: Path) -> list[Row]:
     rows: dict[tuple[str, int], Row] = {}
     for line in path.read_bytes().splitlines() if path.exists() else []:
         try:
-            row = json.loads(line)
+            row = plain_json.parse(line)
         except ValueError:
             continue
-        if isinstance(row, dict) and isinstance(row.get("step"), int | float):
+        if isinstance(row, dict) and isinstance(row.get("step"), int | float) and math.isfinite(row["step"]):
             rows[str(row.get("kind", "train")), int(row["step"])] = row
     return sorted(rows.values(), key=lambda row: int(row["step"]))
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import fcntl
-import json
 import secrets
 from pathlib import Path
 
+from slipstream import plain_json
 from slipstream.errors import AddressError, RunFolderError
 from slipstream.run_folder import read_json, write_json
 
@@ -20,7 +20,7 @@ def run_id(folder: Path) -> str:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not path.exists():
                 write_json(path, {"run": secrets.token_hex(8)})
-            return str(json.loads(path.read_text())["run"])
+            return str(plain_json.read(path)["run"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RunFolderError(
             f"{path}: expected the identity of a run, got {error!r}; restore it from a copy (hub.json beside "

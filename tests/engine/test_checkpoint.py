@@ -133,7 +133,7 @@ def test_tensors_and_state_come_back(tmp_path: Path) -> None:
     checkpoint.write_state(tmp_path / "s", {"cursor": 3})
     assert checkpoint.read_state(tmp_path / "s") == {"cursor": 3}
     (tmp_path / "t").write_bytes(b"\xff" * 20)
-    with pytest.raises(CheckpointError, match="expected a safetensors file, got damage"):
+    with pytest.raises(CheckpointError, match="expected a header of at most 12 bytes, got 18446744073709551615"):
         checkpoint.read_tensors(tmp_path / "t")
     with pytest.raises(CheckpointError, match="the file is missing"):
         checkpoint.read_tensors(tmp_path / "none")

@@ -10,7 +10,7 @@ import pytest
 
 from slipstream.guard import HARMLESS, LARGEST, WARMUP, SpikeGuard
 
-# The most violent of 22 recorded runs on small batches.
+# The most violent of 23 recorded runs on small batches.
 CURVES = json.loads((Path(__file__).parent / "data/healthy_curves.json").read_text())
 
 
