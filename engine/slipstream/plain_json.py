@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any, Final
 
@@ -21,7 +22,8 @@ def parse(data: bytes | str) -> Any:
 def read(path: Path, *, most_bytes: int = MAX_BYTES) -> Any:
     """Return the value of a JSON file; raises OSError, or ValueError for anything but JSON of that size."""
     with path.open("rb") as file:
-        data = file.read(most_bytes + 1)
-    if len(data) > most_bytes:
-        raise ValueError(f"expected at most {most_bytes} bytes of JSON, got more")
-    return parse(data)
+        # Reading sets aside what it is asked for, whatever is there.
+        size = os.fstat(file.fileno()).st_size
+        if size > most_bytes:
+            raise ValueError(f"expected at most {most_bytes} bytes of JSON, got {size}")
+        return parse(file.read(size))

@@ -28,7 +28,7 @@ _LENGTH: Final = struct.Struct("<Q")
 _METADATA: Final = "__metadata__"
 _NAME: Final = re.compile(r"[A-Za-z0-9_.-]{1,256}")
 # Only lists of numbers are due, so that nothing nests.
-_NESTED: Final = re.compile(rb"\[(?![\d\]])")
+_NESTED: Final = re.compile(rb"\[(?![\d\]-])")
 
 
 class _Tensor(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
