@@ -148,8 +148,15 @@ def load_config(recipe: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """
     label, text = _recipe_text(recipe)
     try:
+        return _loaded(label, text, overrides)
+    except RecursionError:
+        raise ConfigurationError(f"{label}: expected keys and values, got some nested too deep") from None
+
+
+def _loaded(label: str, text: str, overrides: Sequence[str]) -> RunConfig:
+    try:
         data = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except ValueError as error:
         raise ConfigurationError(f"{label}: not valid TOML: {error}") from None
     _check_keys(data, label)
     given: set[str] = set()

@@ -150,8 +150,10 @@ class OptimConfig(Part):
     """The learning rate falls linearly to this share of itself at the last step."""
     minibatches: int = Field(default=1, ge=1)
     """Optimizer updates one step makes from its batch."""
+    spike_factor: float = Field(default=20.0, ge=0.0)
+    """A loss or gradient norm this many times the usual (guard.py) skips its update; 0 never does."""
     max_skips: int = Field(default=5, ge=1)
-    """Non-finite steps in a row after which the run stops."""
+    """Updates skipped in a row, for values that are not finite or spike, after which the run stops."""
 
 
 class LearnerConfig(Part):

@@ -7,7 +7,6 @@ last events     the evaluation of the last step  its last episode, or DeadlineEr
 
 from __future__ import annotations
 
-import json
 import logging
 import signal
 import time
@@ -103,7 +102,7 @@ class Learner:
         reference = None
         if config.objective.kl_coefficient > 0:
             reference = load_model(warm, dtype=config.model.dtype, device=device)
-        self._step = PolicyStep(self._policy.model, reference, config)
+        self._step = PolicyStep(self._policy.model, reference, config, quarantine=folder / "quarantine")
         self._publisher = FilesystemPublisher(folder / "weights", keep=4)
         self._writer = CheckpointWriter(
             self._checkpoints, keep=config.checkpoint.keep, background=config.checkpoint.background
@@ -194,8 +193,6 @@ class Learner:
         slips = [self._versions.slip_at(self.step, self._incarnation, t.versions) for t in batch.trajectories]
         FLIGHT.note(f"batch {self.step}: {len(batch.trajectories)} trajectories")
         result = self._step(batch.trajectories, slips, step=self.step)
-        if result.skipped:
-            self._quarantine(batch)
         self.step += 1
         sync_began = time.monotonic()
         self._publish()
@@ -305,15 +302,6 @@ class Learner:
         self._announce(self._writer.settle())
         self._client.finish("training is over")
 
-    def _quarantine(self, batch: PulledBatch) -> None:
-        """Note whose trajectories gave non-finite values; they are trained at most this once."""
-        file = self._folder / "quarantine" / f"step-{self.step:08d}.json"
-        file.parent.mkdir(exist_ok=True)
-        file.write_text(json.dumps([asdict(t.identity) for t in batch.trajectories], indent=1))
-        log.warning(
-            "step %d: non-finite loss or gradient; weights unchanged, batch noted in %s", self.step, file
-        )
-
     def _write_checkpoint(self) -> bool:
         """Copy the state and begin to write it; return False when the disk has no room."""
         weights = {name: t.detach().cpu().clone() for name, t in named_weights(self._policy.model).items()}
@@ -323,7 +311,7 @@ class Learner:
         state = {
             "step": self.step,
             "history": self._history,
-            "skipped": self._step.optimizer.skipped,
+            "guard": self._step.optimizer.guard_state(),
             "best": asdict(self.best),
             "rows": rows,
         }
@@ -345,7 +333,7 @@ class Learner:
     def _restore(self, folder: Path) -> None:
         state = checkpoint.read_state(folder / STATE)
         self._step.optimizer.load_state_tensors(checkpoint.read_tensors(folder / OPTIMIZER))
-        self._step.optimizer.skipped = int(state["skipped"])
+        self._step.optimizer.load_guard_state(state["guard"])
         restore_random_state(checkpoint.read_tensors(folder / RANDOM))
         self.step, self._history = int(state["step"]), str(state["history"])
         self._rows.extend(state["rows"])
