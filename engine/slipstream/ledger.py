@@ -12,6 +12,7 @@ wishes are not.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final, Protocol
 
@@ -30,12 +31,14 @@ from slipstream.peers import Peer, Pulling, metrics_rows, snapshot
 from slipstream.receiving import check_sender, describe, refuse_proof, verdict_on
 from slipstream.transport.channel import Reply
 from slipstream.types import Lease
-from slipstream.wire import inspect_trajectory, schema_hash
+from slipstream.wire import inspect_trajectory, is_intact, schema_hash
 
 CANARY_TOLERANCE: Final = 1e-3
 """Most that two float32 back ends may differ in a canary log-probability, in nats."""
 _PING_AFTER_S: Final = 5.0
 _SWEEP_EVERY_S: Final = 1.0
+_RESENDS: Final = 2
+"""So often a record that was damaged on its way is asked for again; then it counts as poison."""
 _LEASES_PER_GRANT: Final = 256
 """Keeps a Grant well under the bound of a control message."""
 
@@ -77,6 +80,8 @@ class Ledger:
         self._peers: dict[bytes, Peer] = {}
         self._replaced: set[bytes] = set()
         self._leased_at: dict[tuple[events.Slot, int], float] = {}
+        self._damaged: Counter[tuple[str, int]] = Counter()
+        """(actor, seq) -> how often the bytes of that record did not match their CRC."""
         self._pulling: Pulling | None = None
         self._reports: list[dict[str, Any]] = []
         self._next_sweep = 0.0
@@ -280,12 +285,20 @@ class Ledger:
             if len(frames) != 1:
                 raise FrameError(f"Deliver: expected one record behind it, got {len(frames)} frames")
             arrival = inspect_trajectory(frames[0])
+            if self._damaged:
+                self._damaged.pop((who.name, message.seq), None)
             identity = arrival.header.identity
             check_sender(identity, run=self._run, actor=who.name, epoch=self.state.epochs[who.name])
             if identity not in self.state.items:
                 event = describe(arrival, verdict_on(arrival, self.state, self._config))
                 self._log(event, frames[0])
         except FrameError as error:
+            key = who.name, message.seq
+            if self._damaged[key] < _RESENDS and not (len(frames) == 1 and is_intact(frames[0])):
+                self._damaged[key] += 1
+                # Joining again makes the actor send from its spool all that was not acknowledged.
+                return peer, m.Refused(reason=f"record {message.seq} was damaged: {error}", retry=True), ()
+            del self._damaged[key]
             file = self._quarantine(frames)
             self._log(events.Quarantined(actor=who.name, file=file, reason=str(error)))
         return peer, ack, ()
