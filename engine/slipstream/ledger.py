@@ -37,6 +37,7 @@ CANARY_TOLERANCE: Final = 1e-3
 """Most that two float32 back ends may differ in a canary log-probability, in nats."""
 _PING_AFTER_S: Final = 5.0
 _SWEEP_EVERY_S: Final = 1.0
+_REPLACED: Final = "another process took this name"
 _RESENDS: Final = 2
 """So often a record that was damaged on its way is asked for again; then it counts as poison."""
 _LEASES_PER_GRANT: Final = 256
@@ -98,7 +99,7 @@ class Ledger:
         who = self._peers.get(peer)
         if who is None:
             gone = peer in self._replaced
-            reason = "another process took this name" if gone else "this hub does not know you yet; say Hello"
+            reason = _REPLACED if gone else "this hub does not know you yet; say Hello"
             return [(peer, m.Refused(reason=reason, retry=not gone), ())]
         who.heard_s = now
         handle = self._from_actor if who.role == "actor" else self._from_learner
@@ -230,6 +231,8 @@ class Ledger:
                 return f"{name}: the hub has {expected}, {hello.role} {hello.name} has {got}"
         if hello.role not in ("actor", "learner"):
             return f"role: expected actor or learner, got {hello.role}"
+        if self.state.is_replaced(hello.role, hello.name, hello.session):
+            return _REPLACED
         if hello.role == "learner" and not 0 <= hello.step <= self.state.steps:
             return (
                 f"step: the hub's log knows {self.state.steps} batches, the learner resumes from step "

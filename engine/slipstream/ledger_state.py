@@ -63,6 +63,8 @@ class LedgerState:
         self.sessions: dict[tuple[str, int], str] = {}
         self.proven: dict[tuple[str, str], set[int]] = {}
         self.incarnation, self.fork_step, self.learner_session = -1, 0, ""
+        self.former_learners: set[str] = set()
+        """Sessions of learners that another has replaced."""
         self.versions = VersionTable()
         self.updates: dict[int, WeightUpdate] = {}
         self.newest: WeightUpdate | None = None
@@ -119,6 +121,8 @@ class LedgerState:
             case events.Proven():
                 self.proven.setdefault((event.actor, event.session), set()).add(event.serial)
             case events.Incarnation():
+                if self.incarnation >= 0:
+                    self.former_learners.add(self.learner_session)
                 self.incarnation, self.fork_step = event.number, event.fork_step
                 self.learner_session, self.newest = event.session, None
                 self.versions.fork(event.number, event.fork_step)
@@ -184,6 +188,15 @@ class LedgerState:
         """Return whether the session that made a trajectory has proven every serial."""
         session = self.sessions.get((received_by.actor, received_by.epoch))
         return session is not None and self.proven.get((received_by.actor, session), set()) >= set(serials)
+
+    def is_replaced(self, role: str, name: str, session: str) -> bool:
+        """Return whether another process has taken this one's place: it may never come back."""
+        if role == "learner":
+            return session in self.former_learners
+        newest = self.epochs.get(name, -1)
+        return self.sessions.get((name, newest)) != session and any(
+            self.sessions.get((name, epoch)) == session for epoch in range(newest)
+        )
 
     def evaluation_of(self, update: WeightUpdate) -> events.EvaluationDone | None:
         """Return a result for these very weights, if there is one."""

@@ -399,6 +399,19 @@ def test_a_new_process_of_an_actor_takes_over_at_once(rig: Rig) -> None:
     assert [(x.attempt, x.issue) for x in rig.want(new, 1)] == [(unsent.attempt, 1)]
 
 
+@pytest.mark.parametrize("role", ["actor", "learner"])
+@pytest.mark.parametrize("restarted", [False, True])
+def test_a_process_that_was_replaced_never_comes_back(rig: Rig, role: str, restarted: bool) -> None:
+    """Neither over a new connection nor to a hub that was started again: a learner would roll the run back."""
+    for session in ("old", "new"):
+        assert [type(r) for r in rig.say(b"1" + session.encode(), hello(role, "x", session))] == [m.Welcome]
+    if restarted:
+        rig.restart()
+    (refused,) = rig.say(b"2old", hello(role, "x", "old"))
+    assert refused == m.Refused(reason="another process took this name")
+    assert [type(r) for r in rig.say(b"2new", hello(role, "x", "new"))] == [m.Welcome]
+
+
 def test_tokens_of_a_process_that_proved_nothing_do_not_count(rig: Rig) -> None:
     old, announced = ready(rig)
     (lease,) = rig.want(old, 1)
