@@ -84,6 +84,8 @@ class Ledger:
         self._damaged: Counter[tuple[str, int]] = Counter()
         """(actor, seq) -> how often the bytes of that record did not match their CRC."""
         self._pulling: Pulling | None = None
+        self._finished: m.Finish | None = None
+        """The learner's last word: whoever joins after it is told to stop."""
         self._reports: list[dict[str, Any]] = []
         self._next_sweep = 0.0
         self.refused_proofs = 0
@@ -141,6 +143,7 @@ class Ledger:
                 return []
             case m.Finish():
                 # The learner's own Stop tells it that all it said before has been heard.
+                self._finished = message
                 return [(other, m.Stop(reason=message.reason), ()) for other in self._peers]
             case m.Ping():
                 return [(peer, message, ())]
@@ -246,7 +249,8 @@ class Ledger:
         self._log(events.Epoch(actor=hello.name, epoch=epoch, session=hello.session))
         welcome = m.Welcome(epoch=epoch, credit_bytes=self._config.hub.credit_bytes, update=self.state.newest)
         # The same process again: what was granted and perhaps lost on the way is granted once more.
-        return [(peer, welcome, ()), *self._held_by(peer, hello.name)]
+        stop = [] if self._finished is None else [(peer, m.Stop(reason=self._finished.reason), ())]
+        return [(peer, welcome, ()), *self._held_by(peer, hello.name), *stop]
 
     def _held_by(self, peer: bytes, name: str) -> Iterator[Reply]:
         for desk in (self.state.training, self.state.heldout):
@@ -259,7 +263,7 @@ class Ledger:
             yield peer, m.Grant(leases=some, pinned=self.state.updates.get(some[0].evaluation)), ()
 
     def _admit_learner(self, peer: bytes, hello: m.Hello) -> list[Reply]:
-        self._pulling = None
+        self._pulling = self._finished = None
         state = self.state
         if hello.session != state.learner_session:
             if hello.step < state.steps:

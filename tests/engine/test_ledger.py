@@ -458,6 +458,15 @@ def test_an_evaluation_is_pinned_booked_apart_and_told(rig: Rig) -> None:
     assert [r.replayed for _, r, _ in rig.replies if isinstance(r, m.Evaluated)] == [False, True]
 
 
+def test_who_joins_after_the_end_is_told_to_stop(rig: Rig) -> None:
+    """An actor that was away when the learner finished would wait for ever."""
+    rig.learner()
+    assert rig.say(b"learner", m.Finish(reason="done")) == [m.Stop(reason="done")]
+    assert rig.say(b"late", hello("actor", "late", "s"))[1:] == [m.Stop(reason="done")]
+    rig.learner(session="resumed")
+    assert rig.say(b"late", hello("actor", "late", "s"))[1:] == []
+
+
 def test_an_unknown_peer_is_asked_to_say_hello(rig: Rig) -> None:
     (refused,) = rig.say(b"stranger", m.Ping())
     assert isinstance(refused, m.Refused)
