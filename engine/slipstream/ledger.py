@@ -21,7 +21,7 @@ import msgspec
 from slipstream import events
 from slipstream import messages as m
 from slipstream.config import RunConfig
-from slipstream.dispatch import Dispatcher
+from slipstream.dispatch import Dispatcher, Give
 from slipstream.errors import FrameError
 from slipstream.flight_recorder import FLIGHT
 from slipstream.ingest import Entry
@@ -383,16 +383,23 @@ class Ledger:
         yield pulling.peer, m.Batch(step=pulling.step, counters=counters, versions=versions), records
 
     def _give_leases(self, now: float) -> Iterator[Reply]:
-        if not any(any(who.wants) for who in self._peers.values()):
+        if self._dispatcher.may_train():
+            yield from self._give(0, self._dispatcher.train, now)
+        if self._dispatcher.may_evaluate():
+            yield from self._give(1, self._dispatcher.evaluate, now)
+
+    def _give(self, kind: int, give: Give, now: float) -> Iterator[Reply]:
+        """Give leases of one kind to actors that want some and have proven any weights."""
+        wanting = {peer: who for peer, who in self._peers.items()
+                   if who.wants[kind] and self.state.proven.get((who.name, who.session))}  # fmt: skip
+        if not wanting:
             return
-        names = {peer: who.name for peer, who in self._peers.items()
-                 if self.state.proven.get((who.name, who.session))}  # fmt: skip
-        for kind, give in enumerate((self._dispatcher.train, self._dispatcher.evaluate)):
-            wants = {peer: self._peers[peer].wants[kind] for peer in names if self._peers[peer].wants[kind]}
-            for peer, leases in give(wants, names):
-                self._peers[peer].wants[kind] -= len(leases)
-                self._leased_at.update({(slot_of(lease), lease.issue): now for lease in leases})
-                yield from self._grants(peer, leases)
+        wants = {peer: who.wants[kind] for peer, who in wanting.items()}
+        names = {peer: who.name for peer, who in wanting.items()}
+        for peer, leases in give(wants, names):
+            self._peers[peer].wants[kind] -= len(leases)
+            self._leased_at.update({(slot_of(lease), lease.issue): now for lease in leases})
+            yield from self._grants(peer, leases)
 
 
 def evaluated(done: events.EvaluationDone, *, replayed: bool = False) -> m.Evaluated:
