@@ -388,12 +388,14 @@ PERMITTED_WAITS = {
     # After SIGKILL.
     "slipstream.supervisor": {"Supervisor._stop: process.wait()"},
     "slipstream.transport.actor_client": {
-        # `_watch` ends the connection after `silence_s`, which puts None into the inbox.
+        # The core's timer ends the connection after `silence_s`, which puts None into the inbox.
         "ActorClient.receive: self._inbox.get()",
         "ActorClient._read: self._channel.receive()",
         "ActorClient._guard: await work",
-        # Called inside `within` by `_wait`.
+        # The core's timer raises when one of its waits has run out.
         "ActorClient._until: self._changed.wait()",
+        # Idle while the channel takes everything at once; what it does not take has a deadline.
+        "ActorClient._write: self._stuck.wait()",
         # Tasks just cancelled.
         "ActorClient.close: asyncio.gather(*self._tasks, return_exceptions=True)",
     },

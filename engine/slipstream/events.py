@@ -182,6 +182,8 @@ class State(Event, frozen=True, kw_only=True, tag=True):
     incarnation: int
     fork_step: int
     learner_session: str
+    former_learners: tuple[str, ...]
+    """Sessions that may never come back."""
     versions: tuple[Version, ...]
     forks: dict[int, int]
     """incarnation -> the step it started from."""

@@ -12,6 +12,7 @@ wishes are not.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final, Protocol
 
@@ -20,7 +21,7 @@ import msgspec
 from slipstream import events
 from slipstream import messages as m
 from slipstream.config import RunConfig
-from slipstream.dispatch import Dispatcher
+from slipstream.dispatch import Dispatcher, Give
 from slipstream.errors import FrameError
 from slipstream.flight_recorder import FLIGHT
 from slipstream.ingest import Entry
@@ -31,12 +32,15 @@ from slipstream.peers import Peer, Pulling, metrics_rows, snapshot
 from slipstream.receiving import check_sender, describe, refuse_line, refuse_proof, verdict_on
 from slipstream.transport.channel import Reply
 from slipstream.types import Lease
-from slipstream.wire import inspect_trajectory, schema_hash
+from slipstream.wire import inspect_trajectory, is_intact, schema_hash
 
 CANARY_TOLERANCE: Final = 1e-3
 """Most that two float32 back ends may differ in a canary log-probability, in nats."""
 _PING_AFTER_S: Final = 5.0
 _SWEEP_EVERY_S: Final = 1.0
+_REPLACED: Final = "another process took this name"
+_RESENDS: Final = 2
+"""So often a record that was damaged on its way is asked for again; then it counts as poison."""
 _LEASES_PER_GRANT: Final = 256
 """Keeps a Grant well under the bound of a control message."""
 
@@ -75,7 +79,11 @@ class Ledger:
         self._peers: dict[bytes, Peer] = {}
         self._replaced: set[bytes] = set()
         self._leased_at: dict[tuple[events.Slot, int], float] = {}
+        self._damaged: Counter[tuple[str, int]] = Counter()
+        """(actor, seq) -> how often the bytes of that record did not match their CRC."""
         self._pulling: Pulling | None = None
+        self._finished: m.Finish | None = None
+        """The learner's last word: whoever joins after it is told to stop."""
         self._reports: list[dict[str, Any]] = []
         self._next_sweep = 0.0
         self.refused_proofs = 0
@@ -93,7 +101,7 @@ class Ledger:
         who = self._peers.get(peer)
         if who is None:
             gone = peer in self._replaced
-            reason = "another process took this name" if gone else "this hub does not know you yet; say Hello"
+            reason = _REPLACED if gone else "this hub does not know you yet; say Hello"
             return [(peer, m.Refused(reason=reason, retry=not gone), ())]
         who.heard_s = now
         handle = self._from_actor if who.role == "actor" else self._from_learner
@@ -135,6 +143,7 @@ class Ledger:
                 return []
             case m.Finish():
                 # The learner's own Stop tells it that all it said before has been heard.
+                self._finished = message
                 return [(other, m.Stop(reason=message.reason), ()) for other in self._peers]
             case m.Ping():
                 return [(peer, message, ())]
@@ -225,6 +234,8 @@ class Ledger:
                 return f"{name}: the hub has {expected}, {hello.role} {hello.name} has {got}"
         if hello.role not in ("actor", "learner"):
             return f"role: expected actor or learner, got {hello.role}"
+        if self.state.is_replaced(hello.role, hello.name, hello.session):
+            return _REPLACED
         return refuse_line(hello, self.state) if hello.role == "learner" else ""
 
     def _admit_actor(self, peer: bytes, hello: m.Hello) -> list[Reply]:
@@ -232,7 +243,8 @@ class Ledger:
         self._log(events.Epoch(actor=hello.name, epoch=epoch, session=hello.session))
         welcome = m.Welcome(epoch=epoch, credit_bytes=self._config.hub.credit_bytes, update=self.state.newest)
         # The same process again: what was granted and perhaps lost on the way is granted once more.
-        return [(peer, welcome, ()), *self._held_by(peer, hello.name)]
+        stop = [] if self._finished is None else [(peer, m.Stop(reason=self._finished.reason), ())]
+        return [(peer, welcome, ()), *self._held_by(peer, hello.name), *stop]
 
     def _held_by(self, peer: bytes, name: str) -> Iterator[Reply]:
         for desk in (self.state.training, self.state.heldout):
@@ -245,7 +257,7 @@ class Ledger:
             yield peer, m.Grant(leases=some, pinned=self.state.updates.get(some[0].evaluation)), ()
 
     def _admit_learner(self, peer: bytes, hello: m.Hello) -> list[Reply]:
-        self._pulling = None
+        self._pulling = self._finished = None
         state = self.state
         if hello.session != state.learner_session:
             if hello.step < state.steps:
@@ -274,12 +286,20 @@ class Ledger:
             if len(frames) != 1:
                 raise FrameError(f"Deliver: expected one record behind it, got {len(frames)} frames")
             arrival = inspect_trajectory(frames[0])
+            if self._damaged:
+                self._damaged.pop((who.name, message.seq), None)
             identity = arrival.header.identity
             check_sender(identity, run=self._run, actor=who.name, epoch=self.state.epochs[who.name])
             if identity not in self.state.seen:
                 event = describe(arrival, verdict_on(arrival, self.state, self._config))
                 self._log(event, frames[0])
         except FrameError as error:
+            key = who.name, message.seq
+            if self._damaged[key] < _RESENDS and not (len(frames) == 1 and is_intact(frames[0])):
+                self._damaged[key] += 1
+                # Joining again makes the actor send from its spool all that was not acknowledged.
+                return peer, m.Refused(reason=f"record {message.seq} was damaged: {error}", retry=True), ()
+            del self._damaged[key]
             file = self._quarantine(frames)
             self._log(events.Quarantined(actor=who.name, file=file, reason=str(error)))
         return peer, ack, ()
@@ -359,16 +379,25 @@ class Ledger:
         yield pulling.peer, batch, records
 
     def _give_leases(self, now: float) -> Iterator[Reply]:
-        if self.paused or not any(any(who.wants) for who in self._peers.values()):
+        if self.paused:
             return
-        names = {peer: who.name for peer, who in self._peers.items()
-                 if self.state.proven.get((who.name, who.session))}  # fmt: skip
-        for kind, give in enumerate((self._dispatcher.train, self._dispatcher.evaluate)):
-            wants = {peer: self._peers[peer].wants[kind] for peer in names if self._peers[peer].wants[kind]}
-            for peer, leases in give(wants, names):
-                self._peers[peer].wants[kind] -= len(leases)
-                self._leased_at.update({(slot_of(lease), lease.issue): now for lease in leases})
-                yield from self._grants(peer, leases)
+        if self._dispatcher.may_train():
+            yield from self._give(0, self._dispatcher.train, now)
+        if self._dispatcher.may_evaluate():
+            yield from self._give(1, self._dispatcher.evaluate, now)
+
+    def _give(self, kind: int, give: Give, now: float) -> Iterator[Reply]:
+        """Give leases of one kind to actors that want some and have proven any weights."""
+        wanting = {peer: who for peer, who in self._peers.items()
+                   if who.wants[kind] and self.state.proven.get((who.name, who.session))}  # fmt: skip
+        if not wanting:
+            return
+        wants = {peer: who.wants[kind] for peer, who in wanting.items()}
+        names = {peer: who.name for peer, who in wanting.items()}
+        for peer, leases in give(wants, names):
+            self._peers[peer].wants[kind] -= len(leases)
+            self._leased_at.update({(slot_of(lease), lease.issue): now for lease in leases})
+            yield from self._grants(peer, leases)
 
 
 def _replayed(config: RunConfig, journal: Journal) -> LedgerState:

@@ -145,6 +145,14 @@ def inspect_trajectory(record: Buffer) -> Arrival:
                    serials=serials)  # fmt: skip
 
 
+def is_intact(record: Buffer) -> bool:
+    """Return whether a record ends in the CRC-32C of what stands before: it came as it was sent."""
+    if len(record) < _CHECK.size:
+        return False
+    (expected,) = _CHECK.unpack_from(record, len(record) - _CHECK.size)
+    return bool(crc32c([memoryview(record)[: -_CHECK.size]]) == expected)
+
+
 def most_bytes(trajectory: Trajectory) -> int:
     """Return a bound of the bytes of a trajectory's record."""
     token_bytes = sum(dtype.itemsize for name, dtype in ARRAYS if name != "turn_rewards")
