@@ -12,6 +12,7 @@ wishes are not.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final, Protocol
 
@@ -21,7 +22,7 @@ from slipstream import events
 from slipstream import messages as m
 from slipstream.config import RunConfig
 from slipstream.dispatch import Dispatcher
-from slipstream.errors import FrameError
+from slipstream.errors import DamageError, FrameError
 from slipstream.flight_recorder import FLIGHT
 from slipstream.ingest import Entry
 from slipstream.leases import slot_of
@@ -36,6 +37,9 @@ CANARY_TOLERANCE: Final = 1e-3
 """Most that two float32 back ends may differ in a canary log-probability, in nats."""
 _PING_AFTER_S: Final = 5.0
 _SWEEP_EVERY_S: Final = 1.0
+_DAMAGED_KNOWN: Final = 1024
+_DAMAGED_TIMES: Final = 4
+"""Arrivals of one record with a wrong check after which the damage is not the network's."""
 _LEASES_PER_GRANT: Final = 256
 """Keeps a Grant well under the bound of a control message."""
 
@@ -80,6 +84,9 @@ class Ledger:
         self._pulling: Pulling | None = None
         self._reports: list[dict[str, Any]] = []
         self._next_sweep = 0.0
+        self._finished: m.Finish | None = None
+        self._damaged: Counter[tuple[str, int]] = Counter()
+        """(actor, number of its spool) -> how often its record arrived damaged."""
         self.refused_proofs = 0
 
     def flush(self) -> None:
@@ -134,6 +141,7 @@ class Ledger:
                 self._reports.append({"kind": message.about, **message.metrics})
                 return []
             case m.Finish():
+                self._finished = message
                 # The learner's own Stop tells it that all it said before has been heard.
                 return [(other, m.Stop(reason=message.reason), ()) for other in self._peers]
             case m.Ping():
@@ -237,6 +245,9 @@ class Ledger:
         epoch = self.state.epochs.get(hello.name, -1) + 1
         self._log(events.Epoch(actor=hello.name, epoch=epoch, session=hello.session))
         welcome = m.Welcome(epoch=epoch, credit_bytes=self._config.hub.credit_bytes, update=self.state.newest)
+        if self._finished is not None:
+            # It was away when everybody was told.
+            return [(peer, welcome, ()), (peer, m.Stop(reason=self._finished.reason), ())]
         # The same process again: what was granted and perhaps lost on the way is granted once more.
         return [(peer, welcome, ()), *self._held_by(peer, hello.name)]
 
@@ -278,7 +289,7 @@ class Ledger:
         ack = m.Ack(seqs=(message.seq,), bytes=sum(map(len, frames)))
         try:
             if len(frames) != 1:
-                raise FrameError(f"Deliver: expected one record behind it, got {len(frames)} frames")
+                raise DamageError(f"Deliver: expected one record behind it, got {len(frames)} frames")
             arrival = inspect_trajectory(frames[0])
             identity = arrival.header.identity
             check_sender(identity, run=self._run, actor=who.name, epoch=self.state.epochs[who.name])
@@ -286,9 +297,18 @@ class Ledger:
                 event = describe(arrival, verdict_on(arrival, self.state, self._config))
                 self._log(event, frames[0])
         except FrameError as error:
+            if isinstance(error, DamageError) and self._may_come_again(who.name, message.seq):
+                return peer, m.Refused(reason=str(error), retry=True), ()
             file = self._quarantine(frames)
             self._log(events.Quarantined(actor=who.name, file=file, reason=str(error)))
         return peer, ack, ()
+
+    def _may_come_again(self, actor: str, number: int) -> bool:
+        """Return whether the sender is to send a damaged record again: it may be whole in its spool."""
+        self._damaged[actor, number] += 1
+        if len(self._damaged) > _DAMAGED_KNOWN:
+            del self._damaged[next(iter(self._damaged))]
+        return self._damaged[actor, number] < _DAMAGED_TIMES
 
     def _proof(self, peer: bytes, who: Peer, message: m.Proof) -> list[Reply]:
         proof = message.proof

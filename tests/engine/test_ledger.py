@@ -238,7 +238,7 @@ def test_resent_duplicate_failed_and_unproven_trajectories_are_booked_apart(rig:
     assert [(x.attempt, x.issue) for x in again] == [(second.attempt, 1), (third.attempt, 1)]
 
 
-@pytest.mark.parametrize("damage", ["bit", "frames", "sender", "attempt", "split"])
+@pytest.mark.parametrize("damage", ["sender", "attempt", "split"])
 def test_bad_trajectories_are_quarantined_and_acknowledged(rig: Rig, damage: str) -> None:
     peer, announced = ready(rig)
     (lease,) = rig.want(peer, 1)
@@ -250,13 +250,47 @@ def test_bad_trajectories_are_quarantined_and_acknowledged(rig: Rig, damage: str
     if damage == "split":
         made = dataclasses.replace(made, split=Split.HELDOUT)
     record = encode_trajectory(made)
-    if damage == "bit":
-        record[40] ^= 1
-    replies = rig.say(peer, m.Deliver(seq=7), [record, b"more"] if damage == "frames" else [record])
+    replies = rig.say(peer, m.Deliver(seq=7), [record])
     assert [r.seqs for r in replies if isinstance(r, m.Ack)] == [(7,)]
     assert rig.ledger.books()["quarantined"] == 1
     assert rig.bad[0].startswith(record)
     assert rig.ledger.books()["leased"] == 1
+
+
+@pytest.mark.parametrize("damage", ["bit", "frames"])
+def test_what_the_network_damaged_is_asked_for_again(rig: Rig, damage: str) -> None:
+    peer, announced = ready(rig)
+    (lease,) = rig.want(peer, 1)
+    made = rig.made(peer, lease, announced.version.serial)
+    record = bytes(encode_trajectory(made))
+    bad = bytearray(record)
+    bad[40] ^= 1
+    frames = [record, b"more"] if damage == "frames" else [bad]
+    (reply,) = rig.say(peer, m.Deliver(seq=made.identity.seq), frames)
+    assert isinstance(reply, m.Refused)
+    assert reply.retry
+    assert rig.ledger.books()["made"] == 0
+    rig.deliver(peer, made)
+    assert rig.ledger.books()["buffered"] == 1
+    assert rig.ledger.books()["quarantined"] == 0
+
+
+def test_what_comes_damaged_every_time_is_quarantined_and_does_not_wedge_its_actor(rig: Rig) -> None:
+    peer, announced = ready(rig)
+    (lease,) = rig.want(peer, 1)
+    bad = encode_trajectory(rig.made(peer, lease, announced.version.serial))
+    bad[40] ^= 1
+    kinds = [[type(reply).__name__ for reply in rig.say(peer, m.Deliver(seq=7), [bad])] for _ in range(4)]
+    assert kinds == [["Refused"]] * 3 + [["Ack"]]
+    assert rig.bad == [bytes(bad)]
+
+
+def test_an_actor_that_was_away_at_the_end_is_told_to_stop(rig: Rig) -> None:
+    rig.learner()
+    rig.say(b"learner", m.Finish(reason="done"))
+    peer = b"late/s"
+    replies = rig.say(peer, hello("actor", "late", "s"))
+    assert [type(reply).__name__ for reply in replies] == ["Welcome", "Stop"]
 
 
 def test_groups_too_old_at_hand_out_are_dropped_and_make_room(rig: Rig) -> None:
