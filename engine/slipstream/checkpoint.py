@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slipstream.errors import CheckpointError
+from slipstream.errors import CheckpointError, StorageError
 
 if TYPE_CHECKING:
     import torch
@@ -61,6 +61,11 @@ def save_checkpoint(folder: Path, step: int, write: Callable[[Path], None], *, k
         if path not in kept:
             shutil.rmtree(path)
     return target
+
+
+def steps_in(folder: Path) -> list[int]:
+    """Return the steps that have a checkpoint, whole or not, newest first."""
+    return [step for step, _ in _steps(folder)]
 
 
 def load_latest(folder: Path) -> Checkpoint:
@@ -159,10 +164,17 @@ def publish(target: Path, write: Callable[[Path], None], notes: Mapping[str, Any
 
 
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Write tensors as safetensors; each name must own its storage (pass tied weights once)."""
+    """Write tensors as safetensors; each name must own its storage (pass tied weights once).
+
+    Raises StorageError (disk full, I/O).
+    """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
+    try:
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
+    except SafetensorError as error:
+        raise StorageError(f"{path}: writing failed ({error}); free space or repair the disk") from error
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:

@@ -175,6 +175,8 @@ class CheckpointConfig(Part):
 
     every: int = Field(default=20, ge=1)
     keep: int = Field(default=2, ge=1)
+    background: bool = True
+    """Written beside the training, from a copy of weights and optimizer state; False waits for the disk."""
 
 
 class HubConfig(Part):
@@ -191,6 +193,10 @@ class HubConfig(Part):
     """"process" survives kill -9; "power" also fsyncs before each acknowledgement."""
     segment_bytes: int = Field(default=64 << 20, ge=1 << 16)
     """Size at which the ingest log starts a new file."""
+    retain_bytes: int = Field(default=16 << 30, ge=0)
+    """Bytes of the log that are kept for reading, beyond what a restart needs."""
+    reserve_bytes: int = Field(default=256 << 20, ge=0)
+    """With less room than this on the disk no episode begins; those that run still reach the log."""
 
 
 def check_outcome_dominates(rewards: RewardConfig, objective: ObjectiveConfig, group_size: int) -> None:

@@ -6,7 +6,7 @@ from typing import Literal
 
 import msgspec
 
-from slipstream.types import Lease, Outcome, Split, TaskAttempt, TrajectoryId, WeightUpdate
+from slipstream.types import Lease, Outcome, Split, TaskAttempt, TrajectoryId, Version, WeightUpdate
 
 Slot = tuple[int, int, int]
 """(evaluation serial or -1, group, attempt): one episode that is owed."""
@@ -135,6 +135,80 @@ class CheckpointPublished(Event, frozen=True, kw_only=True, tag=True):
     """The learner published a checkpoint."""
 
     step: int
+    oldest: int = 0
+    """Step of the oldest checkpoint it keeps: it never goes back further."""
+
+
+class Kept(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A trajectory that may still be trained, or trained again."""
+
+    received: Received
+    position: int
+    """Where the log keeps its record."""
+    fate: str
+
+
+class Desk(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Episodes that are owed."""
+
+    waiting: tuple[Slot, ...]
+    leased: tuple[tuple[str, Lease], ...]
+    """(actor, lease)."""
+    issues: tuple[tuple[Slot, int], ...]
+
+
+class Running(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A held-out evaluation under way."""
+
+    serial: int
+    step: int
+    results: tuple[Received, ...]
+
+
+class State(Event, frozen=True, kw_only=True, tag=True):
+    """What all events before add up to; opens every segment of the log but the first.
+
+    Nothing older has to be read, so that the segments before may be removed.
+    """
+
+    epochs: dict[str, int]
+    sessions: tuple[tuple[str, int, str], ...]
+    """(actor, epoch, session)."""
+    proven: tuple[tuple[str, str, tuple[int, ...]], ...]
+    """(actor, session, serials)."""
+    seen: tuple[tuple[str, int, tuple[tuple[int, int], ...]], ...]
+    """(actor, epoch, intervals of sequence numbers): the watermarks against duplicates, with their gaps."""
+    incarnation: int
+    fork_step: int
+    learner_session: str
+    versions: tuple[Version, ...]
+    forks: dict[int, int]
+    """incarnation -> the step it started from."""
+    updates: tuple[WeightUpdate, ...]
+    newest: int
+    """Serial of the newest weights, or -1."""
+    next_serial: int
+    next_group: int
+    groups: tuple[tuple[int, tuple[TrajectoryId | None, ...]], ...]
+    items: tuple[Kept, ...]
+    first_batch: int
+    batches: tuple[tuple[TrajectoryId, ...], ...]
+    """From `first_batch` on."""
+    histories: tuple[str, ...]
+    """After `first_batch` batches, and after each of `batches`."""
+    training: Desk
+    heldout: Desk
+    evaluation: Running | None
+    evaluation_queue: tuple[int, ...]
+    evaluations: tuple[EvaluationDone, ...]
+    checkpoint_step: int
+    received: int
+    quarantined: int
+    tokens_received: int
+    forgotten: int
+    """Trained trajectories that no checkpoint can ask for again."""
+    fates: dict[str, int]
+    evaluation_fates: dict[str, int]
 
 
 AnyEvent = (
@@ -152,6 +226,7 @@ AnyEvent = (
     | RolledBack
     | EvaluationDone
     | CheckpointPublished
+    | State
 )
 
 
@@ -180,5 +255,5 @@ def brief(event: AnyEvent) -> str:
             return f"serial {serial} evaluated, success {success:.3f}"
         case CheckpointPublished(step=step):
             return f"checkpoint of step {step}"
-        case GroupOpened() | Leased() | Received():
+        case GroupOpened() | Leased() | Received() | State():
             return ""

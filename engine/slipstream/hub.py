@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import resource
 import secrets
+import shutil
 import signal
 import sys
 import time
@@ -17,11 +18,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final
 
-from slipstream.config import RunConfig
+from slipstream.config import HubConfig, RunConfig
 from slipstream.errors import AddressError, RunFolderError, StorageError
 from slipstream.flight_recorder import FLIGHT
 from slipstream.ingest import IngestLog
 from slipstream.ledger import Ledger
+from slipstream.ledger_snapshot import snapshot
 from slipstream.messages import Buffer
 from slipstream.metrics import FILE as METRICS
 from slipstream.metrics import append_row
@@ -47,7 +49,7 @@ def main(config: RunConfig, folder: Path) -> int:
         sys.stderr.write(note + "\n")
     server = _serve(ledger, config.hub.address, folder / "hub.json")
     write_json(folder / "hub.json", {"address": server.address, "pid": os.getpid(), "run": run})
-    books = Bookkeeper(ledger, folder)
+    books = Bookkeeper(ledger, log, folder, config.hub)
     try:
         server.run(stopping, each_turn=books.turn)
     finally:
@@ -61,7 +63,10 @@ def open_ledger(config: RunConfig, folder: Path, run: str) -> tuple[IngestLog, L
     """Return a run's log and what it adds up to; raises RunFolderError when the log is damaged."""
     try:
         log = IngestLog(folder / "trajectories", config.hub.durability, config.hub.segment_bytes)
-        return log, Ledger(config, run, log, quarantine_in(folder / "quarantine"))
+        ledger = Ledger(config, run, log, quarantine_in(folder / "quarantine"))
+        log.check(ledger.state.oldest_position)
+        log.opening = lambda: snapshot(ledger.state)
+        return log, ledger
     except StorageError as error:
         raise RunFolderError(str(error)) from error
 
@@ -69,20 +74,37 @@ def open_ledger(config: RunConfig, folder: Path, run: str) -> tuple[IngestLog, L
 class Bookkeeper:
     """Writes what the hub knows into the run's folder."""
 
-    def __init__(self, ledger: Ledger, folder: Path) -> None:
+    def __init__(self, ledger: Ledger, log: IngestLog, folder: Path, config: HubConfig) -> None:
         """Write into `folder`."""
-        self._ledger, self._folder = ledger, folder
+        self._ledger, self._log, self._folder, self._config = ledger, log, folder, config
         self._next_status = 0.0
+        self._covered = -1
 
     def turn(self) -> None:
-        """Write new rows, and the status when it is due."""
+        """Write new rows, and the status when it is due; shorten the log when a checkpoint covers more."""
         FLIGHT.beat()
         for row in self._ledger.take_reports():
             append_row(self._folder / METRICS, row)
         now = time.monotonic()
         if now >= self._next_status:
             self._next_status = now + _STATUS_EVERY_S
+            self._watch_disk()
             write_json(self._folder / "status.json", {"time": time.time(), **self._ledger.status(now)})
+        state = self._ledger.state
+        if state.first_batch != self._covered:
+            self._covered = state.first_batch
+            self._log.shorten(state.oldest_position, retain_bytes=self._config.retain_bytes)
+
+    def _watch_disk(self) -> None:
+        """Begin no episode while the disk has too little room for those that run."""
+        free, least = shutil.disk_usage(self._folder).free, self._config.reserve_bytes
+        paused = free < least
+        if paused != self._ledger.paused:
+            self._ledger.paused = paused
+            told = f"{free >> 20} MB left on the disk of {self._folder}, {least >> 20} are reserved: "
+            told += "no new episodes until some are freed" if paused else "episodes begin again"
+            FLIGHT.note(told)
+            sys.stderr.write(told + "\n")
 
     def finish(self) -> None:
         """Write what is left."""

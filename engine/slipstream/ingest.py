@@ -6,8 +6,9 @@ segments. A payload is
     u32 bytes of the event | event (MessagePack, a tagged struct) | after Received: the trajectory's
     record (wire.py)
 
-A closed segment has an index `NNNNNN.index` for reading tools, rebuilt when missing: u64 offset of each
-record, ascending.
+Every segment but the first opens with a State, what all events before add up to, so that older segments
+may be removed (`shorten`). A closed segment has an index `NNNNNN.index` for reading tools, rebuilt when
+missing: u64 offset of each record, ascending.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import fcntl
 import mmap
 import os
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
@@ -25,9 +26,9 @@ import msgspec
 import numpy as np
 
 from slipstream.errors import RunFolderError, StorageError
-from slipstream.events import AnyEvent, Event
+from slipstream.events import AnyEvent, Event, State
 from slipstream.messages import Buffer
-from slipstream.records import HEAD, Scan, pack, payload, scan, sync, write_all
+from slipstream.records import HEAD, Record, Scan, pack, payload, scan, sync, write_all
 
 _U32: Final = struct.Struct("<I")
 _ENCODER: Final = msgspec.msgpack.Encoder()
@@ -63,6 +64,8 @@ class IngestLog:
         self.folder = folder
         self.notes: list[str] = []
         """What recovery had to do, one sentence each."""
+        self.opening: Callable[[], State] | None = None
+        """Gives the state before the next event; without it segments open with their first event."""
         self._durability, self._segment_bytes = durability, segment_bytes
         folder.mkdir(parents=True, exist_ok=True)
         self._lock = _lock(folder)
@@ -71,6 +74,8 @@ class IngestLog:
         self._readers: dict[int, int] = {}
         self._offsets: list[int] = []
         """Where the records of the open segment begin."""
+        self._first = self._base = self._state_bytes = 0
+        """The first segment there is, the newest that opens with a State, and the State of the open one."""
         try:
             self._segment, self._size, self._seq = self._recover()
             self._file = self._open_segment()
@@ -83,8 +88,15 @@ class IngestLog:
 
         It is durable after `flush`. Raises StorageError, after which only a restart helps.
         """
-        if self._size >= self._segment_bytes:
+        # The State does not count: one larger than a segment would otherwise be written with every event.
+        if self._size - self._state_bytes >= self._segment_bytes:
             self._next_segment()
+        if self._segment and not self._size and self.opening is not None:
+            self._add(self.opening(), b"")
+            self._state_bytes = self._size
+        return self._add(event, record)
+
+    def _add(self, event: Event, record: Buffer) -> int:
         position = self._segment << _OFFSET_BITS | self._size
         body = _ENCODER.encode(event)
         buffers = pack(self._seq, [_U32.pack(len(body)) + body], record)
@@ -118,10 +130,45 @@ class IngestLog:
         return os.pread(file, length - start, offset + HEAD.size + start)
 
     def replay(self) -> Iterator[Entry]:
-        """Yield every event from the beginning, without the trajectories' records."""
+        """Yield the newest State and every event behind it, or all events, without trajectories' records."""
         self._write()
-        for number in range(self._segment + 1):
+        for number in range(self._base, self._segment + 1):
             yield from _entries(self.folder, number, last=number == self._segment, records=False)
+
+    def check(self, oldest_position: int | None) -> None:
+        """Check what `replay` passes over and `read` may be asked for; raises StorageError for damage."""
+        start = self._base if oldest_position is None else oldest_position >> _OFFSET_BITS
+        for number in range(start, self._base):
+            _checked(self.folder, number, None, last=False)
+
+    def shorten(self, oldest_position: int | None, *, retain_bytes: int) -> int:
+        """Remove the oldest segments and return how many.
+
+        Kept are the segments from that of `oldest_position` on (None: nothing is needed), the newest, and
+        before them up to `retain_bytes` for reading tools. Call it after `flush`: the state that a kept
+        segment opens with must be durable. Raises StorageError.
+        """
+        needed = self._segment if oldest_position is None else oldest_position >> _OFFSET_BITS
+        # A newest segment that is still empty holds no State yet.
+        last = min(needed, self._segment if self._size else self._segment - 1)
+        sizes = [_segment_path(self.folder, n).stat().st_size for n in range(self._first, last)]
+        removed = 0
+        while sizes and sum(sizes) > retain_bytes:
+            sizes.pop(0)
+            self._remove_first()
+            removed += 1
+        if removed and self._durability == "power":
+            _sync_folder(self.folder)
+        return removed
+
+    def _remove_first(self) -> None:
+        reader = self._readers.pop(self._first, None)
+        if reader is not None:
+            os.close(reader)
+        _index_path(self.folder, self._first).unlink(missing_ok=True)
+        _segment_path(self.folder, self._first).unlink()
+        self._first += 1
+        self._base = max(self._base, self._first)
 
     def close(self) -> None:
         """Flush and close."""
@@ -138,7 +185,7 @@ class IngestLog:
         self.flush()
         os.close(self._file)
         _write_index(self.folder, self._segment, self._offsets)
-        self._segment, self._size, self._offsets = self._segment + 1, 0, []
+        self._segment, self._size, self._state_bytes, self._offsets = self._segment + 1, 0, 0, []
         self._file = self._open_segment()
 
     def _open_segment(self) -> int:
@@ -150,14 +197,23 @@ class IngestLog:
 
     def _recover(self) -> tuple[int, int, int]:
         numbers, seq, size = _segment_numbers(self.folder), 0, 0
-        for number in numbers:
+        self._first = numbers[0] if numbers else 0
+        self._base = next((n for n in reversed(numbers) if _opens_with_state(self.folder, n)), 0)
+        if self._first > self._base:
+            raise StorageError(
+                f"{_segment_path(self.folder, self._first)}: expected the state before it first, got another "
+                f"event; restore the segments before it or start a new run folder"
+            )
+        for number in range(self._base, len(numbers) + self._first):
             path = _segment_path(self.folder, number)
-            found = _checked(self.folder, number, seq, last=number == numbers[-1])
+            found = _checked(self.folder, number, seq if number > self._base else None,
+                             last=number == numbers[-1])  # fmt: skip
             size = path.stat().st_size - found.torn
             if found.torn:
                 os.truncate(path, size)
                 self.notes.append(f"{path}: cut {found.torn} bytes of an event torn by a crash")
             seq = found.records[-1].seq + 1 if found.records else seq
+            self._state_bytes = found.records[0].end if number == self._base > 0 else 0
             self._offsets = [record.offset for record in found.records]
         return (numbers[-1] if numbers else 0), size, seq
 
@@ -186,30 +242,43 @@ def _entries(folder: Path, number: int, *, last: bool, records: bool) -> Iterato
     for record in found.records:
         body = payload(data, record)
         split = _U32.size + _U32.unpack_from(body)[0]
-        event = _decode(body[_U32.size : split], folder, number, record.offset)
+        event = _event_of(data, record, folder, number)
         position = number << _OFFSET_BITS | record.offset
         yield Entry(position=position, event=event, record=bytes(body[split:]) if records else b"")
 
 
-def _decode(body: memoryview, folder: Path, number: int, offset: int) -> AnyEvent:
+def _event_of(data: bytes, record: Record, folder: Path, number: int) -> AnyEvent:
+    body = payload(data, record)
     try:
-        event: AnyEvent = _DECODER.decode(body)
+        event: AnyEvent = _DECODER.decode(body[_U32.size : _U32.size + _U32.unpack_from(body)[0]])
     except msgspec.MsgspecError as error:
         raise StorageError(
-            f"{_segment_path(folder, number)} at offset {offset}: expected an event of this version of "
-            f"Slipstream, got {error}; start a new run folder"
+            f"{_segment_path(folder, number)} at offset {record.offset}: expected an event of this "
+            f"version of Slipstream, got {error}; start a new run folder"
         ) from error
     return event
 
 
-def _checked(folder: Path, number: int, seq: int, *, last: bool) -> Scan:
+def _checked(folder: Path, number: int, seq: int | None, *, last: bool) -> Scan:
     found = _refuse_damage(folder, number, _scan_segment(folder, number), last=last)
-    if found.records and found.records[0].seq != seq:
+    if found.records and seq is not None and found.records[0].seq != seq:
         raise StorageError(
             f"{_segment_path(folder, number)}: expected event {seq} first, got {found.records[0].seq}; "
             f"restore the missing segment or start a new run folder"
         )
     return found
+
+
+def _opens_with_state(folder: Path, number: int) -> bool:
+    """Return whether a segment holds all that events before it add up to."""
+    with _segment_path(folder, number).open("rb") as file:
+        head = file.read(HEAD.size)
+        if len(head) < HEAD.size:
+            return False
+        file.seek(0)
+        data = file.read(HEAD.size + HEAD.unpack(head)[0])
+    found = scan(data).records
+    return bool(found) and isinstance(_event_of(data, found[0], folder, number), State)
 
 
 def _refuse_damage(folder: Path, number: int, found: Scan, *, last: bool) -> Scan:
@@ -252,9 +321,9 @@ def _write_index(folder: Path, number: int, offsets: Sequence[int]) -> None:
 
 def _segment_numbers(folder: Path) -> list[int]:
     numbers = sorted(int(path.stem) for path in folder.glob("*.log") if path.stem.isdigit())
-    if numbers != list(range(len(numbers))):
+    if numbers and numbers != list(range(numbers[0], numbers[-1] + 1)):
         raise StorageError(
-            f"{folder}: expected segments 0 .. {len(numbers) - 1}, got {numbers}; restore the missing "
+            f"{folder}: expected segments {numbers[0]} .. {numbers[-1]}, got {numbers}; restore the missing "
             f"ones or start a new run folder"
         )
     return numbers

@@ -20,10 +20,12 @@ import numpy as np
 import torch
 
 from slipstream import checkpoint
+from slipstream.checkpoint_writer import CheckpointWriter, Published
 from slipstream.config import RunConfig
 from slipstream.deadlines import Deadline
-from slipstream.errors import CheckpointError
+from slipstream.errors import CheckpointError, ProtocolError, StorageError
 from slipstream.flight_recorder import FLIGHT
+from slipstream.history import START, extend
 from slipstream.messages import Evaluated, Stop
 from slipstream.metrics import read_rows, slip_statistics
 from slipstream.model import (
@@ -34,6 +36,8 @@ from slipstream.model import (
     load_model,
     load_policy,
     named_weights,
+    random_state,
+    restore_random_state,
     write_policy,
 )
 from slipstream.policy_step import PolicyStep
@@ -47,6 +51,7 @@ from slipstream_kernels import checksum64_named
 
 CANARY_TOKENS = 16
 OPTIMIZER = "optimizer.safetensors"
+RANDOM = "random.safetensors"
 STATE = "state.json"
 LAST_EVALUATION_S = 600.0
 KEPT_ROWS = 8
@@ -68,7 +73,7 @@ def main(config: RunConfig, folder: Path) -> int:
         learner.advance(timeout_s=0.5)
     if stopping:
         # The hub may be gone; whoever resumes says Hello with this step.
-        learner.save(announce=False)
+        learner.save_at_once()
     client.close()
     return 0
 
@@ -100,12 +105,19 @@ class Learner:
             reference = load_model(warm, dtype=config.model.dtype, device=device)
         self._step = PolicyStep(self._policy.model, reference, config)
         self._publisher = FilesystemPublisher(folder / "weights", keep=4)
+        self._writer = CheckpointWriter(
+            self._checkpoints, keep=config.checkpoint.keep, background=config.checkpoint.background
+        )
         self._versions = VersionTable()
-        self.step = 0
+        self.step, self._history = 0, START
         self.best = self._best_on_disk()
         self._last_evaluated = -1
         self._rows: deque[dict[str, float | list[float]]] = deque(maxlen=KEPT_ROWS)
         self._starved_s = 0.0
+        self._save_due = False
+        torch.manual_seed(
+            config.seed
+        )  # before anything is restored: nothing may hang on how this process began
         if newest is not None:
             self._restore(newest)
 
@@ -116,7 +128,7 @@ class Learner:
 
     def start(self) -> None:
         """Join the hub and publish the current weights as a new serial."""
-        welcome = self._client.connect(self.step)
+        welcome = self._client.connect(self.step, self._history)
         self._incarnation, self._fork_step = welcome.epoch, welcome.fork_step
         self._publisher.pin_all()
         self._next_serial = max(welcome.next_serial, self._publisher.newest_serial() + 1)
@@ -132,6 +144,9 @@ class Learner:
         """Hear what the hub has to say, then take one batch if it is there within `timeout_s`."""
         for event in self._client.events():
             self._hear(event)
+        self._announce(self._writer.published())
+        if self._save_due:
+            self.save()
         if self.step >= self._config.steps:
             self._await_last_evaluation(timeout_s)
             return
@@ -141,17 +156,39 @@ class Learner:
         if batch is not None:
             self._take(batch)
 
-    def save(self, *, announce: bool = True) -> None:
-        """Publish a checkpoint of the current step, whole or not at all, and tell the hub."""
-        checkpoint.save_checkpoint(
-            self._checkpoints, self.step, self._write_checkpoint, keep=self._config.checkpoint.keep
-        )
-        FLIGHT.note(f"checkpoint of step {self.step} published")
-        if announce:
-            self._client.checkpointed(self.step)
+    def save(self) -> None:
+        """Begin a checkpoint of the current step; the hub is told once it is on disk, whole.
+
+        Without room on the disk training goes on, and each step tries again.
+        """
+        self._announce(self._writer.settle())
+        self._save_due = not self._write_checkpoint()
+        if self._save_due:
+            log.warning("step %d: the disk of %s has no room for a checkpoint; training goes on, and each "
+                        "step tries again: free some space", self.step, self._checkpoints)  # fmt: skip
+
+    def save_at_once(self) -> None:
+        """Publish a checkpoint of the current step and return when it is on disk; the hub is not told.
+
+        It may be gone; whoever resumes says Hello with this step. Raises StorageError without room.
+        """
+        self._writer.settle()
+        self._write_or_raise()
+        self._writer.settle()
+
+    def _write_or_raise(self) -> None:
+        if not self._write_checkpoint():
+            raise StorageError(
+                f"{self._checkpoints}: no room for the checkpoint of step {self.step}; free some space"
+            )
+
+    def _announce(self, done: Published | None) -> None:
+        if done is not None:
+            self._client.checkpointed(done.step, oldest=done.oldest)
 
     def _take(self, batch: PulledBatch) -> None:
         """Train on one batch, publish, report, and save when it is due."""
+        self._history = self._continued(batch)
         for version in batch.versions:
             self._versions.add(version)
         slips = [self._versions.slip_at(self.step, self._incarnation, t.versions) for t in batch.trajectories]
@@ -173,6 +210,17 @@ class Learner:
         self._report(row)
         if self.step % self._config.checkpoint.every == 0 or self.step == self._config.steps:
             self.save()
+
+    def _continued(self, batch: PulledBatch) -> str:
+        """Return what this learner is trained on with a batch; raises ProtocolError if the hub disagrees."""
+        history = extend(self._history, [trajectory.identity for trajectory in batch.trajectories])
+        if history != batch.history:
+            raise ProtocolError(
+                f"batch {batch.step}: expected one after which this learner's history is {history}, got one "
+                f"that makes it {batch.history}: hub and learner have trained on different batches; restart "
+                f"the learner"
+            )
+        return history
 
     def _report(self, row: dict[str, float | list[float]]) -> None:
         now = time.monotonic()
@@ -252,7 +300,9 @@ class Learner:
                 self._hear(event)
             if not events and timeout_s == 0.0:
                 return
-        self.save()
+        self._announce(self._writer.settle())
+        self._write_or_raise()
+        self._announce(self._writer.settle())
         self._client.finish("training is over")
 
     def _quarantine(self, batch: PulledBatch) -> None:
@@ -264,12 +314,28 @@ class Learner:
             "step %d: non-finite loss or gradient; weights unchanged, batch noted in %s", self.step, file
         )
 
-    def _write_checkpoint(self, folder: Path) -> None:
-        write_policy(folder, self._policy)
-        checkpoint.write_tensors(folder / OPTIMIZER, self._step.optimizer.state_tensors())
+    def _write_checkpoint(self) -> bool:
+        """Copy the state and begin to write it; return False when the disk has no room."""
+        weights = {name: t.detach().cpu().clone() for name, t in named_weights(self._policy.model).items()}
+        optimizer = {name: t.cpu() for name, t in self._step.optimizer.state_tensors().items()}
+        random = random_state()
         rows = [{key: value for key, value in row.items() if _is_finite(value)} for row in self._rows]
-        state = {"step": self.step, "skipped": self._step.optimizer.skipped, "rows": rows}
-        checkpoint.write_state(folder / STATE, state)
+        state = {
+            "step": self.step,
+            "history": self._history,
+            "skipped": self._step.optimizer.skipped,
+            "best": asdict(self.best),
+            "rows": rows,
+        }
+
+        def write(folder: Path) -> None:
+            write_policy(folder, self._policy, weights)
+            checkpoint.write_tensors(folder / OPTIMIZER, optimizer)
+            checkpoint.write_tensors(folder / RANDOM, random)
+            checkpoint.write_state(folder / STATE, state)
+
+        size = sum(t.nbytes for tensors in (weights, optimizer, random) for t in tensors.values())
+        return self._writer.save(self.step, write, size)
 
     def _newest(self) -> Path | None:
         if not any(self._checkpoints.glob("step-*")):
@@ -280,7 +346,8 @@ class Learner:
         state = checkpoint.read_state(folder / STATE)
         self._step.optimizer.load_state_tensors(checkpoint.read_tensors(folder / OPTIMIZER))
         self._step.optimizer.skipped = int(state["skipped"])
-        self.step = int(state["step"])
+        restore_random_state(checkpoint.read_tensors(folder / RANDOM))
+        self.step, self._history = int(state["step"]), str(state["history"])
         self._rows.extend(state["rows"])
 
     def _best_on_disk(self) -> Best:

@@ -26,9 +26,10 @@ from slipstream.errors import DamageError, FrameError
 from slipstream.flight_recorder import FLIGHT
 from slipstream.ingest import Entry
 from slipstream.leases import slot_of
+from slipstream.ledger_snapshot import restored
 from slipstream.ledger_state import LedgerState
 from slipstream.peers import Peer, Pulling, metrics_rows, snapshot
-from slipstream.receiving import check_sender, describe, refuse_proof, verdict_on
+from slipstream.receiving import check_sender, describe, refuse_line, refuse_proof, verdict_on
 from slipstream.transport.channel import Reply
 from slipstream.types import Lease
 from slipstream.wire import inspect_trajectory, schema_hash
@@ -73,10 +74,7 @@ class Ledger:
         """Rebuild the state from the journal; `quarantine` keeps bad bytes and returns where."""
         self._config, self._run, self._journal, self._quarantine = config, run, journal, quarantine
         self._tolerance = canary_tolerance
-        self.state = LedgerState(config)
-        for entry in journal.replay():
-            FLIGHT.beat()
-            self.state.apply(entry.event, entry.position)
+        self.state = _replayed(config, journal)
         self._dispatcher = Dispatcher(config, self.state, self._log)
         self._peers: dict[bytes, Peer] = {}
         self._replaced: set[bytes] = set()
@@ -88,6 +86,8 @@ class Ledger:
         self._damaged: Counter[tuple[str, int]] = Counter()
         """(actor, number of its spool) -> how often its record arrived damaged."""
         self.refused_proofs = 0
+        self.paused = False
+        """No leases while it is set, as on a disk that is nearly full."""
 
     def flush(self) -> None:
         """Make everything handled so far durable."""
@@ -135,7 +135,7 @@ class Ledger:
                 return []
             case m.Checkpointed():
                 if message.step != self.state.checkpoint_step:
-                    self._log(events.CheckpointPublished(step=message.step))
+                    self._log(events.CheckpointPublished(step=message.step, oldest=message.oldest))
                 return []
             case m.Report():
                 self._reports.append({"kind": message.about, **message.metrics})
@@ -233,13 +233,7 @@ class Ledger:
                 return f"{name}: the hub has {expected}, {hello.role} {hello.name} has {got}"
         if hello.role not in ("actor", "learner"):
             return f"role: expected actor or learner, got {hello.role}"
-        if hello.role == "learner" and not 0 <= hello.step <= self.state.steps:
-            return (
-                f"step: the hub's log knows {self.state.steps} batches, the learner resumes from step "
-                f"{hello.step}; restore the log from a copy, or remove the checkpoints newer than step "
-                f"{self.state.steps}"
-            )
-        return ""
+        return refuse_line(hello, self.state) if hello.role == "learner" else ""
 
     def _admit_actor(self, peer: bytes, hello: m.Hello) -> list[Reply]:
         epoch = self.state.epochs.get(hello.name, -1) + 1
@@ -293,7 +287,7 @@ class Ledger:
             arrival = inspect_trajectory(frames[0])
             identity = arrival.header.identity
             check_sender(identity, run=self._run, actor=who.name, epoch=self.state.epochs[who.name])
-            if identity not in self.state.items:
+            if identity not in self.state.seen:
                 event = describe(arrival, verdict_on(arrival, self.state, self._config))
                 self._log(event, frames[0])
         except FrameError as error:
@@ -365,7 +359,7 @@ class Ledger:
         pulling, state = self._pulling, self.state
         if pulling is None:
             return
-        if pulling.step > state.steps:
+        if not state.first_batch <= pulling.step <= state.steps:
             self._pulling = None
             reason = f"batch {pulling.step}: expected the next, {state.steps}, or one handed out before"
             yield pulling.peer, m.Refused(reason=reason), ()
@@ -380,10 +374,12 @@ class Ledger:
         serials = {serial for identity in state.batches[pulling.step]
                    for serial in state.items[identity].received.serials}  # fmt: skip
         versions = tuple(state.versions[serial] for serial in sorted(serials))
-        yield pulling.peer, m.Batch(step=pulling.step, counters=counters, versions=versions), records
+        history = state.histories[pulling.step + 1]
+        batch = m.Batch(step=pulling.step, counters=counters, versions=versions, history=history)
+        yield pulling.peer, batch, records
 
     def _give_leases(self, now: float) -> Iterator[Reply]:
-        if not any(any(who.wants) for who in self._peers.values()):
+        if self.paused or not any(any(who.wants) for who in self._peers.values()):
             return
         names = {peer: who.name for peer, who in self._peers.items()
                  if self.state.proven.get((who.name, who.session))}  # fmt: skip
@@ -393,6 +389,18 @@ class Ledger:
                 self._peers[peer].wants[kind] -= len(leases)
                 self._leased_at.update({(slot_of(lease), lease.issue): now for lease in leases})
                 yield from self._grants(peer, leases)
+
+
+def _replayed(config: RunConfig, journal: Journal) -> LedgerState:
+    state = LedgerState(config)
+    for entry in journal.replay():
+        FLIGHT.beat()
+        if isinstance(entry.event, events.State):
+            # The first event of a shortened log; of any other segment it is what came before, once more.
+            state = restored(config, entry.event)
+        else:
+            state.apply(entry.event, entry.position)
+    return state
 
 
 def evaluated(done: events.EvaluationDone, *, replayed: bool = False) -> m.Evaluated:

@@ -7,6 +7,9 @@ training trajectory:
               │            └─ dropped_by_slip | filtered
               └─ duplicate | failed_infrastructure | unproven                    quarantined: bytes that
               are no trajectory
+
+Only what may be trained (again) is remembered one by one. A batch that every checkpoint of the learner
+covers is forgotten: its identities stay in `seen`, its trajectories in the counts.
 """
 
 from __future__ import annotations
@@ -20,10 +23,14 @@ from slipstream import events
 from slipstream.config import RunConfig
 from slipstream.errors import StorageError
 from slipstream.events import Slot
+from slipstream.history import START, extend
 from slipstream.leases import LeaseDesk
+from slipstream.seen import Seen
 from slipstream.staleness import VersionTable, capacity
 from slipstream.types import TrajectoryId, WeightUpdate
 
+_KEPT_STEPS: Final = 64
+"""Steps that versions are remembered for, beyond what max_slip needs: spools may bring late trajectories."""
 FATES: Final = (
     "trained", "buffered", "dropped_by_slip", "filtered", "quarantined", "failed_infrastructure", "unproven",
     "duplicate",
@@ -32,7 +39,7 @@ FATES: Final = (
 
 @dataclass(slots=True, kw_only=True)
 class Item:
-    """A trajectory in the log."""
+    """A trajectory that is buffered, or trained by a batch that may be undone."""
 
     received: events.Received
     position: int
@@ -72,8 +79,15 @@ class LedgerState:
         """Open and complete groups: an identity per attempt received."""
         self.complete: set[int] = set()
         self.next_group = 0
+        self.seen = Seen()
         self.items: dict[TrajectoryId, Item] = {}
+        self.first_batch = 0
+        """The first batch that is remembered; no checkpoint is older."""
         self.batches: dict[int, tuple[TrajectoryId, ...]] = {}
+        self.histories: dict[int, str] = {0: START}
+        """batches -> what the learner must have been trained on (history.py)."""
+        self.forgotten = 0
+        """Trajectories of batches before `first_batch`."""
         self.training, self.heldout = LeaseDesk(), LeaseDesk()
         self.evaluation: Evaluation | None = None
         self.evaluation_queue: list[int] = []
@@ -103,10 +117,12 @@ class LedgerState:
             case events.Trained():
                 self._leave_buffer(event.identities, "trained")
                 self.batches[event.step] = event.identities
+                self.histories[event.step + 1] = extend(self.histories[event.step], event.identities)
             case events.Dropped():
                 self._leave_buffer(event.identities, event.reason)
+                gone = [self.items.pop(identity).received for identity in event.identities]
                 if event.reason == "dropped_by_slip":
-                    self._owe_again(event.identities)
+                    self._owe_again(gone)
             case events.Quarantined():
                 self.quarantined += 1
             case _:
@@ -132,6 +148,7 @@ class LedgerState:
                 self._next_evaluation()
             case events.CheckpointPublished():
                 self.checkpoint_step = event.step
+                self._forget(event.oldest)
 
     @property
     def version(self) -> int:
@@ -163,7 +180,12 @@ class LedgerState:
     @property
     def steps(self) -> int:
         """Batches handed out in the living line."""
-        return len(self.batches)
+        return self.first_batch + len(self.batches)
+
+    @property
+    def oldest_position(self) -> int | None:
+        """Where the log keeps the oldest record that may be asked for, if there is one."""
+        return min((item.position for item in self.items.values()), default=None)
 
     def next_batch(self) -> list[TrajectoryId] | None:
         """Return the next batch, groups and attempts ascending, or None while it is not whole."""
@@ -213,14 +235,13 @@ class LedgerState:
         trained = [identity for batch in self.batches.values() for identity in batch]
         slots = {self.items[identity].received.slot for identity in trained}
         buffered = self.members(self.groups)
-        training = sum(item.received.evaluation < 0 for item in self.items.values())
         checks = {
-            "received = in the log": (self.received, training),
             "made = sum of fates": (books["made"], sum(books[fate] for fate in FATES)),
-            "trained = batches": (books["trained"], len(trained)),
-            "trained = whole batches": (len(trained), self._config.batch.trajectories * self.steps),
+            "remembered = in batches and groups": (self.items.keys(), {*trained, *buffered}),
+            "trained = batches": (books["trained"], self.forgotten + len(trained)),
+            "trained = whole batches": (books["trained"], self._config.batch.trajectories * self.steps),
             "attempts trained once": (len(trained), len(slots)),
-            "batches are consecutive": (sorted(self.batches), list(range(self.steps))),
+            "batches are consecutive": (sorted(self.batches), list(range(self.first_batch, self.steps))),
             "buffered = groups": (books["buffered"], len(buffered)),
             "owed = open attempts": (len(self.training), size * len(self.groups) - len(buffered)),
         }
@@ -238,7 +259,7 @@ class LedgerState:
         return int(self.versions.slip_at(step, self.incarnation, serials).min()) > self._config.max_slip
 
     def _received(self, event: events.Received, position: int) -> None:
-        self.items[event.identity] = Item(received=event, position=position, fate=event.verdict)
+        self.seen.add(event.identity)
         if event.evaluation >= 0:
             desk, fates = self.heldout, self.evaluation_fates
         else:
@@ -252,6 +273,7 @@ class LedgerState:
             self.evaluation.results[event.attempt.task] = event
             desk.settle(event.slot)
         elif event.verdict == "buffered":
+            self.items[event.identity] = Item(received=event, position=position, fate="buffered")
             members = self.groups[event.attempt.group]
             members[event.attempt.attempt] = event.identity
             desk.settle(event.slot)
@@ -273,9 +295,8 @@ class LedgerState:
             self.groups.pop(item.received.attempt.group, None)
             self.complete.discard(item.received.attempt.group)
 
-    def _owe_again(self, identities: Iterable[TrajectoryId]) -> None:
-        for identity in identities:
-            received = self.items[identity].received
+    def _owe_again(self, gone: Iterable[events.Received]) -> None:
+        for received in gone:
             self.groups.setdefault(received.attempt.group, [None] * self._config.batch.group_size)
             self.training.issues[received.slot] = received.issue + 1
             self.training.owe([received.slot])
@@ -308,6 +329,7 @@ class LedgerState:
 
     def _rolled_back(self, step: int) -> None:
         for undone in sorted(number for number in self.batches if number >= step):
+            del self.histories[undone + 1]
             for identity in self.batches.pop(undone):
                 item = self.items[identity]
                 attempt = item.received.attempt
@@ -322,3 +344,26 @@ class LedgerState:
             self.evaluation = None
             self.heldout.clear()
             self._next_evaluation()
+
+    def _forget(self, oldest: int) -> None:
+        """Forget the batches before `oldest`, and versions that no token to come can name."""
+        for step in range(self.first_batch, min(oldest, self.steps)):
+            for identity in self.batches.pop(step):
+                del self.items[identity]
+                self.forgotten += 1
+            del self.histories[step]
+            self.first_batch = step + 1
+        horizon = min(self.version, self.first_batch) - self._config.max_slip - _KEPT_STEPS
+        named = {serial for item in self.items.values() for serial in item.received.serials}
+        evaluated = {done.serial for done in self.evaluations}
+        pinned = {*self.evaluation_queue, *([self.evaluation.serial] if self.evaluation else [])}
+        recent = {version.serial for version in self.versions if version.step >= horizon}
+        self.versions.keep(named | evaluated | pinned | recent)
+        self.updates = {serial: self.updates[serial] for serial in self.updates if serial in pinned | recent}
+        proven = {key: serials & (named | pinned | recent) for key, serials in self.proven.items()}
+        self.proven = {key: serials for key, serials in proven.items() if serials}
+        self.sessions = {
+            (actor, epoch): session
+            for (actor, epoch), session in self.sessions.items()
+            if epoch == self.epochs[actor] or (actor, session) in self.proven
+        }

@@ -48,6 +48,8 @@ class Hello(Message, frozen=True, kw_only=True, tag=True):
     """Drawn anew by each process: the same session reconnects, another one replaces it."""
     step: int = 0
     """Learner only: the checkpoint step it resumes from."""
+    history: str = ""
+    """Learner only: what that checkpoint was trained on (history.py)."""
 
 
 class Want(Message, frozen=True, kw_only=True, tag=True):
@@ -150,6 +152,8 @@ class Checkpointed(Message, frozen=True, kw_only=True, tag=True):
     """The learner has published a checkpoint of this step."""
 
     step: int
+    oldest: int
+    """Step of the oldest checkpoint it keeps."""
 
 
 class Report(Message, frozen=True, kw_only=True, tag=True):
@@ -173,6 +177,8 @@ class Batch(Message, frozen=True, kw_only=True, tag=True):
     counters: dict[str, float]
     versions: tuple[Version, ...]
     """What every serial among the trajectories' tokens stands for."""
+    history: str
+    """What the learner has been trained on after this batch (history.py)."""
 
 
 class Evaluated(Message, frozen=True, kw_only=True, tag=True):

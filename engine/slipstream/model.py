@@ -164,6 +164,22 @@ def named_weights(model: PreTrainedModel) -> dict[str, Tensor]:
     return {name: parameter.detach() for name, parameter in model.named_parameters(remove_duplicate=True)}
 
 
+def random_state() -> dict[str, Tensor]:
+    """Return the state of PyTorch's generators, by device: nothing of ours draws from them, a model may."""
+    states = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states |= {f"cuda:{n}": state for n, state in enumerate(torch.cuda.get_rng_state_all())}
+    return states
+
+
+def restore_random_state(states: Mapping[str, Tensor]) -> None:
+    """Set the generators to what `random_state` gave; those of devices that are not here are left out."""
+    torch.set_rng_state(states["cpu"].clone())
+    for device in range(torch.cuda.device_count()):
+        if f"cuda:{device}" in states:
+            torch.cuda.set_rng_state(states[f"cuda:{device}"].clone(), device)
+
+
 def copy_weights(model: PreTrainedModel, tensors: dict[str, Tensor]) -> None:
     """Overwrite the model's parameters in place; raises CheckpointError unless names and shapes match."""
     parameters = named_weights(model)

@@ -11,6 +11,7 @@ from slipstream import events
 from slipstream.config import RunConfig
 from slipstream.errors import FrameError
 from slipstream.ledger_state import LedgerState
+from slipstream.messages import Hello
 from slipstream.types import (
     Outcome,
     Split,
@@ -41,6 +42,24 @@ def describe(arrival: Arrival, verdict: Verdict) -> events.Received:
         serials=arrival.serials,
         verdict=verdict,
     )
+
+
+def refuse_line(hello: Hello, state: LedgerState) -> str:
+    """Return why a learner cannot go on from its checkpoint with this log, or ""."""
+    if hello.session == state.learner_session:
+        return ""  # it only reconnects
+    if not state.first_batch <= hello.step <= state.steps:
+        return (
+            f"step: the hub's log knows batches {state.first_batch} to {state.steps}, the learner resumes "
+            f"from step {hello.step}; restore the log from a copy, or remove the checkpoints of other steps"
+        )
+    if hello.history != state.histories[hello.step]:
+        known = state.histories[hello.step]
+        return (
+            f"history of step {hello.step}: the hub's log has {known or 'none'}, the checkpoint was trained "
+            f"on {hello.history or 'none'}; restore log and checkpoints from one copy"
+        )
+    return ""
 
 
 def check_sender(identity: TrajectoryId, *, run: str, actor: str, epoch: int) -> None:

@@ -31,7 +31,7 @@ def run(config: RunConfig, folder: Path) -> None:
 async def _run(config: RunConfig, folder: Path) -> None:
     identity = run_id(folder)
     log, ledger = open_ledger(config, folder, identity)
-    hub, books = MemoryHub(ledger), Bookkeeper(ledger, folder)
+    hub, books = MemoryHub(ledger), Bookkeeper(ledger, log, folder, config.hub)
     spool = Spool(folder / "spool" / "actor-0", durability=config.hub.durability)
     actor = Actor(config, folder, ActorClient(hub.channel("actor-0"), spool, identity, "actor-0"))
     learner = Learner(config, folder, LearnerClient(hub.sync_channel("learner-0"), identity, "learner-0"))

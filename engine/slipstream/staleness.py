@@ -9,7 +9,7 @@ n and step b of incarnation m <= n, share their past up to c = min(a, b, f_{m+1}
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -31,10 +31,10 @@ class VersionTable:
     Example: ``VersionTable([v0, v1]).slip(1, np.array([0, 1, -1]))`` is ``[1, 0, 0]``.
     """
 
-    def __init__(self, versions: Iterable[Version] = ()) -> None:
-        """Fill the table."""
+    def __init__(self, versions: Iterable[Version] = (), forks: Mapping[int, int] | None = None) -> None:
+        """Fill the table; `forks` gives steps at which incarnations without a version here started."""
         self._versions: dict[int, Version] = {}
-        self._forks: dict[int, int] = {}
+        self._forks: dict[int, int] = dict(forks or {})
         for version in versions:
             self.add(version)
 
@@ -52,6 +52,19 @@ class VersionTable:
         known = self._forks.setdefault(incarnation, fork_step)
         if known != fork_step:
             raise ProtocolError(f"incarnation {incarnation}: expected fork step {known}, got {fork_step}")
+
+    @property
+    def forks(self) -> Mapping[int, int]:
+        """The step each incarnation started from."""
+        return self._forks
+
+    def keep(self, serials: Collection[int]) -> None:
+        """Forget all serials but these."""
+        self._versions = {serial: self._versions[serial] for serial in sorted(serials)}
+
+    def __iter__(self) -> Iterator[Version]:
+        """Yield every version by serial."""
+        return iter([self._versions[serial] for serial in sorted(self._versions)])
 
     def __contains__(self, serial: int) -> bool:
         """Return whether a serial is known."""

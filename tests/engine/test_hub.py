@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 
 from slipstream import config as configuration
-from slipstream import events, synthetic
+from slipstream import events, hub, synthetic
 from slipstream import messages as m
-from slipstream.config import BatchConfig, EvaluationConfig, RunConfig
+from slipstream.config import BatchConfig, EvaluationConfig, HubConfig, RunConfig
 from slipstream.deadlines import Deadline, Deadlines
 from slipstream.ingest import read_events
 from slipstream.rendezvous import hub_address, run_id
@@ -88,6 +88,17 @@ def test_stops_cleanly_and_writes_what_it_knows(tmp_path: Path) -> None:
         events.Incarnation,
         events.Published,
     ]
+
+
+def test_a_disk_that_is_nearly_full_pauses_the_leases_until_there_is_room(tmp_path: Path) -> None:
+    log, ledger = hub.open_ledger(CONFIG, tmp_path, "run")
+    books = hub.Bookkeeper(ledger, log, tmp_path, HubConfig(reserve_bytes=1 << 60))
+    books.turn()
+    assert ledger.paused
+    books = hub.Bookkeeper(ledger, log, tmp_path, HubConfig(reserve_bytes=0))
+    books.turn()
+    assert not ledger.paused
+    log.close()
 
 
 def test_never_imports_torch(tmp_path: Path) -> None:

@@ -15,8 +15,12 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from slipstream import messages as m
 from slipstream import synthetic
 from slipstream.config import BatchConfig, EnvironmentConfig, EvaluationConfig, HubConfig, RunConfig
-from slipstream.ingest import IngestLog
+from slipstream.errors import StorageError
+from slipstream.events import State
+from slipstream.history import extend
+from slipstream.ingest import IngestLog, read_events
 from slipstream.ledger import Ledger
+from slipstream.ledger_snapshot import restored, snapshot
 from slipstream.ledger_state import LedgerState
 from slipstream.types import Lease, Outcome, Split, Trajectory, TrajectoryId, WeightUpdate
 from slipstream.wire import decode_trajectory, encode_trajectory, schema_hash
@@ -27,14 +31,17 @@ CONFIG = RunConfig(
     batch=BatchConfig(groups=2, group_size=2),
     evaluation=EvaluationConfig(every=2, tasks=2),
     environment=EnvironmentConfig(timeout_s=5.0),
-    hub=HubConfig(lease_timeout_s=10.0, segment_bytes=1 << 16),
+    hub=HubConfig(lease_timeout_s=10.0),
 )
+SEGMENT_BYTES = 4096
+"""So small that a log has several segments after a few dozen events."""
 
 
-def hello(role: str, name: str, session: str, step: int = 0) -> m.Hello:
+def hello(role: str, name: str, session: str, step: int = 0, history: str = "") -> m.Hello:
     return m.Hello(
-        role=role, name=name, run="run", protocol=m.PROTOCOL, schema=schema_hash(), session=session, step=step
-    )
+        role=role, name=name, run="run", protocol=m.PROTOCOL, schema=schema_hash(), session=session,
+        step=step, history=history,
+    )  # fmt: skip
 
 
 class Rig:
@@ -50,8 +57,10 @@ class Rig:
         self.start()
 
     def start(self) -> None:
-        self.log = IngestLog(self.folder, segment_bytes=CONFIG.hub.segment_bytes)
+        self.log = IngestLog(self.folder, segment_bytes=SEGMENT_BYTES)
         self.ledger = Ledger(CONFIG, "run", self.log, self.quarantine)
+        self.log.check(self.ledger.state.oldest_position)
+        self.log.opening = lambda: snapshot(self.ledger.state)
 
     def restart(self) -> None:
         self.log.close()
@@ -81,7 +90,8 @@ class Rig:
         return peer
 
     def learner(self, step: int = 0, session: str = "l") -> m.Welcome:
-        (welcome,) = [r for r in self.say(b"learner", hello("learner", "learner", session, step))
+        history = self.ledger.state.histories[step]
+        (welcome,) = [r for r in self.say(b"learner", hello("learner", "learner", session, step, history))
                       if isinstance(r, m.Welcome)]  # fmt: skip
         return welcome
 
@@ -168,6 +178,17 @@ def test_nothing_is_leased_before_a_proof(rig: Rig) -> None:
     close = dataclasses.replace(synthetic.proof(announced), canary_logprobs=(-0.5, -1.5009))
     replies = rig.say(peer, m.Proof(proof=close))
     assert [len(r.leases) for r in replies if isinstance(r, m.Grant)] == [4, 2]
+
+
+def test_a_paused_hub_gives_no_leases_and_takes_what_comes(rig: Rig) -> None:
+    peer, announced = ready(rig)
+    (lease,) = rig.want(peer, 1)
+    rig.ledger.paused = True
+    assert rig.want(peer, 3) == []
+    rig.deliver(peer, rig.made(peer, lease, announced.version.serial))
+    assert rig.ledger.books()["buffered"] == 1
+    rig.ledger.paused = False
+    assert len(rig.want(peer, 3)) == 3
 
 
 def test_leases_on_the_way_are_not_granted_twice(rig: Rig) -> None:
@@ -379,7 +400,96 @@ def test_a_learner_that_only_reconnects_is_not_rolled_back(rig: Rig) -> None:
 def test_a_learner_ahead_of_the_log_is_refused(rig: Rig) -> None:
     (refused,) = rig.say(b"learner", hello("learner", "learner", "l", step=3))
     assert isinstance(refused, m.Refused)
-    assert "the hub's log knows 0 batches, the learner resumes from step 3" in refused.reason
+    assert "the hub's log knows batches 0 to 0, the learner resumes from step 3" in refused.reason
+
+
+def trained_batches(rig: Rig, peer: bytes, count: int) -> None:
+    """Train batches one after another, each on trajectories of the newest weights."""
+    first = rig.ledger.state.steps
+    for step in range(first, first + count):
+        serial = rig.ledger.state.next_serial - 1
+        for lease in rig.want(peer, 4):
+            rig.deliver(peer, rig.made(peer, lease, serial))
+        assert rig.pull(step) is not None
+        rig.say(peer, m.Proof(proof=synthetic.proof(rig.publish(step + 1))))
+
+
+def test_a_log_of_another_past_is_refused(rig: Rig) -> None:
+    """A checkpoint and the log must tell of the same batches, or something is trained twice or never."""
+    peer, _ = ready(rig)
+    trained_batches(rig, peer, 2)
+    told = [reply.history for _, reply, _ in rig.replies if isinstance(reply, m.Batch)]
+    identities = [rig.ledger.state.batches[step] for step in range(2)]
+    assert told == [extend("", identities[0]), extend(extend("", identities[0]), identities[1])]
+    (refused,) = rig.say(b"learner", hello("learner", "learner", "another", 2, told[0]))
+    assert isinstance(refused, m.Refused)
+    assert f"the hub's log has {told[1]}, the checkpoint was trained on {told[0]}" in refused.reason
+    assert isinstance(rig.say(b"learner", hello("learner", "l", "another", 2, told[1]))[0], m.Welcome)
+
+
+def test_what_every_checkpoint_covers_is_forgotten_but_not_taken_twice(rig: Rig) -> None:
+    peer, _ = ready(rig)
+    trained_batches(rig, peer, 12)
+    batches = dict(rig.ledger.state.batches)
+    again = rig.ledger.state.items[batches[0][0]]
+    record = rig.log.read(again.position)
+    rig.say(b"learner", m.Checkpointed(step=12, oldest=10))
+    state = rig.ledger.state
+    assert sorted(state.batches) == [10, 11]
+    assert set(state.items) == {*batches[10], *batches[11]}
+    assert (state.steps, state.forgotten, rig.ledger.books()["trained"]) == (12, 40, 48)
+    rig.ledger.check_books()
+    (ack,) = rig.say(peer, m.Deliver(seq=1), [record])
+    assert isinstance(ack, m.Ack)
+    assert rig.ledger.books()["made"] == 48
+    (refused,) = rig.say(b"learner", hello("learner", "l", "new", 9, "x"))
+    assert isinstance(refused, m.Refused)
+    assert "knows batches 10 to 12, the learner resumes from step 9" in refused.reason
+    # The old learner only reconnects: its step is that of its start.
+    assert isinstance(rig.say(b"learner", hello("learner", "learner", "l", 0))[0], m.Welcome)
+
+
+def test_a_log_is_shortened_to_what_a_restart_needs(rig: Rig) -> None:
+    peer, _ = ready(rig)
+    trained_batches(rig, peer, 12)
+    assert rig.log.shorten(rig.ledger.state.oldest_position, retain_bytes=0) == 0
+    rig.say(b"learner", m.Checkpointed(step=12, oldest=11))
+    segments = sorted(rig.folder.glob("*.log"))
+    assert 4 < len(segments) < 20
+    size = sum(path.stat().st_size for path in segments)
+    assert rig.log.shorten(rig.ledger.state.oldest_position, retain_bytes=size) == 0
+    removed = rig.log.shorten(rig.ledger.state.oldest_position, retain_bytes=0)
+    assert removed > 1
+    assert sorted(rig.folder.glob("*.log")) == segments[removed:]
+    before = facts(rig.ledger.state)
+    rig.restart()
+    assert facts(rig.ledger.state) == before
+    assert isinstance(next(iter(read_events(rig.folder))).event, State)
+    rig.learner(11, session="resumed")
+    rig.publish(11)
+    pulled = rig.pull(11)
+    assert pulled is not None
+    assert len(pulled) == CONFIG.batch.trajectories
+
+
+def test_damage_is_found_where_a_restart_needs_the_log_and_nowhere_else(rig: Rig) -> None:
+    peer, _ = ready(rig)
+    trained_batches(rig, peer, 12)
+    rig.say(b"learner", m.Checkpointed(step=12, oldest=11))
+    needed = rig.ledger.state.oldest_position
+    assert needed is not None
+    first, *_, last = sorted(rig.folder.glob("*.log"))
+    first.write_bytes(b"x" * 100)
+    rig.restart()
+    rig.log.close()
+    kept = rig.folder / f"{needed >> 40:06d}.log"
+    assert kept not in (first, last)
+    data = bytearray(kept.read_bytes())
+    data[(needed & ((1 << 40) - 1)) + 40] ^= 1
+    kept.write_bytes(data)
+    with pytest.raises(StorageError, match=f"{kept} is damaged"):
+        rig.start()
+    rig.log = IngestLog(rig.folder.parent / "another")
 
 
 def test_versions_of_the_protocol_are_compared_by_name(rig: Rig) -> None:
@@ -463,8 +573,8 @@ def test_an_unknown_peer_is_asked_to_say_hello(rig: Rig) -> None:
 
 def facts(state: LedgerState) -> dict[str, object]:
     """Everything durable of a state."""
-    known = {key: value for key, value in vars(state).items() if key not in {"_config", "versions"}}
-    return known | {"versions": vars(state.versions)}
+    known = {key: value for key, value in vars(state).items() if key not in {"_config", "versions", "seen"}}
+    return known | {"versions": vars(state.versions), "seen": sorted(state.seen.intervals())}
 
 
 class Interleavings(RuleBasedStateMachine):
@@ -544,9 +654,17 @@ class Interleavings(RuleBasedStateMachine):
             self.rig.say(peer, m.Proof(proof=synthetic.proof(newest)))
 
     @rule(back=st.integers(0, 3))
+    def checkpoint(self, back: int) -> None:
+        state = self.rig.ledger.state
+        oldest = max(state.first_batch, state.steps - back)
+        self.rig.say(b"learner", m.Checkpointed(step=state.steps, oldest=oldest))
+        self.rig.log.shorten(state.oldest_position, retain_bytes=0)
+        self.trained = {number: batch for number, batch in self.trained.items() if number >= oldest}
+
+    @rule(back=st.integers(0, 3))
     def resume_learner(self, back: int) -> None:
         self.lives += 1
-        step = max(0, self.rig.ledger.state.steps - back)
+        step = max(self.rig.ledger.state.first_batch, self.rig.ledger.state.steps - back)
         self.rig.learner(step, f"life {self.lives}")
         self.trained = {number: batch for number, batch in self.trained.items() if number < step}
         self.publish()
@@ -554,10 +672,11 @@ class Interleavings(RuleBasedStateMachine):
     @rule()
     def restart_hub(self) -> None:
         before = facts(self.rig.ledger.state)
+        assert facts(restored(CONFIG, snapshot(self.rig.ledger.state))) == before
         self.rig.restart()
         assert facts(self.rig.ledger.state) == before
         session = self.rig.ledger.state.learner_session
-        self.rig.learner(0, session)
+        self.rig.learner(self.rig.ledger.state.first_batch, session)
         for peer in self.peers.values():
             self.rig.actor(*peer.decode().split("/"))
 

@@ -90,6 +90,41 @@ def test_a_serial_run_goes_on_after_a_kill_as_if_never_interrupted(new_run: Call
     assert moved(whole)
 
 
+STATES = ("model.safetensors", "optimizer.safetensors", "random.safetensors")
+
+
+def state_of(run: Run) -> list[bytes]:
+    """Weights, optimizer and generators after the last step."""
+    folder = run.folder / "checkpoints" / f"step-{run.config.steps:08d}"
+    return [(folder / name).read_bytes() for name in STATES]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("every", [1, 3])
+def test_a_kill_at_every_step_leaves_no_trace(new_run: Callable[..., Run], every: int) -> None:
+    """Killed once in each step, resumed each time: the same bits as a run that never stopped."""
+    settings = ("steps=8", "optim.minibatches=2", f"checkpoint.every={every}")
+    whole, broken = (
+        new_run("whole", *settings),
+        new_run("broken", *settings, "environment.tool_latency_s=0.05"),
+    )
+    train = whole.start("--serial")
+    for step in range(1, whole.config.steps):
+        process = broken.resume("--serial") if step > 1 else broken.start("--serial")
+        broken.reach(step, process)
+        process.signal(signal.SIGKILL)
+        assert process.end().code == -signal.SIGKILL
+    ended = broken.resume("--serial").end()
+    assert ended.code == 0, broken.story(ended)
+    ended = train.end()
+    assert ended.code == 0, whole.story(ended)
+    books = [check_finished(run.folder, run.config) for run in (whole, broken)]
+    assert len(books[1].rollbacks) >= (0 if every == 1 else 3)
+    assert_same_training(*books)
+    assert state_of(whole) == state_of(broken)
+    assert moved(whole)
+
+
 @pytest.mark.slow
 def test_serial_and_asynchronous_runs_are_equal_at_slip_0(new_run: Callable[..., Run]) -> None:
     serial, processes = new_run("serial", "max_slip=0"), new_run("processes", "max_slip=0")

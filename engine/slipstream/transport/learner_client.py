@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from slipstream.deadlines import Deadline, Deadlines
 from slipstream.errors import ProtocolError, RefusedError
 from slipstream.flight_recorder import FLIGHT
+from slipstream.history import START
 from slipstream.messages import (
     PROTOCOL,
     Batch,
@@ -44,6 +45,8 @@ class PulledBatch:
     """The hub's books when the batch was handed out."""
     versions: tuple[Version, ...] = ()
     """What every serial among the trajectories' tokens stands for."""
+    history: str = START
+    """What the learner has been trained on after this batch, as the hub has it (history.py)."""
 
 
 class LearnerClient:
@@ -59,10 +62,10 @@ class LearnerClient:
         self._channel, self._run, self._name = channel, run, name
         self._limits = deadlines or Deadlines()
         self._session = secrets.token_hex(8)
-        self._step = 0
+        self._step, self._history = 0, START
         self._welcome: Welcome | None = None
         self._published: WeightUpdate | None = None
-        self._checkpointed: int | None = None
+        self._checkpointed: Checkpointed | None = None
         self._pulling: int | None = None
         self._waiting: Deadline | None = None
         self._batch: PulledBatch | None = None
@@ -70,12 +73,12 @@ class LearnerClient:
         self._silence = self._new_silence()
         self._next_ping = self._deadline(self._limits.ping_s, "an answer")
 
-    def connect(self, step: int) -> Welcome:
-        """Join the hub as the learner that resumes from the checkpoint of `step`.
+    def connect(self, step: int, history: str = START) -> Welcome:
+        """Join the hub as the learner that resumes from the checkpoint of `step`, trained on `history`.
 
         Raises RefusedError and DeadlineError.
         """
-        self._step = step
+        self._step, self._history = step, history
         self._send(self._hello())
         deadline = self._deadline(self._limits.connect_s, "Welcome")
         while self._welcome is None:
@@ -112,10 +115,10 @@ class LearnerClient:
             self._pulling, self._batch, self._waiting = None, None, None
         return batch
 
-    def checkpointed(self, step: int) -> None:
-        """Announce a published checkpoint."""
-        self._checkpointed = step
-        self._send(Checkpointed(step=step))
+    def checkpointed(self, step: int, *, oldest: int) -> None:
+        """Announce a published checkpoint, and the step of the oldest that is kept."""
+        self._checkpointed = Checkpointed(step=step, oldest=oldest)
+        self._send(self._checkpointed)
 
     def report(self, about: str, metrics: Mapping[str, float | list[float]]) -> None:
         """Send one row of metrics about "train" or "evaluation"; "step" is among its keys."""
@@ -148,7 +151,7 @@ class LearnerClient:
 
     def _hello(self) -> Hello:
         return Hello(role="learner", name=self._name, run=self._run, protocol=PROTOCOL, schema=schema_hash(),
-                     session=self._session, step=self._step)  # fmt: skip
+                     session=self._session, step=self._step, history=self._history)  # fmt: skip
 
     def _deadline(self, seconds: float, what: str) -> Deadline:
         return Deadline(seconds, f"learner {self._name}", f"{what} of the hub at {self._channel.address}")
@@ -200,7 +203,7 @@ class LearnerClient:
         if message.step == self._pulling and self._batch is None:
             trajectories = tuple(decode_trajectory(record) for record in records)
             self._batch = PulledBatch(step=message.step, trajectories=trajectories, counters=message.counters,
-                                      versions=message.versions)  # fmt: skip
+                                      versions=message.versions, history=message.history)  # fmt: skip
 
     def _welcomed(self, message: Welcome) -> None:
         again, self._welcome = self._welcome is not None, message
@@ -210,6 +213,6 @@ class LearnerClient:
         if self._published is not None:
             self._send(Publish(update=self._published))
         if self._checkpointed is not None:
-            self._send(Checkpointed(step=self._checkpointed))
+            self._send(self._checkpointed)
         if self._pulling is not None and self._batch is None:
             self._send(Pull(step=self._pulling))
