@@ -13,10 +13,21 @@ from pathlib import Path
 from typing import Any
 
 import slipstream.transport.actor_client as actor_client
-from slipstream import checkpoint, deadlines, hub, ingest, leases, ledger, ledger_state, records, spool, wire
+from slipstream import (
+    checkpoint,
+    deadlines,
+    hub,
+    ingest,
+    leases,
+    ledger,
+    ledger_state,
+    records,
+    seen,
+    spool,
+    wire,
+)
 from slipstream import messages as m
 from slipstream.errors import StorageError
-from slipstream.types import TrajectoryId
 
 CAUGHT_BY: dict[str, str] = {
     "acknowledged_before_the_flush": "hub_kills",
@@ -64,17 +75,7 @@ def acknowledged_before_the_flush() -> None:
 def no_dedupe() -> None:
     """The hub does not look whether it has a trajectory already."""
 
-    class Forgetful(dict[TrajectoryId, ledger_state.Item]):
-        def __contains__(self, _: object) -> bool:
-            return False
-
-    real = ledger_state.LedgerState.__init__
-
-    def init(self: ledger_state.LedgerState, *arguments: Any) -> None:
-        real(self, *arguments)
-        self.items = Forgetful()
-
-    ledger_state.LedgerState.__init__ = init  # type: ignore[method-assign]
+    _always(seen.Seen, "__contains__", False)
 
 
 def no_check_of_the_bytes() -> None:
@@ -152,7 +153,8 @@ def rollback_ignored() -> None:
     def admit(self: ledger.Ledger, peer: bytes, hello: m.Hello) -> Any:
         import msgspec
 
-        return real(self, peer, msgspec.structs.replace(hello, step=self.state.steps))
+        state = self.state
+        return real(self, peer, msgspec.structs.replace(hello, step=state.steps))
 
     ledger.Ledger._admit_learner = admit  # type: ignore[method-assign]
 
@@ -164,8 +166,8 @@ def watermark_outside_the_checkpoint() -> None:
     mark = Path(os.environ["SLIPSTREAM_TORTURE_MARK"])
     connect, pull = learner_client.LearnerClient.connect, learner_client.LearnerClient.pull
 
-    def connecting(self: Any, step: int) -> Any:
-        return connect(self, max(step, int(mark.read_text()) if mark.exists() else 0))
+    def connecting(self: Any, step: int, history: str = "") -> Any:
+        return connect(self, max(step, int(mark.read_text()) if mark.exists() else 0), history)
 
     def pulling(self: Any, step: int, timeout_s: float | None = None) -> Any:
         batch = pull(self, step, timeout_s)
@@ -214,7 +216,9 @@ def torn_tail_trusted() -> None:
         length, _, seq = records.HEAD.unpack_from(view, offset)
         if length == 0 or seq < least:
             return None
-        return records.Record(offset=offset, seq=seq, length=min(length, len(view) - offset - records.HEAD.size))
+        return records.Record(
+            offset=offset, seq=seq, length=min(length, len(view) - offset - records.HEAD.size)
+        )
 
     records._record_at = record_at
 
@@ -238,7 +242,9 @@ def checkpoint_not_atomic() -> None:
     def publish(target: Path, write: Callable[[Path], None], notes: Any) -> None:
         target.mkdir(parents=True, exist_ok=True)
         write(target)
-        (target / checkpoint.MANIFEST).write_text(json.dumps({"format": checkpoint.FORMAT, **notes, "files": {}}))
+        (target / checkpoint.MANIFEST).write_text(
+            json.dumps({"format": checkpoint.FORMAT, **notes, "files": {}})
+        )
 
     checkpoint.publish = publish
     _always(checkpoint, "verify", {"files": {}})

@@ -1,8 +1,8 @@
 """The books of a run by content: what was promised, received, trained and kept must be the same things.
 
-    promised = in the log + quarantined + in spools          nothing is lost
-    the log, and the living line of batches, hold each once    nothing is doubled
-    the learner's checkpoint = the living line                 the learner trained what the hub thinks it did
+promised = in the log + quarantined + in spools          nothing is lost
+the log, and the living line of batches, hold each once    nothing is doubled
+the learner's checkpoint = the living line                 the learner trained what the hub thinks it did
 """
 
 from __future__ import annotations
@@ -68,7 +68,9 @@ class Log:
         if _identity(content.header["identity"]) != identity:
             self.wrong.append(f"{identity} stands before the record of {content.header['identity']}")
         if content.key in self.keys:
-            self.wrong.append(f"doubled: {content.key} is in the log as {self.keys[content.key]} and {identity}")
+            self.wrong.append(
+                f"doubled: {content.key} is in the log as {self.keys[content.key]} and {identity}"
+            )
         self.keys[content.key] = identity
         self.contents[identity], self.verdicts[identity] = content, event["verdict"]
         attempt = event["attempt"]
@@ -76,7 +78,9 @@ class Log:
         actor, epoch = identity[1], identity[2]
         newest, session = self.holders[actor]
         if spools.get(session) != content.maker:
-            self.wrong.append(f"not fenced: {identity} of {content.maker} came while {spools.get(session)} held it")
+            self.wrong.append(
+                f"not fenced: {identity} of {content.maker} came while {spools.get(session)} held it"
+            )
         if epoch == newest:
             before = self.newest_seq.get((actor, epoch), -1)
             if identity[3] <= before:
@@ -85,7 +89,9 @@ class Log:
         if event["verdict"] in ("buffered", "evaluated"):
             known = self.proven.get((actor, self.owners[actor, epoch]), set())
             if not content.serials <= known:
-                self.wrong.append(f"unproven: {identity} was taken with serials {sorted(content.serials - known)}")
+                self.wrong.append(
+                    f"unproven: {identity} was taken with serials {sorted(content.serials - known)}"
+                )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +106,7 @@ def check(folder: Path, *, drained: bool = True) -> Verdict:
     """Compare the books of a run that has come to its end; `drained`: every spool must be empty."""
     log = Log()
     spools = oracle.sessions(folder / "sessions")
-    for event, record in oracle.read_log(folder / "trajectories"):
+    for event, record in oracle.read_log(folder / "log"):
         log.take(event, record, spools)
     begun, promised = set[str](), set[str]()
     for path in (folder / "oracle").iterdir():
@@ -148,8 +154,12 @@ def _check_training(folder: Path, log: Log, wrong: list[str]) -> None:
     told = roles.trained_of(folder / "checkpoints")
     line = [[log.contents[each].key for each in batch if each in log.contents] for batch in log.line]
     if told != line:
-        first = next((n for n, (a, b) in enumerate(zip(told, line, strict=False)) if a != b), min(len(told), len(line)))
-        wrong.append(f"the checkpoint of {len(told)} steps and the living line of {len(line)} differ from {first} on")
+        first = next(
+            (n for n, (a, b) in enumerate(zip(told, line, strict=False)) if a != b), min(len(told), len(line))
+        )
+        wrong.append(
+            f"the checkpoint of {len(told)} steps and the living line of {len(line)} differ from {first} on"
+        )
 
 
 def _quarantined(folder: Path, log: Log, wrong: list[str]) -> set[str]:
@@ -184,7 +194,9 @@ def _spooled(folder: Path) -> set[str]:
 
 
 def _maker(folder: Path, key: str) -> str:
-    return next((path.name for path in (folder / "oracle").iterdir() if f"> {key}\n" in path.read_text()), "nobody")
+    return next(
+        (path.name for path in (folder / "oracle").iterdir() if f"> {key}\n" in path.read_text()), "nobody"
+    )
 
 
 def _identity(fields: dict[str, Any]) -> Identity:

@@ -69,7 +69,7 @@ def said(words: Iterable[str]) -> tuple[set[int], set[int]]:
 
 def write_spool(folder: Path, say: Say, seed: int) -> None:
     """Append one by one and several at once, acknowledge, fill segments again, open again."""
-    spool.SEGMENT_BYTES, spool._RESET_BYTES = 2500, 0  # type: ignore[misc]
+    spool.SEGMENT_BYTES, spool._RESET_BYTES = 2500, 0
     source, pending = random.Random(seed), list[tuple[int, int]]()
     number = 0
     for _ in range(2):
@@ -182,7 +182,9 @@ def write_checkpoint(folder: Path, say: Say, seed: int) -> None:
 def verify_checkpoint(folder: Path, words: Iterable[str]) -> list[str]:
     """Load the newest, look at the best, and save once more."""
     begun, promised = said(words)
-    newest, best = (max((n % 1000 for n in promised if (n > 1000) is kind), default=0) for kind in (False, True))
+    newest, best = (
+        max((n % 1000 for n in promised if (n > 1000) is kind), default=0) for kind in (False, True)
+    )
     wrong = list[str]()
     try:
         found = checkpoint.load_latest(folder)
@@ -234,7 +236,9 @@ class Found:
         self.wrong += [f"{self.script}, {case}: {each}" for each in wrong]
 
 
-def every_point(name: str, *, bug: str = "", seed: int = 0, killing: bool = True, failing: bool = True) -> Found:
+def every_point(
+    name: str, *, bug: str = "", seed: int = 0, killing: bool = True, failing: bool = True
+) -> Found:
     """Cut a script off at each of its system calls in every way, and recover."""
     found = Found(script=name)
     code, words, found.calls = attempt(name, bug=bug, seed=seed)
@@ -322,7 +326,14 @@ def attempt(
     ends = os.pipe()
     pid = os.fork()
     if pid == 0:
-        _child(name, folder, ends[1], bug, seed, lambda: shim.arm(folder, when=when, what=what, kinds=kinds, error=error))
+        _child(
+            name,
+            folder,
+            ends[1],
+            bug,
+            seed,
+            lambda: shim.arm(folder, when=when, what=what, kinds=kinds, error=error),
+        )
     os.close(ends[1])
     with os.fdopen(ends[0], "r") as file:
         words = file.read().splitlines()
@@ -372,7 +383,9 @@ def _verified(name: str, folder: Path, words: Iterable[str]) -> list[str]:
 def main() -> int:
     """Run from the command line."""
     shim.load_into_this_program()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("script", choices=sorted(SCRIPTS))
     parser.add_argument("--bug", default="")
     parser.add_argument("--seed", type=int, default=0)

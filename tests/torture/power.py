@@ -185,7 +185,9 @@ class Disk:
                     state[prefix + name] = None
                     walk(what, f"{prefix}{name}/")
                 else:
-                    state[prefix + name] = what.after_crash(source, mood if source.random() < 0.5 else source.choice(moods))
+                    state[prefix + name] = what.after_crash(
+                        source, mood if source.random() < 0.5 else source.choice(moods)
+                    )
 
         walk(self.root, "")
         return state
@@ -303,7 +305,9 @@ def _recover(name: str, folder: Path, state: dict[str, bytes | None], words: lis
 def main() -> int:
     """Run from the command line."""
     shim.load_into_this_program()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("script", choices=sorted(points.SCRIPTS))
     parser.add_argument("--bug", default="")
     parser.add_argument("--seed", type=int, default=0)

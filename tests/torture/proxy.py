@@ -1,11 +1,11 @@
 """A TCP proxy between clients and hub, in a process of its own, that does to bytes what networks do.
 
-    cut          both ends are closed
-    delay        a stretch of bytes waits for up to 100 ms
-    flip         one bit changes
-    truncate     the last bytes of a stretch vanish, and the connection with them
-    duplicate    a stretch comes twice
-    blackhole    nothing passes any more, for up to half a second; then the ends are closed
+cut          both ends are closed
+delay        a stretch of bytes waits for up to 100 ms
+flip         one bit changes
+truncate     the last bytes of a stretch vanish, and the connection with them
+duplicate    a stretch comes twice
+blackhole    nothing passes any more, for up to half a second; then the ends are closed
 """
 
 from __future__ import annotations

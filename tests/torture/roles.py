@@ -29,6 +29,7 @@ from slipstream.config import RunConfig
 from slipstream.deadlines import Deadlines
 from slipstream.errors import CheckpointError, DeadlineError, RefusedError, SlipstreamError, StorageError
 from slipstream.flight_recorder import FLIGHT
+from slipstream.history import START
 from slipstream.messages import Grant, Stop, Weights
 from slipstream.rendezvous import run_id
 from slipstream.transport.client import ActorClient, LearnerClient
@@ -158,6 +159,8 @@ class Maker:
         """Prove what was announced; sometimes leave it, and use it all the same."""
         serial = weights.update.version.serial
         self._announced = max(self._announced, serial)
+        if serial == self._proven:
+            return
         if self._proven >= 0 and self._random.random() < self._setting.odd_share:
             return
         await client.prove(synthetic.proof(weights.update))
@@ -185,11 +188,14 @@ class Maker:
 def learner_role(setting: Setting) -> int:
     """Be the learner: what it has trained is in its checkpoint, and nowhere else."""
     folder, every = setting.folder / "checkpoints", setting.config.checkpoint.every
-    trained: list[list[str]] = []
+    trained, history = list[list[str]](), START
     with contextlib.suppress(CheckpointError):
-        trained = checkpoint.read_state(checkpoint.load_latest(folder).path / "state.json")["trained"]
-    client = LearnerClient(SyncDealerChannel(setting.address), run_id(setting.folder), "learner", deadlines=DEADLINES)
-    welcome = client.connect(len(trained))
+        state = checkpoint.read_state(checkpoint.load_latest(folder).path / "state.json")
+        trained, history = state["trained"], state["history"]
+    client = LearnerClient(
+        SyncDealerChannel(setting.address), run_id(setting.folder), "learner", deadlines=DEADLINES
+    )
+    welcome = client.connect(len(trained), history)
     serial = welcome.next_serial
 
     def publish() -> None:
@@ -204,23 +210,24 @@ def learner_role(setting: Setting) -> int:
         batch = client.pull(len(trained))
         assert batch is not None
         trained.append([oracle.content_of(encode_trajectory(t)).key for t in batch.trajectories])
+        history = batch.history
         time.sleep(setting.step_s)
         if len(trained) % every == 0 or setting.finishing.exists():
-            save(folder, trained)
+            save(folder, trained, history)
             saved = len(trained)
-            client.checkpointed(saved)
+            client.checkpointed(saved, oldest=min(checkpoint.steps_in(folder)))
         publish()
     client.finish("the rig has seen enough")
     client.close()
     return 0
 
 
-def save(folder: Path, trained: list[list[str]]) -> None:
+def save(folder: Path, trained: list[list[str]], history: str) -> None:
     """Publish a checkpoint that holds what was trained."""
     checkpoint.save_checkpoint(
         folder,
         len(trained),
-        lambda into: checkpoint.write_state(into / "state.json", {"trained": trained}),
+        lambda into: checkpoint.write_state(into / "state.json", {"trained": trained, "history": history}),
         keep=2,
     )
 

@@ -1,7 +1,7 @@
 """The shim in C (shim.c): built once, loaded into the processes of the rig, spoken to with ctypes.
 
-    shim.prepare()                        in whoever starts a process: the environment that loads it
-    shim.arm(folder, when=3, what="torn")  in the process itself: at the third call that changes `folder`
+shim.prepare()                        in whoever starts a process: the environment that loads it
+shim.arm(folder, when=3, what="torn")  in the process itself: at the third call that changes `folder`
 """
 
 from __future__ import annotations
@@ -18,7 +18,15 @@ from pathlib import Path
 from typing import Final
 
 SOURCE: Final = Path(__file__).with_name("shim.c")
-WHAT: Final = {"count": 0, "kill_before": 1, "kill_after": 2, "torn": 3, "fail": 4, "fail_ever": 5, "short": 6}
+WHAT: Final = {
+    "count": 0,
+    "kill_before": 1,
+    "kill_after": 2,
+    "torn": 3,
+    "fail": 4,
+    "fail_ever": 5,
+    "short": 6,
+}
 """What happens at the chosen call; a torn or shortened write is written by half."""
 WRITE, SYNC, NAME, SIZE = 1, 2, 4, 8
 EVERY: Final = WRITE | SYNC | NAME | SIZE
@@ -65,7 +73,9 @@ def loaded() -> bool:
     return hasattr(ctypes.CDLL(None), "torture_arm")
 
 
-def arm(folder: Path, *, when: int = NEVER, what: str = "count", error: int = errno.EIO, kinds: int = EVERY) -> None:
+def arm(
+    folder: Path, *, when: int = NEVER, what: str = "count", error: int = errno.EIO, kinds: int = EVERY
+) -> None:
     """Start counting the calls that change `folder`; at number `when`, from 1, something happens."""
     ctypes.CDLL(None).torture_arm(
         os.fsencode(folder), ctypes.c_long(when), WHAT[what], ctypes.c_int(error), ctypes.c_int(kinds)
