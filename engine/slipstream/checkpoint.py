@@ -229,6 +229,8 @@ def _replace_folder(temporary: Path, target: Path) -> None:
     renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     names = os.fsencode(temporary), os.fsencode(target)
     if renameat2 and renameat2(_AT_FDCWD, names[0], _AT_FDCWD, names[1], _RENAME_EXCHANGE) == 0:
+        # The old files must not go before the new folder has their name for good.
+        _sync_folder(target.parent)
         shutil.rmtree(temporary)
         return
     # The file system cannot exchange: for one instant only the old folder's other name exists.

@@ -9,6 +9,7 @@ SlipstreamError                 exit code 1 unless said otherwise
 │   └── WarmStartError          the warm-started policy is outside the learnable band
 ├── ProtocolError               a peer broke the wire protocol
 │   ├── FrameError              bytes that are not a valid message; names what was expected and got
+│   │   └── DamageError         bytes that changed on their way: sent once more they may be right
 │   └── RefusedError            the hub refused this peer (version, schema, run, epoch)
 ├── StorageError                a log, spool or disk that failed
 ├── InfrastructureError         what an environment stands on failed: its episode is masked, not judged
@@ -60,6 +61,10 @@ class ProtocolError(SlipstreamError):
 
 class FrameError(ProtocolError):
     """Bytes that are not a valid message."""
+
+
+class DamageError(FrameError):
+    """Bytes that changed on their way: their check does not match, and sent once more they may be right."""
 
 
 class RefusedError(ProtocolError):

@@ -14,6 +14,7 @@ missing: u64 offset of each record, ascending.
 from __future__ import annotations
 
 import fcntl
+import itertools
 import mmap
 import os
 import struct
@@ -34,6 +35,8 @@ _U32: Final = struct.Struct("<I")
 _ENCODER: Final = msgspec.msgpack.Encoder()
 _OFFSET_BITS: Final = 40
 _BUFFERED_BYTES: Final = 256 << 10
+_SECTOR_BYTES: Final = 512
+"""The least that a disk writes as a whole."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -281,6 +284,8 @@ def _opens_with_state(folder: Path, number: int) -> bool:
 
 def _refuse_damage(folder: Path, number: int, found: Scan, *, last: bool) -> Scan:
     path = _segment_path(folder, number)
+    if last and found.damage:
+        found = _without_holes(path, found)
     gaps = [
         (a.end, b.offset)
         for a, b in zip(found.records, found.records[1:], strict=False)
@@ -297,6 +302,23 @@ def _refuse_damage(folder: Path, number: int, found: Scan, *, last: bool) -> Sca
             f"the file from a copy, or start a new run folder from the last checkpoint"
         )
     return found
+
+
+def _without_holes(path: Path, found: Scan) -> Scan:
+    """Return what lies before a sector that the disk had not written when the power failed.
+
+    Sectors reach a disk in any order, and one that has not reads as zeros. What is synced has none: so
+    neither the hole nor anything behind it was ever acknowledged.
+    """
+    start, end = found.damage[0]
+    with path.open("rb") as file:
+        file.seek(start)
+        data = file.read(end - start)
+    cuts = [0, *range(_SECTOR_BYTES - start % _SECTOR_BYTES, len(data), _SECTOR_BYTES), len(data)]
+    if all(any(data[left:right]) for left, right in itertools.pairwise(cuts)):
+        return found
+    kept = tuple(record for record in found.records if record.offset < start)
+    return Scan(records=kept, damage=(), torn=path.stat().st_size - start)
 
 
 def _scan_segment(folder: Path, number: int) -> Scan:

@@ -22,7 +22,7 @@ from slipstream import events
 from slipstream import messages as m
 from slipstream.config import RunConfig
 from slipstream.dispatch import Dispatcher, Give
-from slipstream.errors import FrameError
+from slipstream.errors import DamageError, FrameError
 from slipstream.flight_recorder import FLIGHT
 from slipstream.ingest import Entry
 from slipstream.leases import slot_of
@@ -32,15 +32,16 @@ from slipstream.peers import Peer, Pulling, metrics_rows, snapshot
 from slipstream.receiving import check_sender, describe, refuse_line, refuse_proof, verdict_on
 from slipstream.transport.channel import Reply
 from slipstream.types import Lease
-from slipstream.wire import inspect_trajectory, is_intact, schema_hash
+from slipstream.wire import inspect_trajectory, schema_hash
 
 CANARY_TOLERANCE: Final = 1e-3
 """Most that two float32 back ends may differ in a canary log-probability, in nats."""
 _PING_AFTER_S: Final = 5.0
 _SWEEP_EVERY_S: Final = 1.0
 _REPLACED: Final = "another process took this name"
-_RESENDS: Final = 2
-"""So often a record that was damaged on its way is asked for again; then it counts as poison."""
+_DAMAGED_KNOWN: Final = 1024
+_DAMAGED_TIMES: Final = 4
+"""Arrivals of one record with a wrong check after which the damage is not the network's."""
 _LEASES_PER_GRANT: Final = 256
 """Keeps a Grant well under the bound of a control message."""
 
@@ -142,8 +143,8 @@ class Ledger:
                 self._reports.append({"kind": message.about, **message.metrics})
                 return []
             case m.Finish():
-                # The learner's own Stop tells it that all it said before has been heard.
                 self._finished = message
+                # The learner's own Stop tells it that all it said before has been heard.
                 return [(other, m.Stop(reason=message.reason), ()) for other in self._peers]
             case m.Ping():
                 return [(peer, message, ())]
@@ -284,7 +285,7 @@ class Ledger:
         ack = m.Ack(seqs=(message.seq,), bytes=sum(map(len, frames)))
         try:
             if len(frames) != 1:
-                raise FrameError(f"Deliver: expected one record behind it, got {len(frames)} frames")
+                raise DamageError(f"Deliver: expected one record behind it, got {len(frames)} frames")
             arrival = inspect_trajectory(frames[0])
             if self._damaged:
                 self._damaged.pop((who.name, message.seq), None)
@@ -294,15 +295,20 @@ class Ledger:
                 event = describe(arrival, verdict_on(arrival, self.state, self._config))
                 self._log(event, frames[0])
         except FrameError as error:
-            key = who.name, message.seq
-            if self._damaged[key] < _RESENDS and not (len(frames) == 1 and is_intact(frames[0])):
-                self._damaged[key] += 1
+            if isinstance(error, DamageError) and self._may_come_again(who.name, message.seq):
                 # Joining again makes the actor send from its spool all that was not acknowledged.
                 return peer, m.Refused(reason=f"record {message.seq} was damaged: {error}", retry=True), ()
-            del self._damaged[key]
+            self._damaged.pop((who.name, message.seq), None)
             file = self._quarantine(frames)
             self._log(events.Quarantined(actor=who.name, file=file, reason=str(error)))
         return peer, ack, ()
+
+    def _may_come_again(self, actor: str, number: int) -> bool:
+        """Return whether the sender is to send a damaged record again: it may be whole in its spool."""
+        self._damaged[actor, number] += 1
+        if len(self._damaged) > _DAMAGED_KNOWN:
+            del self._damaged[next(iter(self._damaged))]
+        return self._damaged[actor, number] < _DAMAGED_TIMES
 
     def _proof(self, peer: bytes, who: Peer, message: m.Proof) -> list[Reply]:
         proof = message.proof

@@ -1,7 +1,8 @@
 """Floor 1. The control messages between hub, actors and learner, and the one function that decodes them.
 
-Every ZeroMQ message is one MessagePack frame (a tagged struct of this file, at most 64 KiB), for two
-kinds followed by data:
+Every ZeroMQ message is one frame (MessagePack of a tagged struct of this file, at most 64 KiB, and its
+CRC-32C, little-endian: one flipped bit of an Ack would delete what nobody has), for two kinds followed by
+data:
 
     actor -> hub      Hello, Want, Deliver + its record, Proof, Status, Ping
     hub -> actor      Welcome, Refused, Grant, Ack, Weights, Stop, Ping
@@ -11,11 +12,13 @@ kinds followed by data:
 
 from __future__ import annotations
 
+import struct
 from typing import Any, Final, TypeVar
 
+import google_crc32c
 import msgspec
 
-from slipstream.errors import FrameError
+from slipstream.errors import DamageError, FrameError
 from slipstream.types import Lease, Version, WeightProof, WeightUpdate
 from slipstream_kernels.delivery import load
 
@@ -199,6 +202,7 @@ AnyMessage = (
 
 _ENCODER: Final = msgspec.msgpack.Encoder()
 _DECODER: Final = msgspec.msgpack.Decoder(AnyMessage)
+_CHECK: Final = struct.Struct("<I")
 
 
 def encode_message(message: Message) -> bytes:
@@ -208,12 +212,15 @@ def encode_message(message: Message) -> bytes:
         raise FrameError(
             f"{type(message).__name__}: expected at most {MAX_HEADER_BYTES} bytes, got {len(frame)}"
         )
-    return frame
+    return frame + _CHECK.pack(google_crc32c.value(frame))
 
 
 def decode_message(frame: Buffer) -> AnyMessage:
-    """Return the message in a frame; raises FrameError for anything else."""
-    message: AnyMessage = decode_struct(frame, _DECODER, what="message", limit=MAX_HEADER_BYTES)
+    """Return the message in a frame; raises DamageError for a wrong check, FrameError for anything else."""
+    body, check = bytes(frame[: -_CHECK.size]), bytes(frame[-_CHECK.size :])
+    if _CHECK.pack(google_crc32c.value(body)) != check:
+        raise DamageError(f"message: {len(frame)} bytes, whose CRC-32C is not the one behind them")
+    message: AnyMessage = decode_struct(body, _DECODER, what="message", limit=MAX_HEADER_BYTES)
     return message
 
 

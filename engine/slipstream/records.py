@@ -13,6 +13,7 @@ import os
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final
 
 import numpy as np
@@ -146,6 +147,19 @@ def sync(file: int, path: object) -> None:
         raise StorageError(
             f"{path}: fdatasync failed ({error.strerror}); restart this role to replay"
         ) from error
+
+
+def sync_folder(folder: Path) -> None:
+    """Force a folder's entries to the disk, so that a new or renamed file is found; raises StorageError."""
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        raise StorageError(
+            f"{folder}: fsync failed ({error.strerror}); restart this role to replay"
+        ) from error
+    finally:
+        os.close(handle)
 
 
 def _record_at(view: memoryview, offset: int, least: int) -> Record | None:

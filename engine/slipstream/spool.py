@@ -4,10 +4,18 @@ Segments `NAME.0`, `NAME.1`, .. hold records (records.py): the payload is a traj
 up over all segments. A segment whose records are all acknowledged is written over from its beginning:
 pages the kernel already holds cost a fraction of new ones. What is acknowledged and not yet written over
 may be sent again after a crash; the hub knows it by identity.
+
+    write    the record survives kill -9
+    sync     with durability = "power" it also survives a power failure: one fdatasync for all written since
+    append   both
+
+After a failed write or sync the kernel may have dropped what it was given: the spool refuses everything
+until it is opened again, by a process that recovers what the disk really holds.
 """
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import mmap
 import os
@@ -18,7 +26,7 @@ from typing import Final, Literal
 
 from slipstream.errors import RunFolderError, StorageError
 from slipstream.messages import Buffer
-from slipstream.records import END, HEAD, Record, Scan, pack, scan, sync, write_at
+from slipstream.records import END, HEAD, Record, Scan, pack, scan, sync, sync_folder, write_at
 from slipstream.records import payload as payload_of
 
 SEGMENT_BYTES: Final = 4 << 20
@@ -57,6 +65,8 @@ class Spool:
         self._pending: dict[int, tuple[_Segment, int, int]] = {}
         """seq -> (segment, offset, bytes) of a record's payload."""
         self.next_seq = 0
+        self._unsynced: list[_Segment] = []
+        self._failure: StorageError | None = None
         path.parent.mkdir(parents=True, exist_ok=True)
         self._lock = self._take_lock()
         self._segments = [_open(known) for known in _segment_paths(path)]
@@ -68,8 +78,18 @@ class Spool:
     def append(self, seq: int, record: Buffer) -> int:
         """Make the record of one trajectory durable and return its `seq`.
 
+        Raises StorageError as `write` and `sync` do.
+        """
+        self.write(seq, record)
+        self.sync()
+        return seq
+
+    def write(self, seq: int, record: Buffer) -> int:
+        """Write the record of one trajectory and return its `seq`; hand it over only after `sync`.
+
         Raises StorageError when the cap would be exceeded (nothing is written) or the disk fails.
         """
+        self._refuse_after_failure()
         assert seq == self.next_seq, "the spool numbers its records itself"
         size = HEAD.size + len(record)
         if not self.has_room(len(record)):
@@ -77,10 +97,11 @@ class Spool:
                 f"{self.path}: the spool holds {self._live_bytes} of {self._limit} bytes and cannot take "
                 f"{size} more; the hub acknowledges too slowly"
             )
-        segment = self._current = self._segment_for(size)
-        write_at(segment.file, [*pack(seq, [], record), END], segment.size, segment.path)
-        if self._durability == "power":
-            sync(segment.file, segment.path)
+        with self._final():
+            segment = self._current = self._segment_for(size)
+            write_at(segment.file, [*pack(seq, [], record), END], segment.size, segment.path)
+        if self._durability == "power" and segment not in self._unsynced:
+            self._unsynced.append(segment)
         self._pending[seq] = segment, segment.size + HEAD.size, len(record)
         segment.size += size
         segment.live += 1
@@ -88,12 +109,27 @@ class Spool:
         self.next_seq = seq + 1
         return seq
 
+    def sync(self) -> None:
+        """Make everything written so far as durable as was asked for; raises StorageError."""
+        self._refuse_after_failure()
+        # Taken first: another thread may write meanwhile, and what it writes counts for the next sync.
+        segments, self._unsynced = self._unsynced, []
+        with self._final():
+            for segment in segments:
+                sync(segment.file, segment.path)
+
+    @property
+    def must_sync(self) -> bool:
+        """Whether records are durable only after `sync`."""
+        return self._durability == "power"
+
     def has_room(self, payload_bytes: int) -> bool:
         """Return whether a record of this size fits beside the unacknowledged ones."""
         return self._live_bytes + HEAD.size + payload_bytes <= self._limit
 
     def acknowledge(self, seqs: Iterable[int]) -> None:
-        """Forget records; a segment that is left without any will be written over."""
+        """Forget records; a segment that is left without any will be written over; raises StorageError."""
+        self._refuse_after_failure()
         for seq in seqs:
             if seq not in self._pending:
                 continue
@@ -101,11 +137,13 @@ class Spool:
             self._live_bytes -= HEAD.size + length
             segment.live -= 1
             if not segment.live and (segment is not self._current or segment.size >= _RESET_BYTES):
-                write_at(segment.file, [END], 0, segment.path)
+                with self._final():
+                    write_at(segment.file, [END], 0, segment.path)
                 segment.size = 0
 
     def read(self, seq: int) -> bytes:
-        """Return the payload of an unacknowledged record."""
+        """Return the payload of an unacknowledged record; raises StorageError after a failure."""
+        self._refuse_after_failure()
         segment, offset, length = self._pending[seq]
         return os.pread(segment.file, length, offset)
 
@@ -130,10 +168,23 @@ class Spool:
     def close(self) -> None:
         """Close the segments, and remove them when everything is acknowledged."""
         for segment in self._segments:
-            if not self._pending:
+            if not self._pending and self._failure is None:
                 segment.path.unlink(missing_ok=True)
             os.close(segment.file)
         os.close(self._lock)
+
+    @contextlib.contextmanager
+    def _final(self) -> Iterator[None]:
+        """Remember the first failure of the disk."""
+        try:
+            yield
+        except StorageError as error:
+            self._failure = error
+            raise
+
+    def _refuse_after_failure(self) -> None:
+        if self._failure is not None:
+            raise StorageError(f"{self._failure}; until then the spool takes and gives nothing")
 
     def _segment_for(self, size: int) -> _Segment:
         """Return a segment with room; a record larger than a segment gets one for itself."""
@@ -145,6 +196,8 @@ class Spool:
     def _new_segment(self) -> _Segment:
         numbers = [_number(segment.path) for segment in self._segments]
         segment = _open(Path(f"{self.path}.{max(numbers, default=-1) + 1}"))
+        if self._durability == "power":
+            sync_folder(self.path.parent)
         self._segments.append(segment)
         return segment
 
@@ -189,17 +242,22 @@ class Spool:
         while aside.exists():
             aside, number = Path(f"{segment.path}.{number}.quarantined"), number + 1
         self.notes.append(f"{segment.path}: damaged; kept as {aside.name}, {len(saved)} valid records saved")
-        segment.path.rename(aside)
-        os.close(segment.file)
-        fresh = _open(segment.path)
-        self._segments[self._segments.index(segment)] = fresh
+        # A crash in between finds the damaged segment once more: never neither of the two.
+        os.link(segment.path, aside)
+        fresh = _open(segment.path.with_suffix(".new"))
+        os.ftruncate(fresh.file, 0)
         records, size = list[Record](), 0
         for seq, payload in saved:
             records.append(Record(offset=size, seq=seq, length=len(payload)))
             size += write_at(fresh.file, pack(seq, [payload]), size, fresh.path)
         if self._durability == "power":
             sync(fresh.file, fresh.path)
-        self._hold(fresh, records)
+        fresh.path.replace(segment.path)
+        if self._durability == "power":
+            sync_folder(self.path.parent)
+        os.close(segment.file)
+        segment.file = fresh.file
+        self._hold(segment, records)
 
 
 def spools_in(folder: Path) -> list[Path]:
@@ -208,7 +266,12 @@ def spools_in(folder: Path) -> list[Path]:
 
 
 def _open(path: Path) -> _Segment:
-    return _Segment(path=path, file=os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
+    try:
+        return _Segment(path=path, file=os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
+    except OSError as error:
+        raise StorageError(
+            f"{path}: opening failed ({error.strerror}); free space or repair the disk"
+        ) from error
 
 
 def _segment_paths(path: Path) -> list[Path]:

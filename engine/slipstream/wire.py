@@ -24,7 +24,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from slipstream.errors import FrameError
+from slipstream.errors import DamageError, FrameError
 from slipstream.integrity import ARRAYS as ARRAYS
 from slipstream.integrity import address, check_values, crc32c
 from slipstream.messages import MAX_HEADER_BYTES, PROTOCOL, Buffer, decode_struct, message_schema
@@ -145,14 +145,6 @@ def inspect_trajectory(record: Buffer) -> Arrival:
                    serials=serials)  # fmt: skip
 
 
-def is_intact(record: Buffer) -> bool:
-    """Return whether a record ends in the CRC-32C of what stands before: it came as it was sent."""
-    if len(record) < _CHECK.size:
-        return False
-    (expected,) = _CHECK.unpack_from(record, len(record) - _CHECK.size)
-    return bool(crc32c([memoryview(record)[: -_CHECK.size]]) == expected)
-
-
 def most_bytes(trajectory: Trajectory) -> int:
     """Return a bound of the bytes of a trajectory's record."""
     token_bytes = sum(dtype.itemsize for name, dtype in ARRAYS if name != "turn_rewards")
@@ -201,14 +193,14 @@ def _check_in_python(record: Buffer) -> Summary:
     """Check lengths, CRC-32C and values of a record; raises FrameError naming what is wrong."""
     least = _LENGTHS.size + _CHECK.size
     if len(record) < least:
-        raise FrameError(f"record: expected at least {least} bytes, got {len(record)}")
+        raise DamageError(f"record: expected at least {least} bytes, got {len(record)}")
     sizes = _LENGTHS.unpack_from(record)
     if least + sum(sizes) != len(record):
-        raise FrameError(f"record: expected {least + sum(sizes)} bytes, got {len(record)}")
+        raise DamageError(f"record: expected {least + sum(sizes)} bytes, got {len(record)}")
     (expected,) = _CHECK.unpack_from(record, len(record) - _CHECK.size)
     got = crc32c([memoryview(record)[: -_CHECK.size]])
     if got != expected:
-        raise FrameError(f"check: expected CRC-32C {expected:08x}, got {got:08x}")
+        raise DamageError(f"check: expected CRC-32C {expected:08x}, got {got:08x}")
     tokens, turns = sizes[len(ARRAYS) - 1], sizes[_REWARDS] // 4
     if not turns <= tokens <= MAX_TOKENS:
         raise FrameError(f"record: expected turns <= tokens <= {MAX_TOKENS}, got {turns}, {tokens}")

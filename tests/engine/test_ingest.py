@@ -120,3 +120,40 @@ def test_two_hubs_cannot_share_a_log(tmp_path: Path) -> None:
     with pytest.raises(RunFolderError, match="another hub writes this log"):
         IngestLog(tmp_path)
     log.close()
+
+
+@pytest.mark.parametrize("follows", [False, True])
+def test_a_sector_the_disk_had_not_written_when_the_power_failed_ends_the_log(
+    tmp_path: Path, follows: bool
+) -> None:
+    positions = filled(tmp_path)
+    path = tmp_path / "000000.log"
+    data = bytearray(path.read_bytes())
+    log = IngestLog(tmp_path)
+    late = log.append(EVENTS[2], wire.encode_trajectory(synthetic.trajectory(200)))
+    end = log.append(EVENTS[3]) if follows else None
+    log.close()
+    hole = bytearray(path.read_bytes()[:end] if end is None else path.read_bytes())
+    first_sector = -(-late // 512) * 512
+    hole[first_sector : first_sector + 512] = bytes(512)
+    path.write_bytes(hole)
+    assert [entry.event for entry in read_events(tmp_path)] == EVENTS
+    log = IngestLog(tmp_path)
+    assert log.notes == [f"{path}: cut {len(hole) - len(data)} bytes of an event torn by a crash"]
+    assert path.read_bytes() == data
+    assert log.append(EVENTS[0]) == late > positions[-1]
+    log.close()
+
+
+def test_other_bytes_than_zeros_in_a_sector_are_damage(tmp_path: Path) -> None:
+    filled(tmp_path)
+    log = IngestLog(tmp_path)
+    late = log.append(EVENTS[2], wire.encode_trajectory(synthetic.trajectory(200)))
+    log.close()
+    path = tmp_path / "000000.log"
+    data = bytearray(path.read_bytes())
+    first_sector = -(-late // 512) * 512
+    data[first_sector : first_sector + 512] = b"\1" * 512
+    path.write_bytes(data)
+    with pytest.raises(StorageError, match=f"damaged at offset {late}"):
+        IngestLog(tmp_path)

@@ -286,7 +286,7 @@ def test_a_record_damaged_on_its_way_is_asked_for_again(rig: Rig, damage: str) -
     record = encode_trajectory(rig.made(peer, lease, announced.version.serial))
     flipped = bytes(record[:40]) + bytes([record[40] ^ 1]) + bytes(record[41:])
     damaged = {"bit": [flipped], "frames": [record, b"more"], "short": [b"x"]}[damage]
-    for _ in range(2):
+    for _ in range(3):
         (refused,) = rig.say(peer, m.Deliver(seq=rig.seq), damaged)
         assert isinstance(refused, m.Refused)
         assert refused.retry

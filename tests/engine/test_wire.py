@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from slipstream import messages, synthetic, wire
-from slipstream.errors import FrameError
+from slipstream.errors import DamageError, FrameError
 from slipstream.integrity import crc32c
 from slipstream.types import Outcome, Trajectory
 
@@ -29,6 +29,11 @@ def assert_same(left: Trajectory, right: Trajectory) -> None:
             np.testing.assert_array_equal(a, b)
         else:
             assert a == b, field.name
+
+
+def checked(body: bytes) -> bytes:
+    """Return a message's frame with the right check."""
+    return body + struct.pack("<I", google_crc32c.value(body))
 
 
 def with_check(record: bytes | bytearray) -> bytes:
@@ -175,8 +180,9 @@ def test_mutated_records_raise_only_frame_errors(data: st.DataObject) -> None:
 @settings(max_examples=300, deadline=None)
 @given(st.binary(max_size=200))
 def test_any_bytes_as_message_or_record_raise_only_frame_errors(data: bytes) -> None:
-    with pytest.raises(FrameError):
-        messages.decode_message(data)
+    for frame in (data, checked(data)):
+        with pytest.raises(FrameError):
+            messages.decode_message(frame)
     with pytest.raises(FrameError):
         wire.decode_trajectory(data)
 
@@ -196,7 +202,7 @@ def test_any_bytes_as_message_or_record_raise_only_frame_errors(data: bytes) -> 
 )
 def test_bombs_are_refused(bomb: bytes) -> None:
     with pytest.raises(FrameError):
-        messages.decode_message(bomb)
+        messages.decode_message(checked(bomb))
 
 
 def test_every_message_survives() -> None:
@@ -212,8 +218,17 @@ def test_every_message_survives() -> None:
         assert messages.decode_message(messages.encode_message(message)) == message
 
 
+def test_one_flipped_bit_of_a_message_is_damage() -> None:
+    frame = messages.encode_message(messages.Ack(seqs=(1, 2), bytes=9))
+    for bit in range(8 * len(frame)):
+        flipped = bytearray(frame)
+        flipped[bit // 8] ^= 1 << bit % 8
+        with pytest.raises(DamageError, match="CRC-32C is not the one behind them"):
+            messages.decode_message(bytes(flipped))
+
+
 def test_unknown_fields_and_kinds_are_refused() -> None:
     with pytest.raises(FrameError, match="unknown field"):
-        messages.decode_message(msgpack.packb({"kind": "Pull", "step": 1, "extra": 2}))
+        messages.decode_message(checked(msgpack.packb({"kind": "Pull", "step": 1, "extra": 2})))
     with pytest.raises(FrameError, match="Invalid value"):
-        messages.decode_message(msgpack.packb({"kind": "Exec", "step": 1}))
+        messages.decode_message(checked(msgpack.packb({"kind": "Exec", "step": 1})))

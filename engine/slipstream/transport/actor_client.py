@@ -6,11 +6,11 @@ import asyncio
 import math
 import secrets
 import time
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Any, Final
 
 from slipstream.deadlines import Deadlines, within
-from slipstream.errors import ProtocolError, SlipstreamError
+from slipstream.errors import DamageError, ProtocolError, SlipstreamError
 from slipstream.messages import Buffer, Grant, Stop, Weights, Welcome, decode_message, encode_message
 from slipstream.spool import Spool
 from slipstream.transport.actor_core import ActorCore
@@ -19,6 +19,8 @@ from slipstream.types import Trajectory, TrajectoryId, WeightProof
 
 UNASSIGNED: Final = TrajectoryId(run="", actor="", epoch=-1, seq=-1)
 """Identity of a trajectory that its client has not sent yet."""
+SYNC_S: Final = 60.0
+"""Longest time that an fdatasync of the spool may take."""
 
 
 class ActorClient:
@@ -47,6 +49,9 @@ class ActorClient:
         self._timer: asyncio.TimerHandle | None = None
         self._wakes_at = math.inf
         self._tasks: list[asyncio.Task[None]] = []
+        self._unsynced: list[int] = []
+        """Written to the spool since the last fdatasync began."""
+        self._syncing: asyncio.Task[None] | None = None
 
     @property
     def epoch(self) -> int:
@@ -123,6 +128,9 @@ class ActorClient:
         """Drop the connection; unacknowledged trajectories stay in the spool."""
         if self._timer is not None:
             self._timer.cancel()
+        if self._syncing is not None:
+            # It uses the spool's files from another thread.
+            await within(self._syncing, SYNC_S, self._core.who, f"the disk of {self._spool.path}")
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -133,8 +141,24 @@ class ActorClient:
         """Write a trajectory to the spool; once it is safe there, it may go to the hub."""
         self._raise_failure()
         seq = self._core.append(trajectory)
-        self._core.durable([seq])
+        if not self._spool.must_sync:
+            self._core.durable([seq])
+            return seq
+        self._unsynced.append(seq)
+        if self._syncing is None or self._syncing.done():
+            self._syncing = asyncio.create_task(self._guard(self._sync()))
+        await within(self._until(lambda: self._core.is_durable(seq)), SYNC_S, self._core.who,
+                     f"trajectory {seq} to reach the disk of {self._spool.path}")  # fmt: skip
         return seq
+
+    async def _sync(self) -> None:
+        """Make everything written durable; episodes that end during one fdatasync share the next."""
+        while self._unsynced:
+            seqs, self._unsynced = self._unsynced, []
+            await asyncio.to_thread(self._spool.sync)
+            self._core.durable(seqs)
+            self._turn()
+            self._changed.set()
 
     def _raise_failure(self) -> None:
         if self._failure is not None:
@@ -179,7 +203,7 @@ class ActorClient:
         self._timer = None
         try:
             while (frames := self._channel.receive_now()) is not None:
-                self._core.take(decode_message(frames[0]), time.monotonic())
+                self._take(frames)
             self._core.tick(time.monotonic())
             self._turn()
         except SlipstreamError as error:
@@ -201,10 +225,18 @@ class ActorClient:
 
     async def _read(self) -> None:
         while True:
-            frames = await self._channel.receive()
-            self._core.take(decode_message(frames[0]), time.monotonic())
+            self._take(await self._channel.receive())
             self._turn()
             self._changed.set()
+
+    def _take(self, frames: Sequence[Buffer]) -> None:
+        now = time.monotonic()
+        try:
+            message = decode_message(frames[0])
+        except DamageError as error:
+            self._core.damaged(error, now)
+        else:
+            self._core.take(message, now)
 
     async def _write(self) -> None:
         """Wait for the channel, whenever it takes nothing at once."""

@@ -43,8 +43,8 @@ class Records(Protocol):
 
     next_seq: int
 
-    def append(self, seq: int, record: Buffer) -> int:
-        """Write the record of one trajectory and return its `seq`."""
+    def write(self, seq: int, record: Buffer) -> int:
+        """Write the record of one trajectory and return its `seq`; durable after a sync of the caller's."""
 
     def has_room(self, payload_bytes: int) -> bool:
         """Return whether a record of this size fits beside the others."""
@@ -137,7 +137,7 @@ class ActorCore(PeerCore):
         seq = self._spool.next_seq
         identity = TrajectoryId(run=self._run, actor=self._name, epoch=self.epoch, seq=seq)
         record = encode_trajectory(trajectory, identity)
-        self._spool.append(seq, record)
+        self._spool.write(seq, record)
         self._undurable.add(seq)
         self._records[seq] = record
         self._leases[seq] = Lease(attempt=trajectory.attempt, split=trajectory.split,
@@ -149,6 +149,10 @@ class ActorCore(PeerCore):
         for seq in seqs:
             self._undurable.discard(seq)
             self._queue.append(seq)
+
+    def is_durable(self, seq: int) -> bool:
+        """Return whether `durable` has been told of a record."""
+        return seq not in self._undurable
 
     def delivered(self, seq: int) -> bool:
         """Return whether a record is on its way to the hub, or acknowledged."""

@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import Sequence
 
 from slipstream.deadlines import Deadlines, Waits
-from slipstream.errors import RefusedError
+from slipstream.errors import DamageError, RefusedError
 from slipstream.flight_recorder import FLIGHT
 from slipstream.history import START
 from slipstream.messages import PROTOCOL, AnyMessage, Buffer, Hello, Message, Ping, Refused
@@ -100,13 +100,22 @@ class PeerCore:
         if not message.retry:
             raise RefusedError(f"the {self._hub} refused {self.who}: {message.reason}")
         self.joined = False
-        # All that was on its way is refused one by one; a single Hello answers for it.
-        if now - self._hello_at >= self.limits.ping_s or "welcome" not in self.waits:
-            self._say_hello(now)
+        self._join_again(now)
 
     def _welcomed(self) -> None:
         self.joined = True
         self.waits.end("welcome")
+
+    def damaged(self, error: DamageError, now: float) -> None:
+        """Take a message that changed on its way: after another Hello both sides say again what is open."""
+        FLIGHT.note(f"joins again: {error}")
+        self._hear()
+        self._join_again(now)
+
+    def _join_again(self, now: float) -> None:
+        # What comes in numbers, refusals or damage, a single Hello answers.
+        if now - self._hello_at >= self.limits.ping_s or "welcome" not in self.waits:
+            self._say_hello(now)
 
     def _unexpected(self, message: AnyMessage) -> str:
         return f"{self.who}: expected a message for an {self._role}, got {type(message).__name__}"

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from slipstream.deadlines import Deadline, Deadlines
+from slipstream.errors import DamageError
 from slipstream.history import START
-from slipstream.messages import Evaluated, Stop, Welcome, decode_message, encode_message
+from slipstream.messages import Buffer, Evaluated, Stop, Welcome, decode_message, encode_message
 from slipstream.transport.channel import SyncChannel
 from slipstream.transport.learner_core import LearnerCore, PulledBatch
 from slipstream.types import WeightUpdate
@@ -106,8 +107,16 @@ class LearnerClient:
         frames = self._channel.receive(min(timeout_s, until_due))
         now = time.monotonic()
         if frames is not None:
-            self._core.take(decode_message(frames[0]), frames[1:], now)
+            self._take(frames, now)
         else:
             self._core.tick(now)
         self._flush()
         return frames is not None
+
+    def _take(self, frames: Sequence[Buffer], now: float) -> None:
+        try:
+            message = decode_message(frames[0])
+        except DamageError as error:
+            self._core.damaged(error, now)
+        else:
+            self._core.take(message, frames[1:], now)

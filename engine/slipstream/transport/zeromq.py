@@ -23,7 +23,7 @@ from typing import Any, Final
 
 import zmq
 
-from slipstream.errors import AddressError, FrameError
+from slipstream.errors import AddressError, DamageError, FrameError
 from slipstream.messages import Ack, Buffer, Refused, decode_message, encode_message
 from slipstream.transport.channel import Handler, Reply
 
@@ -113,11 +113,12 @@ class RouterServer:
     def _take(self, peer: bytes, frames: Sequence[Buffer]) -> list[Reply]:
         try:
             if not 1 <= len(frames) <= MAX_FRAMES:
-                raise FrameError(f"message: expected 1 to {MAX_FRAMES} frames, got {len(frames)}")
+                raise DamageError(f"message: expected 1 to {MAX_FRAMES} frames, got {len(frames)}")
             message = decode_message(frames[0])
         except FrameError as error:
             self.malformed += 1
-            return [(peer, Refused(reason=str(error)), ())]
+            # A client that is told so says Hello, and everything that is open once more.
+            return [(peer, Refused(reason=str(error), retry=isinstance(error, DamageError)), ())]
         return self._handler.handle(peer, message, frames[1:], time.monotonic())
 
     def _send_all(self, replies: Sequence[Reply]) -> None:

@@ -1,0 +1,283 @@
+"""Bugs that the rig must catch, planted into the processes of a run: nothing of them is in the product.
+
+Each is what somebody could write in good faith. `CAUGHT_BY` names the quick test that fails with it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import slipstream.transport.actor_client as actor_client
+from slipstream import (
+    checkpoint,
+    deadlines,
+    hub,
+    ingest,
+    leases,
+    ledger,
+    ledger_state,
+    records,
+    seen,
+    spool,
+    wire,
+)
+from slipstream import messages as m
+from slipstream.errors import StorageError
+
+CAUGHT_BY: dict[str, str] = {
+    "acknowledged_before_the_flush": "hub_kills",
+    "no_dedupe": "cuts",
+    "no_check_of_the_bytes": "flips",
+    "no_resending": "hub_kills",
+    "credit_leaks": "calm",
+    "unproven_weights_accepted": "calm",
+    "quarantine_forgets": "calm",
+    "leases_of_the_dead_are_lost": "actor_kills",
+    "rollback_ignored": "learner_kills",
+    "watermark_outside_the_checkpoint": "learner_kills",
+    "old_epoch_not_fenced": "clones",
+    "wait_without_a_deadline": "silence",
+    "torn_tail_trusted": "points_of_the_log",
+    "spool_promises_before_it_writes": "points_of_the_spool",
+    "checkpoint_not_atomic": "points_of_the_checkpoint",
+    "failed_sync_tried_again": "failures_of_the_spool",
+    "log_never_synced": "power_of_the_log",
+    "new_segment_without_its_folder": "power_of_the_spool",
+    "checkpoint_renamed_before_its_files": "power_of_the_checkpoint",
+}
+
+
+def plant(name: str) -> None:
+    """Plant a bug into this process; "" plants none."""
+    if name:
+        assert name in CAUGHT_BY, name
+        globals()[name]()
+
+
+def acknowledged_before_the_flush() -> None:
+    """Answers go out before the log is written: one flush in twenty is made."""
+    real, count = ledger.Ledger.flush, [0]
+
+    def flush(self: ledger.Ledger) -> None:
+        count[0] += 1
+        if count[0] % 20 == 0:
+            real(self)
+
+    ledger.Ledger.flush = flush  # type: ignore[method-assign]
+    ingest._BUFFERED_BYTES = 1 << 30  # type: ignore[misc]
+
+
+def no_dedupe() -> None:
+    """The hub does not look whether it has a trajectory already."""
+
+    _always(seen.Seen, "__contains__", False)
+
+
+def no_check_of_the_bytes() -> None:
+    """Neither messages nor records are compared with their checks."""
+    _always(wire, "load", None)
+    _always(wire, "crc32c", 0)
+    real = m.decode_struct
+
+    def decode(frame: m.Buffer) -> m.AnyMessage:
+        message: m.AnyMessage = real(bytes(frame[:-4]), m._DECODER, what="message", limit=m.MAX_HEADER_BYTES)
+        return message
+
+    def check(record: m.Buffer) -> Any:
+        sealed = bytearray(record)
+        sealed[-4:] = bytes(4)
+        return wire._check_in_python(sealed)
+
+    wire._check = check
+    from slipstream.transport import learner_client, zeromq
+
+    for module in (m, actor_client, learner_client, zeromq):
+        if hasattr(module, "decode_message"):
+            module.decode_message = decode  # type: ignore[attr-defined]
+
+
+def no_resending() -> None:
+    """What was on the way when the hub died stays in the spool."""
+
+    async def resend(self: actor_client.ActorClient, _: Sequence[int]) -> None:
+        if self._wanted is not None:
+            await self.want(*self._wanted)
+
+    actor_client.ActorClient._resend = resend  # type: ignore[method-assign]
+
+
+def credit_leaks() -> None:
+    """An acknowledgement gives no credit back."""
+
+    def acknowledged(self: actor_client.ActorClient, message: m.Ack) -> None:
+        self._spool.acknowledge(message.seqs)
+        for seq in message.seqs:
+            lease = self._sent_leases.pop(seq, None)
+            if lease is not None:
+                self._held.discard(lease)
+        self._changed.set()
+
+    actor_client.ActorClient._acknowledged = acknowledged  # type: ignore[method-assign]
+
+
+def unproven_weights_accepted() -> None:
+    """Every version counts as proven."""
+    _always(ledger_state.LedgerState, "is_proven", True)
+
+
+def quarantine_forgets() -> None:
+    """What is no trajectory is counted and thrown away."""
+    _always(hub, "quarantine_in", lambda _: "gone.bin")
+
+
+def leases_of_the_dead_are_lost() -> None:
+    """A released episode is not owed any more, as far as the desk is concerned."""
+
+    def release(self: leases.LeaseDesk, slot: Any, issue: int | None = None) -> None:
+        held = self.leased.get(slot)
+        if held is not None and issue in (None, held[1].issue):
+            self.leased[slot] = ("nobody", held[1])
+
+    leases.LeaseDesk.release = release  # type: ignore[method-assign]
+
+
+def rollback_ignored() -> None:
+    """The hub does not ask from which step a learner resumes."""
+    real = ledger.Ledger._admit_learner
+
+    def admit(self: ledger.Ledger, peer: bytes, hello: m.Hello) -> Any:
+        import msgspec
+
+        state = self.state
+        return real(self, peer, msgspec.structs.replace(hello, step=state.steps))
+
+    ledger.Ledger._admit_learner = admit  # type: ignore[method-assign]
+
+
+def watermark_outside_the_checkpoint() -> None:
+    """How far training got is kept in a file beside the checkpoints, and believed."""
+    from slipstream.transport import learner_client
+
+    mark = Path(os.environ["SLIPSTREAM_TORTURE_MARK"])
+    connect, pull = learner_client.LearnerClient.connect, learner_client.LearnerClient.pull
+
+    def connecting(self: Any, step: int, history: str = "") -> Any:
+        return connect(self, max(step, int(mark.read_text()) if mark.exists() else 0), history)
+
+    def pulling(self: Any, step: int, timeout_s: float | None = None) -> Any:
+        batch = pull(self, step, timeout_s)
+        mark.write_text(str(step + 1))
+        return batch
+
+    learner_client.LearnerClient.connect = connecting  # type: ignore[method-assign]
+    learner_client.LearnerClient.pull = pulling  # type: ignore[method-assign]
+
+
+def old_epoch_not_fenced() -> None:
+    """Whoever was let in once stays in, whoever takes its name."""
+    real = ledger.Ledger._hello
+
+    def hello(self: ledger.Ledger, peer: bytes, message: m.Hello, now: float) -> Any:
+        before = dict(self._peers)
+        replies = real(self, peer, message, now)
+        self._peers = {**before, **self._peers}
+        self._replaced.clear()
+        return replies
+
+    ledger.Ledger._hello = hello  # type: ignore[method-assign]
+
+
+def wait_without_a_deadline() -> None:
+    """Nobody gives a silent hub up."""
+    _always(deadlines.Deadline, "check", None)
+    _always(deadlines.Deadline, "expired", False)
+
+    async def watch(_: Any) -> None:
+        await asyncio.Event().wait()
+
+    async def within(awaitable: Any, *_: Any) -> Any:
+        return await awaitable
+
+    actor_client.ActorClient._watch = watch  # type: ignore[method-assign]
+    actor_client.within = within  # type: ignore[assignment]
+
+
+def torn_tail_trusted() -> None:
+    """A record counts as whole when its head is."""
+
+    def record_at(view: memoryview, offset: int, least: int) -> records.Record | None:
+        if offset + records.HEAD.size > len(view):
+            return None
+        length, _, seq = records.HEAD.unpack_from(view, offset)
+        if length == 0 or seq < least:
+            return None
+        return records.Record(
+            offset=offset, seq=seq, length=min(length, len(view) - offset - records.HEAD.size)
+        )
+
+    records._record_at = record_at
+
+
+def spool_promises_before_it_writes() -> None:
+    """The spool keeps a record in memory and writes it with the next one."""
+    real, kept = spool.write_at, list[Any]()
+
+    def write_at(file: int, buffers: Any, offset: int, path: object) -> int:
+        for late in kept:
+            real(*late)
+        kept[:] = [(file, [bytes(each) for each in buffers], offset, path)]
+        return sum(map(len, buffers))
+
+    spool.write_at = write_at
+
+
+def checkpoint_not_atomic() -> None:
+    """Files are written where they will be found, and the manifest is not looked at."""
+
+    def publish(target: Path, write: Callable[[Path], None], notes: Any) -> None:
+        target.mkdir(parents=True, exist_ok=True)
+        write(target)
+        (target / checkpoint.MANIFEST).write_text(
+            json.dumps({"format": checkpoint.FORMAT, **notes, "files": {}})
+        )
+
+    checkpoint.publish = publish
+    _always(checkpoint, "verify", {"files": {}})
+
+
+def failed_sync_tried_again() -> None:
+    """A failed fdatasync is tried again until it says yes."""
+
+    def sync(file: int, path: object) -> None:
+        for _ in range(3):
+            try:
+                return os.fdatasync(file)
+            except OSError as error:
+                kept = error
+        raise StorageError(f"{path}: fdatasync failed ({kept.strerror})")
+
+    spool.sync = sync
+
+
+def log_never_synced() -> None:
+    """The log leaves to the kernel when its bytes reach the disk."""
+    _always(ingest, "sync", None)
+
+
+def new_segment_without_its_folder() -> None:
+    """A new segment of the spool is synced, its name is not."""
+    _always(spool, "sync_folder", None)
+
+
+def checkpoint_renamed_before_its_files() -> None:
+    """The folder gets its name before its files are on the disk."""
+    _always(checkpoint, "_sync_file", None)
+
+
+def _always(owner: Any, name: str, value: Any) -> None:
+    setattr(owner, name, lambda *_, **__: value)
