@@ -32,6 +32,7 @@ MEMORY_BYTES = 64 << 20
 """What decoding may add to a process, whatever it is given."""
 HANG_TICKS, TICK_S = 20, 0.1
 """An input that takes this many ticks of CPU time hangs; the bound is wide, since machines are shared."""
+STOP_S = 60.0
 CHUNK = 2000
 LATEST_BYTES = 1 << 17
 
@@ -64,6 +65,8 @@ class Latest:
 
     @staticmethod
     def read(path: Path) -> tuple[str, bytes]:
+        if not path.exists() or path.read_bytes()[:1] in (b"", b"\0"):
+            raise RuntimeError(f"{path}: a worker ended before its first input")
         name, size, rest = path.read_bytes().split(b" ", 2)
         return name.decode(), rest[: int(size)]
 
@@ -85,6 +88,8 @@ def save(finds: Path, target: str, data: bytes, why: str) -> Path:
 
 def work(arguments: argparse.Namespace) -> int:
     """One worker's part of a run; prints {"inputs": {target: n}, "finds": [...]}."""
+    stopping: list[int] = []
+    signal.signal(signal.SIGTERM, lambda number, _: stopping.append(number))
     from fuzz_targets import TARGETS, folder
 
     chosen = arguments.target or list(TARGETS)
@@ -103,7 +108,7 @@ def work(arguments: argparse.Namespace) -> int:
     signal.signal(signal.SIGPROF, latest.tick)
     signal.setitimer(signal.ITIMER_PROF, TICK_S, TICK_S)
     try:
-        while any(left.values()) and len(finds) < 5:
+        while any(left.values()) and len(finds) < 5 and not stopping:
             for name in chosen:
                 # In parts of the same share, so that a run cut short has seen all of them.
                 count = min(left[name], max(1, round(CHUNK * TARGETS[name].share / whole)))
@@ -201,17 +206,10 @@ def lead(arguments: argparse.Namespace) -> int:
     inputs: dict[str, int] = {}
     finds: list[str] = []
     for worker, process in enumerate(started):
-        why = ""
-        try:
-            said, _ = process.communicate(timeout=max(1.0, arguments.seconds - (time.monotonic() - began)))
-        except subprocess.TimeoutExpired:
-            process.kill()
-            said, _ = process.communicate(timeout=60)
-            why = "did not come back"
+        said, why = _said(process, arguments.seconds - (time.monotonic() - began))
         if not said:
             # Killed, or crashed in C: its last input is the find.
             target, data = Latest.read(arguments.finds / f"latest-{worker}")
-            why = why or f"ended with {process.returncode}"
             finds.append(str(save(arguments.finds, target, data, why)))
             continue
         result = json.loads(said.splitlines()[-1])
@@ -222,6 +220,19 @@ def lead(arguments: argparse.Namespace) -> int:
     print(json.dumps({"seed": arguments.seed, "inputs": sum(inputs.values()), "seconds": round(seconds, 1),
                       "of": inputs, "finds": finds}))  # fmt: skip
     return 1 if finds else 0
+
+
+def _said(process: subprocess.Popen[str], seconds: float) -> tuple[str, str]:
+    """What a worker printed, and why it did not if it did not; it is asked to stop, then killed."""
+    for ask, limit_s in ((process.terminate, max(1.0, seconds)), (process.kill, STOP_S)):
+        try:
+            said, _ = process.communicate(timeout=limit_s)
+        except subprocess.TimeoutExpired:
+            ask()
+        else:
+            return said, f"ended with {process.returncode}"
+    process.communicate(timeout=STOP_S)
+    return "", "did not come back"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -14,6 +14,7 @@ import google_crc32c
 from slipstream.wire import ARRAYS
 
 Mutate = Callable[[], bytes]
+PARTS = len(ARRAYS) + 2
 
 # Type bytes of MessagePack (containers, sized, extensions, reserved), ends of ranges, JSON's brackets.
 BYTES = (
@@ -79,8 +80,8 @@ def _change(data: bytearray, drawn: int, samples: Sequence[bytes]) -> None:
 def record_mutations(samples: Sequence[bytes], seed: int | str) -> Mutate:
     """Return a function that gives mutated trajectory records, most of them with a right CRC-32C again.
 
-    One in four changes the length of a part; half of those take the bytes from another part, so that the
-    whole still adds up.
+    One in four changes the length of a part: alone, at the cost of another part, or with the zeros that it
+    then needs, so that the whole still adds up.
     """
     random_ = random.Random(f"{seed}/lengths")
     bits, plain, count = random_.getrandbits, mutations(samples, seed), len(samples)
@@ -91,7 +92,11 @@ def record_mutations(samples: Sequence[bytes], seed: int | str) -> Mutate:
             data = bytearray(plain())
         else:
             data = bytearray(samples[(drawn >> 8) % count])
-            _move_lengths(data, drawn >> 2, NUMBERS[bits(8) % len(NUMBERS)])
+            number = NUMBERS[bits(8) % len(NUMBERS)]
+            if drawn & 0x80:
+                _grow(data, drawn >> 2, number)
+            else:
+                _move_lengths(data, drawn >> 2, number)
         if drawn & 0x1C and len(data) >= 4:
             del data[-4:]
             data += google_crc32c.value(bytes(data)).to_bytes(4, "little")
@@ -100,12 +105,20 @@ def record_mutations(samples: Sequence[bytes], seed: int | str) -> Mutate:
     return mutate
 
 
+def _grow(data: bytearray, drawn: int, number: int) -> None:
+    lengths = list(struct.unpack_from(f"<{PARTS}I", data))
+    part, zeros = (drawn >> 1) % PARTS, min(number, 1 << 10)
+    end = 4 * PARTS + sum(lengths[: part + 1])
+    lengths[part] += zeros
+    data[end:end] = bytes(zeros)
+    struct.pack_into(f"<{PARTS}I", data, 0, *lengths)
+
+
 def _move_lengths(data: bytearray, drawn: int, number: int) -> None:
-    parts = len(ARRAYS) + 2
-    lengths = list(struct.unpack_from(f"<{parts}I", data))
-    one, other = (drawn >> 1) % parts, (drawn >> 4) % parts
+    lengths = list(struct.unpack_from(f"<{PARTS}I", data))
+    one, other = (drawn >> 1) % PARTS, (drawn >> 4) % PARTS
     moved = min(lengths[other], number) if drawn & 1 else number
     lengths[one] = (lengths[one] + moved) & 0xFFFFFFFF
     if drawn & 1:
         lengths[other] -= min(moved, lengths[other])
-    struct.pack_into(f"<{parts}I", data, 0, *lengths)
+    struct.pack_into(f"<{PARTS}I", data, 0, *lengths)

@@ -166,6 +166,7 @@ def record_agrees(data: bytes) -> None:
             assert str(error) == str(other)
             return
         raise AssertionError("inspecting takes what decoding refuses") from error
+    assert trajectory.turn_rewards.size <= trajectory.token_ids.size <= wire.MAX_TOKENS
     arrival = wire.inspect_trajectory(data)
     assert arrival.sampled == int(trajectory.loss_mask.sum())
     assert arrival.turns == trajectory.turn_rewards.size

@@ -107,3 +107,10 @@ def test_smoke_the_rig_sees_each_kind_of_find(data: bytes, why: str, tmp_path: P
     for find in result["finds"]:
         assert Path(find).read_bytes() == data
         assert why in Path(find).with_suffix(".txt").read_text()
+
+
+def test_smoke_a_run_out_of_time_ends_with_what_it_has_done(tmp_path: Path) -> None:
+    done = run(tmp_path, "--inputs", "1000000000", "--seconds", "3", "--target", "call", timeout_s=100)
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert (done.returncode, result["finds"]) == (0, [])
+    assert result["inputs"] < 1_000_000_000
