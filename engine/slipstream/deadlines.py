@@ -100,6 +100,13 @@ class Waits:
         """Yield the names of the waits that are under way."""
         return iter(self._open)
 
+    @property
+    def began_at(self) -> float:
+        """When that one began; infinite without any."""
+        return min(
+            ((end, end - seconds) for end, seconds, _ in self._open.values()), default=(0.0, math.inf)
+        )[1]
+
     def begin(self, name: str, waits_for: str, seconds: float, now: float) -> None:
         """Begin a wait, unless it is under way already."""
         if name not in self._open:
