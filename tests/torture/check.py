@@ -7,6 +7,7 @@ the learner's checkpoint = the living line                 the learner trained w
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -124,6 +125,7 @@ def check(folder: Path, *, drained: bool = True) -> Verdict:
         late = spooled - set(log.keys) - quarantined
         wrong += [f"undelivered: {key} is still in a spool" for key in sorted(late)]
     _check_training(folder, log, wrong)
+    _check_status(folder, log, wrong)
     counts = Counter(log.verdicts.values())
     return Verdict(
         wrong=wrong,
@@ -160,6 +162,24 @@ def _check_training(folder: Path, log: Log, wrong: list[str]) -> None:
         wrong.append(
             f"the checkpoint of {len(told)} steps and the living line of {len(line)} differ from {first} on"
         )
+
+
+def _check_status(folder: Path, log: Log, wrong: list[str]) -> None:
+    """Compare the hub's own books with these."""
+    told = json.loads((folder / "status.json").read_text())["books"]
+    training = [each for each in log.verdicts if log.slots[each][0] < 0]
+    verdicts = Counter(log.verdicts[each] for each in training)
+    trained = sum(map(len, log.line))
+    books = {
+        "made": len(training) + len(log.quarantined),
+        "trained": trained,
+        "buffered": verdicts["buffered"] - trained - len(log.dropped),
+        "quarantined": len(log.quarantined),
+        "unproven": verdicts["unproven"],
+        "failed_infrastructure": verdicts["failed_infrastructure"],
+        "duplicate": verdicts["duplicate"],
+    }
+    wrong += [f"books: the hub says {told[name]} {name}, its log {n}" for name, n in books.items() if told[name] != n]
 
 
 def _quarantined(folder: Path, log: Log, wrong: list[str]) -> set[str]:

@@ -248,6 +248,8 @@ def every_point(
         found.wrong.append(f"{name}: the script ends with {code} by itself")
     if killing:
         for when in range(1, found.calls + 1):
+            if bug and found.wrong:
+                return found
             for what in ("kill_before", "kill_after", "torn"):
                 _kill(found, bug, seed, when, what)
     if failing:

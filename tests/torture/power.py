@@ -288,6 +288,9 @@ def _crash_one(found: Found, seen: set[bytes], home: Path, *, states: int, seed:
                 continue
             seen.add(digest)
             wrong = _recover(found.script, home / "part", state, words[:told])
+            if wrong and bug:
+                found.wrong += wrong
+                return
             found.wrong += [f"{found.script}, seed {seed}, after call {number}: {each}" for each in wrong[:1]]
 
 
@@ -313,7 +316,9 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--states", type=int, default=2000)
     options = parser.parse_args()
-    found = crash(options.script, states=options.states, seed=options.seed, bug=options.bug)
+    found = crash(
+        options.script, states=options.states, seed=options.seed, bug=options.bug, most_wrong=1 if options.bug else 20
+    )
     print(json.dumps(found.__dict__, indent=1))
     return 1 if found.wrong else 0
 

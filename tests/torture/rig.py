@@ -1,9 +1,7 @@
 """The torture rig: a run of real processes, faults at seeded times, and the books afterwards.
 
-    python tests/torture/rig.py --seed 7 --seconds 20 [--json FILE]
-
 Roles are forked from this process, which has imported everything and holds no thread. A fault is drawn
-about every 30 ms: SIGKILL at any time, SIGKILL at a system call (shim.py), a torn write, an error of the
+several times a second: SIGKILL at any time, SIGKILL at a system call (shim.py), a torn write, an error of the
 disk, SIGSTOP and SIGCONT, and what proxy.py does. Afterwards the faults end, the run must come to its own
 end in time, and check.py compares the books. The seed decides which faults come in which order; when a
 process is hit by them is the machine's affair.
@@ -11,15 +9,12 @@ process is hit by them is the machine's affair.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import errno
-import json
 import os
 import random
 import shutil
 import signal
-import sys
 import tempfile
 import time
 from collections import Counter
@@ -42,10 +37,6 @@ from slipstream.config import (
     RunConfig,
 )
 
-SETTLE_S = 2 * roles.LONGEST_S
-"""After the last fault a run must end by itself within twice the longest deadline."""
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
     """What to do to a run."""
@@ -53,16 +44,27 @@ class Plan:
     seed: int
     seconds: float
     bug: str = ""
+    patience: float = 1.0
+    """Scales all deadlines; a run must end by itself within twice the longest after the last fault."""
     actors: int = 3
     kill_every_s: float = 0.07
-    """Mean time between two signals."""
-    network_rate: float = 12.0
+    """Mean time between two signals, in the two thirds of the time when there are any."""
+    network_rate: float = 25.0
     """Faults of the network per second."""
     network_faults: tuple[str, ...] = proxy.FAULTS
     armed_share: float = 0.35
     """Share of starts that end at a chosen call of the disk."""
-    weights: tuple[int, int, int] = (2, 3, 5)
+    armed_calls: float = 10.0
+    """Mean number of that call."""
+    armed_roles: tuple[str, ...] = ("hub", "learner", "actor")
+    weights: tuple[int, int, int] = (2, 2, 6)
     """How often hub, learner and actors are hit."""
+    odd_share: float = 0.03
+    """As in roles.Setting."""
+    exits: tuple[int, ...] = (10, 11, 12, 13)
+    """Exit codes that the faults may bring about."""
+    races: int = 0
+    """Pairs of clones that compete for a name (scenarios.py)."""
     durability: str = "process"
     keep: bool = False
     """Keep the folder also when nothing is wrong."""
@@ -118,7 +120,7 @@ def configuration(durability: str, seed: int) -> RunConfig:
         batch=BatchConfig(groups=2, group_size=2),
         evaluation=EvaluationConfig(every=20, tasks=3),
         environment=EnvironmentConfig(timeout_s=1.0),
-        checkpoint=CheckpointConfig(every=4, keep=2),
+        checkpoint=CheckpointConfig(every=2, keep=2),
         hub=HubConfig(
             lease_timeout_s=2.0,
             credit_bytes=1 << 17,
@@ -143,7 +145,10 @@ class Rig:
         self.board = proxy.Board()
         listener, address = proxy.listen()
         config = configuration(plan.durability, plan.seed)
-        self.setting = setting = roles.Setting(folder=folder, config=config, address=address, bug=plan.bug)
+        self.setting = setting = roles.Setting(
+            folder=folder, config=config, address=address, bug=plan.bug, patience=plan.patience,
+            odd_share=plan.odd_share,
+        )  # fmt: skip
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGCHLD])
         seed, rate, faults = self.random.getrandbits(32), plan.network_rate, plan.network_faults
         self.proxy = self._fork(
@@ -155,7 +160,10 @@ class Rig:
             Role(name="learner", folder=folder / "checkpoints", work=lambda: roles.learner_role(setting)),
         ]
         self.roles += [self.actor(f"a{n}", f"a{n}") for n in range(plan.actors)]
+        self.late: list[Role] = []
+        """Started when the others have come to their end."""
         self.healing = False
+        self.settle_s = 2 * plan.patience * roles.LONGEST_S
 
     def actor(self, name: str, spool: str) -> Role:
         """Return an actor."""
@@ -170,7 +178,7 @@ class Rig:
         """Torture, let settle, check."""
         started = time.monotonic()
         try:
-            self._torture(started + self.plan.seconds)
+            self.play(started + self.plan.seconds)
             self._settle()
         finally:
             self._end_all()
@@ -189,15 +197,19 @@ class Rig:
         self.outcome.wrong += verdict.wrong
         self.outcome.books = verdict.counts
 
-    def _torture(self, until: float) -> None:
+    def play(self, until: float) -> None:
+        """Do harm until a moment."""
         self.board["faulty"] = 1
-        next_fault = time.monotonic()
+        started = time.monotonic()
+        next_fault = started + self.random.expovariate(1 / self.plan.kill_every_s)
         while (now := time.monotonic()) < until:
             self.turn(now)
             if now >= next_fault:
                 next_fault = now + self.random.expovariate(1 / self.plan.kill_every_s)
-                self._harm(now)
-            self.rest(min(next_fault, until, now + 0.05))
+                # A third of the time nobody is hit, so that there is something to lose.
+                if (now - started) % 1.8 < 1.2:
+                    self._harm(now)
+            self.rest(min(next_fault, until))
         self.board["faulty"] = 0
 
     def _harm(self, now: float) -> None:
@@ -272,10 +284,10 @@ class Rig:
         role.pid = self._fork(role.name, work)
 
     def _armed(self, role: Role) -> Callable[[], None] | None:
-        if not shim.loaded():
+        if not shim.loaded() or role.name.split("-")[0] not in self.plan.armed_roles:
             return None
         what = self.random.choices(["kill_before", "kill_after", "torn", "fail", "short"], [3, 3, 3, 1, 1])[0]
-        when = int(self.random.expovariate(1 / 25)) + 1
+        when = int(self.random.expovariate(1 / self.plan.armed_calls)) + 1
         error = self.random.choice([errno.EIO, errno.ENOSPC])
         return lambda: shim.arm(role.folder, when=when, what=what, error=error)
 
@@ -291,7 +303,7 @@ class Rig:
             self.outcome.faults["syscall_kill"] += not role.killed
         elif code == 0 and self.setting.finishing.exists():
             role.ended = True
-        elif code not in (10, 11, 12, 13):
+        elif code not in self.plan.exits:
             self.outcome.wrong.append(f"{role.name} ended with {code}: {self._last_words(role.name)}")
         if code > 0:
             role.again_at = now + self.random.uniform(0.05, 0.2)
@@ -310,15 +322,15 @@ class Rig:
             # Whoever is armed still would die during the settling.
             if role.pid and role.armed:
                 self._kill(role)
-        self.board["heals"] += 1
+        if self.plan.network_rate:
+            self.board["heals"] += 1
         self.setting.finishing.touch()
-        others = [role for role in self.roles if role.name != "hub"]
-        while not all(role.ended for role in others):
+        while waiting := [role for role in self.roles[1:] if not role.ended] or self._next_late():
             now = time.monotonic()
             self.turn(now)
             self.rest(now + 0.05)
-            if now - started > SETTLE_S:
-                self._hung([role for role in others if not role.ended])
+            if now - started > self.settle_s:
+                self._hung(waiting)
                 return
         self.outcome.settle_s = time.monotonic() - started
         hub = self.roles[0]
@@ -327,6 +339,11 @@ class Rig:
             os.kill(hub.pid, signal.SIGTERM)
             os.waitpid(hub.pid, 0)
             hub.pid = 0
+
+    def _next_late(self) -> list[Role]:
+        role = [self.late.pop(0)] if self.late else []
+        self.roles += role
+        return role
 
     def _hung(self, who: list[Role]) -> None:
         self.outcome.hangs += len(who)
@@ -337,7 +354,7 @@ class Rig:
         names = ", ".join(role.name for role in who)
         words = "\n".join(f"{role.name}: {self._last_words(role.name)}" for role in self.roles)
         self.outcome.wrong.append(
-            f"hang: {names} did not end within {SETTLE_S:g} s after the last fault\n{words}"
+            f"hang: {names} did not end within {self.settle_s:g} s after the last fault\n{words}"
         )
 
     def _end_all(self) -> None:
@@ -353,45 +370,14 @@ class Rig:
         return pid
 
 
-def torture(plan: Plan) -> Outcome:
+def torture(plan: Plan, kind: type[Rig] = Rig) -> Outcome:
     """Run one plan in a folder of its own, which is kept when something is wrong."""
     home = plan.disk or (Path("/dev/shm") if Path("/dev/shm").is_dir() else None)
     folder = Path(tempfile.mkdtemp(prefix="slipstream-torture-", dir=home))
-    outcome = Rig(plan, folder).run()
+    os.environ["SLIPSTREAM_TORTURE_MARK"] = str(folder / "mark")
+    outcome = kind(plan, folder).run()
     if outcome.wrong or plan.keep:
         outcome.wrong.insert(0, f"seed {plan.seed}, folder {folder}")
     else:
         shutil.rmtree(folder)
     return outcome
-
-
-def main() -> int:
-    """Run from the command line."""
-    shim.load_into_this_program()
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--seed", type=int, default=int(time.time()))
-    parser.add_argument("--seconds", type=float, default=15.0)
-    parser.add_argument("--bug", default="")
-    parser.add_argument("--network", default=",".join(proxy.FAULTS), help="kinds of faults")
-    parser.add_argument("--durability", default="process", choices=("process", "power"))
-    parser.add_argument("--disk", type=Path)
-    parser.add_argument("--keep", action="store_true")
-    options = parser.parse_args()
-    plan = Plan(
-        seed=options.seed,
-        seconds=options.seconds,
-        bug=options.bug,
-        network_faults=tuple(filter(None, options.network.split(","))),
-        durability=options.durability,
-        disk=options.disk,
-        keep=options.keep,
-    )
-    outcome = torture(plan)
-    print(json.dumps(outcome.as_json(), indent=1))
-    return 1 if outcome.wrong else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

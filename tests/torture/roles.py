@@ -39,11 +39,8 @@ from slipstream.wire import encode_trajectory
 
 assert "torch" not in sys.modules, "the delivery roles import no torch"
 
-DEADLINES = Deadlines(
-    connect_s=4.0, send_s=4.0, credit_s=8.0, batch_s=8.0, drain_s=6.0, ping_s=0.25, silence_s=3.0
-)
 LONGEST_S = 8.0
-"""The longest of them."""
+"""The longest deadline."""
 CRASHED = 70
 EXITS: dict[type[BaseException], int] = {DeadlineError: 10, RefusedError: 11, StorageError: 12}
 """Exit codes of errors that faults may bring about; other named errors end in 13, a bug in CRASHED."""
@@ -57,6 +54,8 @@ class Setting:
     config: RunConfig
     address: str
     """Where clients find the hub: the proxy's."""
+    patience: float = 1.0
+    """Scales the deadlines."""
     bug: str = ""
     """A planted bug (bugs.py)."""
     step_s: float = 0.005
@@ -65,6 +64,15 @@ class Setting:
     """Tokens of trajectories."""
     odd_share: float = 0.03
     """Share of trajectories that are infrastructure failures, unproven, or poison: each so many."""
+
+    @property
+    def deadlines(self) -> Deadlines:
+        """Return the longest waits of clients."""
+        longest = self.patience * LONGEST_S
+        return Deadlines(
+            connect_s=longest / 2, send_s=longest / 2, credit_s=longest, batch_s=longest, drain_s=longest * 3 / 4,
+            ping_s=0.25, silence_s=longest * 3 / 8,
+        )  # fmt: skip
 
     @property
     def finishing(self) -> Path:
@@ -117,7 +125,7 @@ async def _act(setting: Setting, name: str, spool_name: str) -> int:
         limit_bytes=2 << 20,
     )
     channel = DealerChannel(setting.address)
-    client = ActorClient(channel, spool, run_id(folder), name, deadlines=DEADLINES)
+    client = ActorClient(channel, spool, run_id(folder), name, deadlines=setting.deadlines)
     oracle.note_session(folder / "sessions", client._session, spool_name)
     maker = Maker(setting, spool_name)
     try:
@@ -193,7 +201,7 @@ def learner_role(setting: Setting) -> int:
         state = checkpoint.read_state(checkpoint.load_latest(folder).path / "state.json")
         trained, history = state["trained"], state["history"]
     client = LearnerClient(
-        SyncDealerChannel(setting.address), run_id(setting.folder), "learner", deadlines=DEADLINES
+        SyncDealerChannel(setting.address), run_id(setting.folder), "learner", deadlines=setting.deadlines
     )
     welcome = client.connect(len(trained), history)
     serial = welcome.next_serial
@@ -205,17 +213,18 @@ def learner_role(setting: Setting) -> int:
         serial += 1
 
     publish()
-    saved = len(trained)
-    while not (setting.finishing.exists() and saved == len(trained)):
+    finishing = False
+    while not finishing:
         batch = client.pull(len(trained))
         assert batch is not None
         trained.append([oracle.content_of(encode_trajectory(t)).key for t in batch.trajectories])
         history = batch.history
         time.sleep(setting.step_s)
-        if len(trained) % every == 0 or setting.finishing.exists():
+        # Looked at behind a batch: the end needs one, so that a run that stands still cannot end well.
+        finishing = setting.finishing.exists()
+        if len(trained) % every == 0 or finishing:
             save(folder, trained, history)
-            saved = len(trained)
-            client.checkpointed(saved, oldest=min(checkpoint.steps_in(folder)))
+            client.checkpointed(len(trained), oldest=min(checkpoint.steps_in(folder)))
         publish()
     client.finish("the rig has seen enough")
     client.close()
