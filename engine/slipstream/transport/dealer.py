@@ -46,7 +46,7 @@ class _Connection:
 
     def check(self) -> None:
         """Raise RefusedError or AddressError once a handshake shows that no other one can end well."""
-        while self.monitor.getsockopt(_EVENTS) & _IN:
+        while int(self.monitor.getsockopt(_EVENTS)) & _IN:
             event = parse_monitor_message(self.monitor.recv_multipart())
             failure = self._failure(int(event["event"]), int(event["value"]))
             if failure is not None:

@@ -1,14 +1,14 @@
 """Floor 4. Who comes in at the hub: answers for keys (ZAP), and a guard over connections, in one thread.
 
-ZAP is ZeroMQ's RFC 27: libzmq asks over inproc://zeromq.zap.01 whether a key may come in, and hangs the answer's
-User-Id on every frame that the connection sends. Here that is "role/name" from the hub's allow-list.
+ZAP is ZeroMQ's RFC 27: libzmq asks over inproc://zeromq.zap.01 whether a key may come in, and hangs the
+answer's User-Id on every frame that the connection sends. Here that is "role/name" from the allow-list.
 """
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 import zmq
@@ -32,14 +32,18 @@ _REQUEST_FRAMES: Final = 7
 
 
 class Door:
-    """Runs from its making to `close`; made before the hub's socket is bound, or early comers would be missed.
+    """Runs from its making to `close`; made before the hub's socket is bound, so that nobody is missed.
 
     Example: ``door = Door(context, router_socket, guard, AllowList(folder)); ...; door.close()``.
     """
 
     def __init__(
-        self, context: zmq.Context[Any], router: zmq.Socket[Any], guard: ConnectionGuard, allowed: AllowList | None
-    ) -> None:  # fmt: skip
+        self,
+        context: zmq.Context[Any],
+        router: zmq.Socket[Any],
+        guard: ConnectionGuard,
+        allowed: AllowList | None,
+    ) -> None:
         """Watch a socket; with an allow-list also answer for the keys that come to it."""
         self._guard, self._allowed = guard, allowed
         self._monitor: zmq.Socket[bytes] = router.get_monitor_socket(int(_EVENTS))
@@ -83,7 +87,7 @@ class Door:
                 took = time.monotonic() - began
                 next_check = began + max(_CHECK_EVERY_S, _LEAST_REST * took)
 
-    def _follow(self, event: dict[str, Any]) -> None:
+    def _follow(self, event: Mapping[str, Any]) -> None:
         kind, value = int(event["event"]), int(event["value"])
         if kind & _FAILURES:
             self.refused_handshakes += 1

@@ -1,8 +1,9 @@
 """Floor 4. Connections of the hub, each bounded: what it may hold, how long it may stay unknown.
 
-libzmq bounds a frame, but not the frames of a message, nor how many peers stand at the door. The kernel counts
-the bytes that came in over a connection, the hub those of the messages it took from it; the difference is what
-the connection holds in memory. An honest peer never has more than its credit and one record on the way.
+libzmq bounds a frame, but not the frames of a message, nor how many peers stand at the door. The kernel
+counts the bytes that came in over a connection, the hub those of the messages it took from it; the
+difference is what the connection holds in memory. An honest peer never has more than its credit and one
+record on the way.
 
     a connection is cut when it             bound
     holds too much                          `outstanding_bytes`
@@ -12,8 +13,8 @@ the connection holds in memory. An honest peer never has more than its credit an
     is unknown and holds anything much      while the process is above `stranger_memory_bytes`
     holds most of all                       while the process is above `memory_bytes`
 
-Cutting shuts the TCP connection down, so that libzmq ends it as if the peer had left, and frees its unfinished
-message. Unix domain sockets have no such counter: there the folder's permissions keep strangers out.
+Cutting shuts the TCP connection down, so that libzmq ends it as if the peer had left, and frees its
+unfinished message. Unix domain sockets have no such counter: there the folder keeps strangers out.
 """
 
 from __future__ import annotations
