@@ -17,8 +17,9 @@ from slipstream.transport.sockets import receive_frames, send_frames, set_dealer
 
 _EVENTS, _IN, _OUT = int(zmq.EVENTS), int(zmq.POLLIN), int(zmq.POLLOUT)
 # Plain integers: one operation on an enum's flags takes longer than a call of libzmq.
-_UNEXPLAINED: Final = 5
-"""Handshakes that end without a reason, one after the other, until the hub counts as another one."""
+_UNEXPLAINED: Final = 10
+"""Handshakes that end without a reason, one after the other, before a first good one: 1.5 s of them."""
+_MISMATCH: Final = int(zmq.PROTOCOL_ERROR_ZMTP_MECHANISM_MISMATCH)
 _WATCHED: Final = (
     zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
     | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL | zmq.EVENT_HANDSHAKE_SUCCEEDED
@@ -29,7 +30,8 @@ class _Connection:
     """A DEALER socket and what its handshakes come to; libzmq itself would try no more, and say nothing."""
 
     def __init__(self, address: str, keys: ClientKeys | None) -> None:
-        self._address, self._keys, self._unexplained = address, keys, 0
+        self._address, self._keys = address, keys
+        self._unexplained, self._known = 0, False
         self.context = zmq.Context()
         self.socket: zmq.Socket[bytes] = self.context.socket(zmq.DEALER)
         try:
@@ -56,34 +58,32 @@ class _Connection:
         hub, keys = f"the hub at {self._address}", self._keys
         match kind:
             case zmq.EVENT_HANDSHAKE_SUCCEEDED:
-                self._unexplained = 0
+                self._known = True
             case zmq.EVENT_HANDSHAKE_FAILED_AUTH if keys is not None:
                 return RefusedError(
                     f"{hub} refused the key in {keys.file}: it is not in the hub's allow-list; put "
                     f"authorized/{keys.file.stem}.toml, made beside it, into the hub's folder hub.keys"
                 )
+            case zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL if value != _MISMATCH:
+                return AddressError(f"{hub} is none: expected its half of a handshake, got error {value:#x}")
             case zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL:
-                return self._mismatch(hub, value)
-            case zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL if keys is not None:
+                return self._mismatch(hub)
+            case zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL if not self._known:
+                # A hub that closes fast enough is gone before its half of the handshake is read.
                 self._unexplained += 1
                 if self._unexplained >= _UNEXPLAINED:
-                    return RefusedError(
-                        f"{hub} ended {_UNEXPLAINED} handshakes: expected the hub whose public key is in "
-                        f"{keys.file}, it seems to be another one; copy the client's file from its folder "
-                        f"hub.keys"
-                    )
+                    return self._mismatch(hub)
         return None
 
-    def _mismatch(self, hub: str, value: int) -> SlipstreamError:
-        if value != zmq.PROTOCOL_ERROR_ZMTP_MECHANISM_MISMATCH:
-            return AddressError(f"{hub} is none: expected ZMTP 3 with the hub's key, got error {value:#x}")
+    def _mismatch(self, hub: str) -> RefusedError:
         if self._keys is None:
             return RefusedError(
                 f"{hub} lets only known keys in; set hub.keys to the folder with this client's key "
                 f"(`slipstream keys` makes one)"
             )
         return RefusedError(
-            f"{hub} uses no keys, and {self._keys.file} says that it must; give the hub hub.keys, too"
+            f"{hub} is not the one whose public key is in {self._keys.file}, or uses no keys; give both ends "
+            f"hub.keys, with files made in one folder"
         )
 
 

@@ -42,6 +42,7 @@ _SO_COOKIE: Final = 57
 """A number the kernel gives no other socket until the machine restarts."""
 _MUCH_BYTES: Final = 64 << 10
 _TRIM_EVERY_S: Final = 1.0
+"""libzmq frees what a cut connection held well within it."""
 _MOST_NAMED: Final = 1024
 
 
@@ -59,7 +60,7 @@ class Limits:
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class Connection:
-    """One accepted TCP connection."""
+    """One accepted connection."""
 
     descriptor: int
     cookie: int
@@ -88,9 +89,12 @@ class ConnectionGuard:
         self._limits, self._clock = limits, clock
         self._connections: dict[int, Connection] = {}
         self._named: set[str] = set()
-        self._trimmed_s = 0.0
+        self._trimmed_s, self._freed = 0.0, False
+        """When memory was last given back, and whether a connection was cut since."""
         self.cut = 0
         """Connections that were ended."""
+        self.unheard = 0
+        """Connections that ended before a message came: by a wrong key, none, another protocol, silence."""
         self.notes: deque[str] = deque(maxlen=64)
         """Sentences for the log, one for each address."""
 
@@ -101,15 +105,19 @@ class ConnectionGuard:
     def accepted(self, descriptor: int) -> None:
         """Follow a new connection."""
         peer = _peer_of(descriptor)
-        if peer is not None:
-            cookie, address = peer
-            self._connections[descriptor] = Connection(
-                descriptor=descriptor, cookie=cookie, address=address, since_s=self._clock()
-            )
+        if peer is None:  # over before it could be looked at
+            self.unheard += 1
+            return
+        cookie, address = peer
+        self._connections[descriptor] = Connection(
+            descriptor=descriptor, cookie=cookie, address=address, since_s=self._clock()
+        )
 
     def gone(self, descriptor: int) -> None:
         """Forget a connection that has ended."""
-        self._connections.pop(descriptor, None)
+        connection = self._connections.pop(descriptor, None)
+        if connection is not None and not (connection.cut or connection.delivered):
+            self.unheard += 1
 
     def delivered(self, descriptor: int, frames: int, size: int) -> None:
         """Count a whole message that was taken from a connection."""
@@ -154,12 +162,12 @@ class ConnectionGuard:
             self._cut(connection, f"more than {self._limits.connections} connections, and it is unknown")
 
     def _check_memory(self, now: float) -> None:
-        if resident_bytes() <= self._limits.stranger_memory_bytes:
-            return
-        if now - self._trimmed_s > _TRIM_EVERY_S:
-            self._trimmed_s = now
-            give_memory_back()
         resident = resident_bytes()
+        much = resident > self._limits.stranger_memory_bytes
+        if (much or self._freed) and now - self._trimmed_s > _TRIM_EVERY_S:
+            self._trimmed_s, self._freed = now, False
+            give_memory_back()
+            resident = resident_bytes()
         holding = [connection for connection in self._open() if connection.outstanding > _MUCH_BYTES]
         if resident > self._limits.stranger_memory_bytes:
             for connection in holding:
@@ -182,6 +190,7 @@ class ConnectionGuard:
         except OSError:
             return  # gone by itself
         self.cut += 1
+        self._freed = True
         host = connection.address.rpartition(":")[0]
         if host not in self._named and len(self._named) < _MOST_NAMED:
             self._named.add(host)
@@ -225,11 +234,11 @@ def _received_by(descriptor: int) -> int | None:
 
 
 def _peer_of(descriptor: int) -> tuple[int, str] | None:
-    """Return (cookie, address) of a TCP connection, or None when it is gone or of another sort."""
+    """Return (cookie, address) of a connection, or None when it is gone."""
     try:
         with socket.socket(fileno=os.dup(descriptor)) as held:
-            if held.family not in (socket.AF_INET, socket.AF_INET6):
-                return None
+            if held.family == socket.AF_UNIX:
+                return _cookie_of(held), "ipc:"
             host, port = held.getpeername()[:2]
             return _cookie_of(held), f"{host}:{port}"
     except OSError:

@@ -85,7 +85,7 @@ class RouterServer:
         return {
             "connections": len(self._guard),
             "cut_connections": self._guard.cut,
-            "refused_handshakes": self._door.refused_handshakes,
+            "refused_handshakes": self._guard.unheard,
             "refused_keys": self._door.refused_keys,
             "refused_hellos": self.refused_hellos,
             "malformed_messages": self.malformed,
@@ -139,9 +139,8 @@ class RouterServer:
         """Let the handler judge a Hello, if it is said under the name of its key."""
         claimed = f"{hello.role}/{hello.name}"
         if self._keyed and claimed != user:
-            replies: list[Reply] = [
-                (peer, Refused(reason=f"name: its key is {user}'s, it says {claimed}"), ())
-            ]
+            reason = f"name: its key is that of {user}, not of {claimed}"
+            replies: list[Reply] = [(peer, Refused(reason=reason), ())]
         else:
             replies = self._handler.handle(peer, hello, (), time.monotonic())
         if any(reply[0] == peer and isinstance(reply[1], Welcome) for reply in replies):
