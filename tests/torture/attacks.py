@@ -50,14 +50,8 @@ def connect(address: str) -> socket.socket:
 
 
 def shake_hands(connection: socket.socket) -> None:
-    """Do what a peer without keys does before its first message, and take the hub's part of it."""
-    connection.sendall(greeting())
-    taken = b""
-    while len(taken) < 64:
-        taken += _more(connection)
-    connection.sendall(ready())
-    while len(taken) < 66 or len(taken) < 66 + taken[65]:
-        taken += _more(connection)
+    """Say what a peer without keys says before its first message; nobody waits for the hub's part of it."""
+    connection.sendall(greeting() + ready())
 
 
 def ended(connection: socket.socket, seconds: float) -> bool:
@@ -73,13 +67,6 @@ def ended(connection: socket.socket, seconds: float) -> bool:
         except OSError:
             return True
     return False
-
-
-def _more(connection: socket.socket) -> bytes:
-    data = connection.recv(1 << 16)
-    if not data:
-        raise ConnectionResetError("the hub ended the connection")
-    return data
 
 
 def endless(address: str, size: int) -> None:

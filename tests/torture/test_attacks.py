@@ -308,8 +308,8 @@ def test_smoke_a_hub_without_keys(unkeyed: HubProcess, visit: Visit) -> None:
 
 
 OLD_PEERS = {
-    "ZMTP 1.0": b"\x01\x00\x05\x00Hello",
-    "ZMTP 2.0": b"\xff" + bytes(8) + b"\x7f\x01\x05\x00\x00\x05\x00Hello",
+    "ZMTP 1.0": b"\x01\x00\x06\x00Hello",
+    "ZMTP 2.0": b"\xff" + bytes(8) + b"\x7f\x01\x05\x00\x00\x00\x05Hello",
     "no key": attacks.greeting() + attacks.ready() + attacks.frame(b"Hello"),
     "a password": attacks.greeting(mechanism=b"PLAIN") + b"\x04\x0a\x05HELLO\x01a\x01b",
     "half a CURVE handshake": attacks.greeting(mechanism=b"CURVE") + attacks.ready(),
@@ -328,6 +328,19 @@ def test_smoke_other_protocols_are_turned_away(keyed: HubProcess, scheme: str, w
         connection.sendall(words)
         assert attacks.ended(connection, HANGS_S)
     keyed.until(lambda: keyed.count(HANDSHAKE) > before, "the refusal in status.json")
+
+
+@pytest.mark.parametrize("version", ["ZMTP 1.0", "ZMTP 2.0"])
+def test_smoke_an_old_peer_gets_nowhere_without_keys_either(
+    unkeyed: HubProcess, scheme: str, version: str
+) -> None:
+    if scheme == "ipc":
+        pytest.skip("strangers cannot enter the socket's folder")
+    before = unkeyed.count("malformed_messages")
+    with attacks.connect(unkeyed.address) as connection:
+        connection.sendall(OLD_PEERS[version])
+        unkeyed.until(lambda: unkeyed.count("malformed_messages") > before, "its message to be refused")
+        assert attacks.ended(connection, HANGS_S)
 
 
 def test_smoke_an_open_hub_says_so_at_every_start(tmp_path: Path) -> None:
@@ -421,6 +434,7 @@ async def race(serving: HubProcess, garbage: int, least: int) -> tuple[float, fl
     async def together(until: Callable[[], bool]) -> tuple[int, float]:
         began = time.monotonic()
         sent = sum(await asyncio.gather(*(deliver(a, least, tokens, until=until) for a in actors)))
+        assert serving.process.poll() is None, (serving.folder / "hub.err").read_text()[-2000:]
         for client in actors:
             await client.drain()
         return sent, time.monotonic() - began

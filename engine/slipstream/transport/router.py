@@ -21,6 +21,7 @@ from slipstream.transport.sockets import MAX_FRAMES, receive_with_last, send_fra
 
 _MOST_PER_TURN: Final = 128
 _POLL_MS: Final = 50
+_UNTOLD: Final = -1
 
 
 class RouterServer:
@@ -115,15 +116,23 @@ class RouterServer:
                 (routing, *frames), last = receive_with_last(self._socket, most=MAX_FRAMES + 2)
             except zmq.Again:
                 break
-            descriptor = int(last.get(zmq.SRCFD))
+            descriptor, user = self._origin(last)
             self._guard.delivered(descriptor, len(frames), sum(map(len, frames)))
-            user = str(last.get("User-Id")) if self._keyed else ""
             peer = user.encode() + b"\0" + bytes(routing) if self._keyed else bytes(routing)
             replies += self._take(peer, user, frames, descriptor)
         return replies
 
+    def _origin(self, frame: zmq.Frame) -> tuple[int, str]:
+        """Return the connection and the user of a frame, as libzmq tells them."""
+        try:
+            return int(frame.get(zmq.SRCFD)), str(frame.get("User-Id")) if self._keyed else ""
+        except zmq.ZMQError:
+            return _UNTOLD, ""  # a peer of ZMTP 1.0 or 2.0: none of ours
+
     def _take(self, peer: bytes, user: str, frames: Sequence[Buffer], descriptor: int) -> list[Reply]:
         try:
+            if descriptor == _UNTOLD:
+                raise FrameError("connection: expected ZMTP 3, got an older protocol")
             if not 1 <= len(frames) <= MAX_FRAMES:
                 raise FrameError(f"message: expected 1 to {MAX_FRAMES} frames, got {len(frames)}")
             message = decode_message(frames[0])
