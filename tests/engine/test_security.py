@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import socket
 import stat
 import threading
 from collections.abc import Callable, Iterator
@@ -24,7 +25,7 @@ from slipstream.keys import AllowList, client_keys, hub_keys, make_keys
 from slipstream.ledger import Ledger
 from slipstream.spool import Spool
 from slipstream.transport.client import ActorClient, LearnerClient
-from slipstream.transport.guard import Limits
+from slipstream.transport.guard import ConnectionGuard, Limits
 from slipstream.transport.zeromq import DealerChannel, RouterServer, SyncDealerChannel
 
 CONFIG = RunConfig(
@@ -281,6 +282,48 @@ def test_an_open_address_needs_keys_or_a_word() -> None:
     assert load_config("research", ["hub.address=tcp://*:5555", "hub.keys=keys"]).hub.keys == "keys"
     with pytest.raises(ConfigurationError, match=r"hub.insecure must be false where hub.keys is set"):
         load_config("research", ["hub.keys=keys", "hub.insecure=true"])
+
+
+@pytest.mark.parametrize("secured", [False, True])
+def test_an_honest_peer_is_never_taken_for_one_that_holds_much(
+    keys: Path, tmp_path: Path, secured: bool
+) -> None:
+    """Small messages cost more on the wire than they hold: that must not add up over a long life."""
+    folder = str(keys) if secured else ""
+    limits = Limits(outstanding_bytes=32 << 10)
+    with hub(tmp_path, folder, limits=limits) as serving:
+        channel = SyncDealerChannel(serving.server.address, client_keys(folder, "learner-0"))
+        client = LearnerClient(channel, "run", "learner-0", deadlines=PATIENT)
+        client.connect(0)
+        ping = m.encode_message(m.Ping())
+        for _ in range(60):
+            for _ in range(50):
+                assert channel.send([ping], HANGS_S)
+            for _ in range(50):
+                assert channel.receive(HANGS_S) is not None
+        assert 60 * 50 * 12 > limits.outstanding_bytes  # far more than that went over the wire
+        client.close()
+        assert serving.server.counters()["cut_connections"] == 0
+
+
+def test_another_connection_with_the_number_of_one_that_is_gone_is_left_alone() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = server.getsockname()
+        ours, theirs = (
+            (socket.create_connection(address), server.accept()[0]),
+            (socket.create_connection(address), server.accept()[0]),
+        )
+        guard = ConnectionGuard(Limits(hello_s=0.0))
+        guard.accepted(ours[1].fileno())
+        os.dup2(theirs[1].fileno(), ours[1].fileno())  # the system gives the number away again
+        guard.check()
+        assert guard.cut == 0
+        guard.accepted(ours[1].fileno())
+        guard.check()
+        assert guard.cut == 1
+        assert theirs[0].recv(1) == b""
+        for end in (*ours, *theirs):
+            end.close()
 
 
 def test_a_unix_path_has_one_holder_in_a_private_folder(tmp_path: Path) -> None:
