@@ -401,7 +401,18 @@ PERMITTED_WAITS = {
     },
     # Both ends of a channel: their callers bound them.
     "slipstream.transport.memory": {"MemoryChannel.receive: self._arrived.wait()"},
-    "slipstream.transport.zeromq": {"DealerChannel._wait: ready.wait()"},
+    "slipstream.transport.dealer": {
+        "DealerChannel._wait: ready.wait()",
+        # Only while the monitor has something.
+        "_Connection.check: self.monitor.recv_multipart()",
+    },
+    "slipstream.transport.door": {
+        # Only what a poll has announced.
+        "Door._run: self._zap.recv_multipart()",
+        "Door._run: self._monitor.recv_multipart()",
+        # A thread that looks twenty times a second whether it is to end.
+        "Door.close: self._thread.join()",
+    },
 }
 """Waits without a deadline of their own, each with what ends it."""
 

@@ -185,7 +185,13 @@ class HubConfig(Part):
     """Where roles meet."""
 
     address: str = "tcp://127.0.0.1:*"
-    """Bind address; a star takes a free port."""
+    """Bind address; a star takes a free port. Beyond this machine it needs `keys`, or `insecure`."""
+    keys: str = ""
+    """Folder of `slipstream keys`: only its clients come in, encrypted, each under its own name."""
+    insecure: bool = False
+    """Lets anyone who reaches the address join, and whoever is on the way read and change everything."""
+    max_connections: int = Field(default=4096, ge=16)
+    """Beyond so many the oldest that have not joined are cut."""
     credit_bytes: int = Field(default=8 << 20, ge=1 << 16)
     """Bytes an actor may have on the way before the hub's acknowledgement."""
     lease_timeout_s: float = Field(default=120.0, gt=0.0)

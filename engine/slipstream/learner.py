@@ -25,6 +25,7 @@ from slipstream.deadlines import Deadline
 from slipstream.errors import CheckpointError, ProtocolError, StorageError
 from slipstream.flight_recorder import FLIGHT
 from slipstream.history import START, extend
+from slipstream.keys import client_keys
 from slipstream.messages import Evaluated, Stop
 from slipstream.metrics import read_rows, slip_statistics
 from slipstream.model import (
@@ -48,6 +49,8 @@ from slipstream.types import Int32Array, Trajectory, Version, WeightUpdate
 from slipstream.weights.filesystem import FilesystemPublisher
 from slipstream_kernels import checksum64_named
 
+NAME = "learner-0"
+"""Who it is to the hub, and whose key it carries."""
 CANARY_TOKENS = 16
 OPTIMIZER = "optimizer.safetensors"
 RANDOM = "random.safetensors"
@@ -65,7 +68,8 @@ def main(config: RunConfig, folder: Path) -> int:
     stopping: list[int] = []
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda received, _frame: stopping.append(received))
-    client = LearnerClient(SyncDealerChannel(hub_address(folder)), run_id(folder), "learner-0")
+    channel = SyncDealerChannel(hub_address(folder), client_keys(config.hub.keys, NAME))
+    client = LearnerClient(channel, run_id(folder), NAME)
     learner = Learner(config, folder, client)
     learner.start()
     while not learner.done and not stopping:
