@@ -34,6 +34,7 @@ from slipstream.config_parts import (
     Part,
     RewardConfig,
     SamplingConfig,
+    SupervisionConfig,
     WarmupConfig,
     check_outcome_dominates,
 )
@@ -54,6 +55,7 @@ __all__ = [
     "RewardConfig",
     "RunConfig",
     "SamplingConfig",
+    "SupervisionConfig",
     "WarmupConfig",
     "dump",
     "load_config",
@@ -90,6 +92,7 @@ class RunConfig(Part):
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     hub: HubConfig = HubConfig()
+    supervision: SupervisionConfig = SupervisionConfig()
 
     @model_validator(mode="after")
     def _check_combinations(self) -> Self:

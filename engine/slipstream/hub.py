@@ -7,10 +7,8 @@ learner's rows and its own counters).
 
 from __future__ import annotations
 
-import os
 import resource
 import secrets
-import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -18,6 +16,7 @@ from pathlib import Path
 from typing import Final
 
 from slipstream.config import RunConfig
+from slipstream.deadlines import Deadline
 from slipstream.errors import AddressError, RunFolderError, StorageError
 from slipstream.flight_recorder import FLIGHT
 from slipstream.ingest import IngestLog
@@ -26,35 +25,48 @@ from slipstream.messages import Buffer
 from slipstream.metrics import FILE as METRICS
 from slipstream.metrics import append_row
 from slipstream.process import keep_freed_memory
-from slipstream.rendezvous import run_id
-from slipstream.run_folder import read_json, write_json
+from slipstream.rendezvous import announce_address, announce_end, announce_start, run_id
+from slipstream.run_folder import write_json
+from slipstream.stop_signals import STOPPED, end_when_asked, note_when_asked
 from slipstream.transport.zeromq import RouterServer
 
 _STATUS_EVERY_S: Final = 0.5
+_REBIND_S: Final = 2.0
 
 
 def main(config: RunConfig, folder: Path) -> int:
-    """Serve a run until SIGTERM or SIGINT; returns 0.
+    """Serve a run until SIGTERM or SIGINT; returns 0 when the run is done, else STOPPED.
 
     Raises AddressError (port in use), RunFolderError (another hub, a damaged log).
     """
-    stopping = _stop_signals()
+    end_when_asked()  # replaying a log changes nothing
     _limit_memory(config.hub.memory_limit_bytes)
     keep_freed_memory()
     run = run_id(folder)
+    before = announce_start(folder)
     log, ledger = open_ledger(config, folder, run)
     for note in log.notes:
         sys.stderr.write(note + "\n")
-    server = _serve(ledger, config.hub.address, folder / "hub.json")
-    write_json(folder / "hub.json", {"address": server.address, "pid": os.getpid(), "run": run})
+    server = _serve(ledger, config.hub.address, before)
+    asked = note_when_asked()
+    announce_address(folder, server.address, run)
     books = Bookkeeper(ledger, folder)
     try:
-        server.run(stopping, each_turn=books.turn)
+        server.run(asked, each_turn=books.turn)
     finally:
         books.finish()
         log.close()
         server.close()
+    if not is_done(config, ledger):
+        return STOPPED
+    announce_end(folder, run)
     return 0
+
+
+def is_done(config: RunConfig, ledger: Ledger) -> bool:
+    """Return whether the last step of a run is trained, evaluated and in a checkpoint."""
+    evaluated = any(done.step >= config.steps for done in ledger.state.evaluations)
+    return evaluated and ledger.state.checkpoint_step >= config.steps
 
 
 def open_ledger(config: RunConfig, folder: Path, run: str) -> tuple[IngestLog, Ledger]:
@@ -107,22 +119,20 @@ def quarantine_in(folder: Path) -> Callable[[Sequence[Buffer]], str]:
     return keep
 
 
-def _serve(ledger: Ledger, address: str, known: Path) -> RouterServer:
-    """Bind; a hub that takes any free port first tries the one its clients know."""
-    before = read_json(known).get("address")
-    if address.endswith(":*") and isinstance(before, str) and before.startswith(address[:-1]):
-        try:
-            return RouterServer(ledger, before, lost=ledger.lost)
-        except AddressError:
-            pass
+def _serve(ledger: Ledger, address: str, before: str) -> RouterServer:
+    """Bind where the hub before listened, since its clients ask there, or else where the configuration says.
+
+    The kernel may still hold the address of a process that has just died.
+    """
+    if before == address or (address.endswith(":*") and before.startswith(address[:-1])):
+        deadline = Deadline(_REBIND_S, "hub", f"{before} to be free")
+        while not deadline.expired():
+            try:
+                return RouterServer(ledger, before, lost=ledger.lost)
+            except AddressError:
+                FLIGHT.beat()
+                time.sleep(_REBIND_S / 20)
     return RouterServer(ledger, address, lost=ledger.lost)
-
-
-def _stop_signals() -> Callable[[], bool]:
-    seen: list[int] = []
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda received, _frame: seen.append(received))
-    return lambda: bool(seen)
 
 
 def _limit_memory(limit_bytes: int) -> None:

@@ -66,7 +66,8 @@ class LearnerClient:
         self._pulling: int | None = None
         self._waiting: Deadline | None = None
         self._batch: PulledBatch | None = None
-        self._events: list[Evaluated | Stop] = []
+        self._events: list[Evaluated | Stop | Welcome] = []
+        self._finishing: str | None = None
         self._silence = self._new_silence()
         self._next_ping = self._deadline(self._limits.ping_s, "an answer")
 
@@ -126,14 +127,18 @@ class LearnerClient:
 
         Returns when its own Stop has come: `close` drops what is on its way. Raises DeadlineError.
         """
+        self._finishing = reason
         self._send(Finish(reason=reason))
         deadline = self._deadline(self._limits.drain_s, "Stop")
         while not any(isinstance(event, Stop) for event in self._events):
             deadline.check()
             self._pump(min(self._limits.ping_s, deadline.remaining()))
 
-    def events(self, timeout_s: float = 0.0) -> list[Evaluated | Stop]:
-        """Return what else the hub said since the last call; waits up to `timeout_s` for the first of it."""
+    def events(self, timeout_s: float = 0.0) -> list[Evaluated | Stop | Welcome]:
+        """Return what else the hub said since the last call; waits up to `timeout_s` for the first of it.
+
+        A Welcome among it is that of a hub that was started again: it may have lost what it was told.
+        """
         deadline = self._deadline(timeout_s, "an event")
         while self._pump(0.0 if self._events else min(self._limits.ping_s, deadline.remaining())) or not (
             self._events or deadline.expired()
@@ -206,6 +211,7 @@ class LearnerClient:
         again, self._welcome = self._welcome is not None, message
         if not again:
             return
+        self._events.append(message)
         # What a hub's death may have swallowed is said again; the hub knows what it has heard.
         if self._published is not None:
             self._send(Publish(update=self._published))
@@ -213,3 +219,5 @@ class LearnerClient:
             self._send(Checkpointed(step=self._checkpointed))
         if self._pulling is not None and self._batch is None:
             self._send(Pull(step=self._pulling))
+        if self._finishing is not None:
+            self._send(Finish(reason=self._finishing))
