@@ -90,6 +90,8 @@ class Patience:
     """A death longer ago is forgotten: a long run may lose a process now and then."""
     stall_s: float = 600.0
     """A role that gave no sign of life for so long is killed."""
+    start_s: float = 120.0
+    """The same, at least, for one that has given none since its start: large libraries load slowly."""
     blame_s: float = 20.0
     """What a role died of that failed by itself, if one it needs gave no sign of life for so long."""
 
@@ -249,7 +251,10 @@ class Supervisor:
             return  # this process itself stood still, as all do on a paused machine: let them speak first
         for role in self._roles:
             silence = self._silence(role, now)
-            if silence > self.patience.stall_s:
+            starting = silence == now - role.started
+            if silence > (
+                max(self.patience.start_s, self.patience.stall_s) if starting else self.patience.stall_s
+            ):
                 self._kill_silent(role, silence)
 
     def _kill_silent(self, role: _Running, silence: float) -> None:

@@ -1,4 +1,4 @@
-"""`kill -9` of each role at any time: the run goes on, nothing is lost, nothing is trained twice; and Ctrl-C."""
+"""`kill -9` of each role at any time: the run goes on, nothing is lost, nothing doubled; and Ctrl-C."""
 
 import json
 import random
@@ -16,6 +16,7 @@ from runs import UNHURRIED, Process, Run, until
 from slipstream import checkpoint
 from slipstream.flight_recorder import FOLDER, read_flight
 from slipstream.metrics import read_rows
+from slipstream.restarts import restarts_of
 
 pytestmark = pytest.mark.timeout(600)
 KILL_AT = 5
@@ -42,6 +43,12 @@ def check_ended(run: Run, train: Process) -> dict[str, Any]:
 def check_resumed(run: Run) -> None:
     """Resume an interrupted run to its end."""
     check_ended(run, run.resume())
+
+
+def roles_of(train: Process) -> list[psutil.Process]:
+    """Wait until hub, actor and learner run, and return them."""
+    until(lambda: {"hub", "actor", "learner"} <= set(train.roles()), "the roles")
+    return list(train.roles().values())
 
 
 def kill(train: Process, *roles: str) -> None:
@@ -197,6 +204,29 @@ def test_ctrl_c_ends_in_order_and_resumes(new_run: Callable[..., Run], number: s
     forget_a_row(run.folder / "metrics.jsonl", saved)
     check_resumed(run)
     assert all(step >= saved for step in read_books(run.folder).rollbacks)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_sigterm_at_random_times(new_run: Callable[..., Run]) -> None:
+    """Each time it ends with 130 within the grace, no role is left, and the learner has saved what it did."""
+    print(f"seed {SEED}")
+    chance, run = random.Random(SEED), new_run("run", *UNHURRIED, "steps=40", "supervision.grace_s=60")
+    for _ in range(6):
+        train = run.start()
+        done = run.steps_done()
+        roles = roles_of(train)
+        if chance.random() < 0.7:
+            run.reach(min(done + 1 + chance.randrange(3), run.config.steps - 1), train)
+        time.sleep(chance.uniform(0.0, 2.0))  # the moment is what is tested
+        train.signal(signal.SIGTERM)
+        ended = train.end(70.0)
+        assert ended.code == 130, run.story(ended)
+        assert "ignored SIGTERM" not in ended.out, ended.out
+        assert not any(map(is_alive, roles))
+        assert checkpoint_of(run) >= run.steps_done() or not run.steps_done()
+    check_resumed(run)
+    assert not restarts_of(run.folder)
 
 
 def forget_a_row(path: Path, step: int) -> None:
