@@ -24,7 +24,7 @@ import uvloop
 from slipstream.config import RunConfig
 from slipstream.environments import environment_factory
 from slipstream.episodes import EpisodeRunner
-from slipstream.errors import DeadlineError
+from slipstream.errors import CheckpointError, DeadlineError, StorageError
 from slipstream.flight_recorder import FLIGHT
 from slipstream.inference.embedded import EmbeddedBackend
 from slipstream.inference.trial import lease_key
@@ -77,6 +77,9 @@ async def _serve(config: RunConfig, folder: Path, name: str, address: str) -> in
         await serving
     except asyncio.CancelledError:
         return STOPPED
+    except CheckpointError as error:
+        # Weights that were announced and are gone or damaged: another try gets newer ones.
+        raise StorageError(str(error)) from error
     except DeadlineError as error:
         if not asked:
             raise

@@ -78,6 +78,17 @@ def open_ledger(config: RunConfig, folder: Path, run: str) -> tuple[IngestLog, L
         raise RunFolderError(str(error)) from error
 
 
+def settle(config: RunConfig, folder: Path) -> None:
+    """Write what the log adds up to for a hub that died after its run was done; raises RunFolderError."""
+    run = run_id(folder)
+    log, ledger = open_ledger(config, folder, run)
+    try:
+        Bookkeeper(ledger, folder).finish()
+    finally:
+        log.close()
+    announce_end(folder, run)
+
+
 class Bookkeeper:
     """Writes what the hub knows into the run's folder."""
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from slipstream import doctor, run_folder, summary
+from slipstream import hub as hub_role
 from slipstream.audit import audit
 from slipstream.checkpoint import load_latest, verify
 from slipstream.config import RunConfig
@@ -166,6 +167,8 @@ class _Run:
         hub = self._spec("hub", awaited=False, outlives=True)
         learner = self._spec("learner", threads=config.learner.threads)
         self.supervisor.supervise([hub, *actors, learner])
+        if known_address(self._folder):  # the hub died behind the learner's end: its status is not its last
+            hub_role.settle(config, self._folder)
 
     def _train_serially(self) -> None:
         from slipstream import serial

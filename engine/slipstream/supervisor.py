@@ -233,7 +233,7 @@ class Supervisor:
         for needed in self._roles:
             if not needed.spec.outlives:
                 continue
-            silence = self._silence(needed, time.monotonic())
+            silence, _ = self._silence(needed, time.monotonic())
             if silence > self.patience.blame_s:
                 self._kill_silent(needed, silence)
             if not needed.alive or silence > self.patience.blame_s:
@@ -250,10 +250,9 @@ class Supervisor:
         if late:
             return  # this process itself stood still, as all do on a paused machine: let them speak first
         for role in self._roles:
-            silence = self._silence(role, now)
-            starting = silence == now - role.started
+            silence, spoke = self._silence(role, now)
             if silence > (
-                max(self.patience.start_s, self.patience.stall_s) if starting else self.patience.stall_s
+                self.patience.stall_s if spoke else max(self.patience.start_s, self.patience.stall_s)
             ):
                 self._kill_silent(role, silence)
 
@@ -264,15 +263,16 @@ class Supervisor:
         role.process.kill()
         self.on_event(f"{role.spec.name} gave no sign of life for {silence:.0f} s: killed; {told}")
 
-    def _silence(self, role: _Running, now: float) -> float:
+    def _silence(self, role: _Running, now: float) -> tuple[float, bool]:
         """Return the seconds since a living role's last sign of life, or since its start without any."""
         if role.process is None or role.process.poll() is not None:
-            return 0.0
+            return 0.0, False
         try:
             flight = read_flight(self.folder / FOLDER / f"{role.spec.name}.ring")
         except (OSError, RunFolderError):
-            return now - role.started
-        return now - (flight.heard if flight.pid == role.process.pid else role.started)
+            return now - role.started, False
+        spoke = flight.pid == role.process.pid
+        return now - (flight.heard if spoke else role.started), spoke
 
     def _start(self, role: _Running) -> None:
         spec, threads = role.spec, str(role.spec.threads)
