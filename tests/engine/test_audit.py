@@ -157,7 +157,7 @@ def test_a_trajectory_trained_in_two_batches_is_doubled(log: Log) -> None:
     log.train(0, batch)
     log.train(1, [*log.receive_all(range(4, 7)), batch[2]])
     assert counts(log) == (0, 1)
-    log.say(events.RolledBack(step=1))
+    log.say(events.RolledBack(step=0))
     assert counts(log) == (0, 0)
 
 
