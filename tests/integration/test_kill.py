@@ -145,22 +145,17 @@ def test_roles_killed_at_random_again_and_again(new_run: Callable[..., Run], num
     print(f"seed {seed}")
     chance = random.Random(seed)
     run = new_run("run", *UNHURRIED, "steps=24", *PATIENT)
-    train, kills, done = run.start(), 0, 0
-    while kills < 12 and train.popen.poll() is None:
-        target = min(done + chance.randrange(3), run.config.steps - 1)
-        run.reach(target, train)
+    train, kills = run.start(), 0
+    for step in sorted(chance.sample(range(run.config.steps - 4), 7)):
+        run.reach(step, train)
         time.sleep(chance.uniform(0.0, 0.3))  # somewhere within a step, not at its row
-        found = train.roles()
-        if not {"hub", "actor", "learner"} <= set(found):
-            continue
         some = chance.sample(["hub", "actor", "learner"], chance.choice([1, 1, 1, 2, 3]))
-        for role in some:
-            if is_alive(found[role]):
-                found[role].kill()
+        for role, process in train.roles().items():
+            if role in some and is_alive(process):
+                process.kill()
                 kills += 1
-        done = run.steps_done()
     summary = check_ended(run, train)
-    assert kills >= 1 and summary["restarts"] >= 1, f"seed {seed}"
+    assert summary["restarts"] >= kills >= 1, f"seed {seed}"
 
 
 @pytest.mark.slow
