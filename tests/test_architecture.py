@@ -360,6 +360,7 @@ def _blocks(node: ast.AST) -> bool:
 PERMITTED_WAITS = {
     # Ends when the run does: the role's main wait. Its peers watch it by pings, the supervisor by its ring.
     "slipstream.actor": {
+        "_serve: await serving",
         "Actor.serve: self._stopping.wait()",
         "Actor.serve: asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)",
         # Tasks just cancelled.

@@ -24,6 +24,7 @@ import uvloop
 from slipstream.config import RunConfig
 from slipstream.environments import environment_factory
 from slipstream.episodes import EpisodeRunner
+from slipstream.errors import CheckpointError, DeadlineError, StorageError
 from slipstream.flight_recorder import FLIGHT
 from slipstream.inference.embedded import EmbeddedBackend
 from slipstream.inference.trial import lease_key
@@ -31,8 +32,9 @@ from slipstream.keys import client_keys
 from slipstream.messages import Grant, Stop, Weights
 from slipstream.model import choose_device, load_policy
 from slipstream.process import keep_freed_memory
-from slipstream.rendezvous import hub_address, run_id
+from slipstream.rendezvous import await_hub, run_id
 from slipstream.spool import Spool
+from slipstream.stop_signals import STOPPED, end_when_asked
 from slipstream.transport.client import ActorClient
 from slipstream.transport.zeromq import DealerChannel
 from slipstream.types import Lease, Sampling, WeightUpdate
@@ -44,23 +46,47 @@ log = logging.getLogger(__name__)
 
 
 def main(config: RunConfig, folder: Path, name: str) -> int:
-    """Serve a run as actor `name` until the hub stops it; returns 0."""
+    """Serve a run as actor `name` until the hub stops it and return 0, or until a signal and return STOPPED.
+
+    Raises AddressError without a hub to wait for, RefusedError, DeadlineError.
+    """
+    end_when_asked()  # nothing is sampled yet, and a spool keeps what it has
     torch.set_num_threads(config.actor.threads)
     keep_freed_memory()
-    uvloop.run(_serve(config, folder, name))
-    return 0
+    address = await_hub(folder, f"actor {name}")
+    return uvloop.run(_serve(config, folder, name, address))
 
 
-async def _serve(config: RunConfig, folder: Path, name: str) -> None:
+async def _serve(config: RunConfig, folder: Path, name: str, address: str) -> int:
     spool = Spool(folder / "spool" / name, durability=config.hub.durability)
     for note in spool.notes:
         log.warning("%s", note)
-    channel = DealerChannel(hub_address(folder), client_keys(config.hub.keys, name))
+    channel = DealerChannel(address, client_keys(config.hub.keys, name))
     client = ActorClient(channel, spool, run_id(folder), name)
     actor = Actor(config, folder, client)
+    serving, asked = asyncio.create_task(actor.serve()), False
+
+    def stop() -> None:
+        nonlocal asked
+        asked = True
+        actor.stop()
+        if client.epoch < 0:  # not let in yet: it has nothing to deliver but its spool
+            serving.cancel()
+
     for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, actor.stop)
-    await actor.serve()
+        asyncio.get_running_loop().add_signal_handler(number, stop)
+    try:
+        await serving
+    except asyncio.CancelledError:
+        return STOPPED
+    except CheckpointError as error:
+        # Weights that were announced and are gone or damaged: another try gets newer ones.
+        raise StorageError(str(error)) from error
+    except DeadlineError as error:
+        if not asked:
+            raise
+        log.warning("%s; %d trajectories stay in the spool", error, len(spool))
+    return STOPPED if asked else 0
 
 
 class Actor:

@@ -35,6 +35,7 @@ from slipstream.config_parts import (
     Part,
     RewardConfig,
     SamplingConfig,
+    SupervisionConfig,
     WarmupConfig,
     check_outcome_dominates,
 )
@@ -55,6 +56,7 @@ __all__ = [
     "RewardConfig",
     "RunConfig",
     "SamplingConfig",
+    "SupervisionConfig",
     "WarmupConfig",
     "dump",
     "load_config",
@@ -91,6 +93,7 @@ class RunConfig(Part):
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     hub: HubConfig = HubConfig()
+    supervision: SupervisionConfig = SupervisionConfig()
 
     @model_validator(mode="after")
     def _check_combinations(self) -> Self:

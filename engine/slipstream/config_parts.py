@@ -207,6 +207,19 @@ class HubConfig(Part):
     """With less room than this on the disk no episode begins; those that run still reach the log."""
 
 
+class SupervisionConfig(Part):
+    """How the launcher keeps its processes going, and how it ends them."""
+
+    restarts: int = Field(default=5, ge=0)
+    """Most deaths of the hub, of the learner and of each process of the other stages within an hour."""
+    actor_restarts: int = Field(default=5, ge=0)
+    """Most deaths of each actor within an hour."""
+    backoff_s: float = Field(default=0.5, ge=0.0)
+    """Pause before the first restart of a process; doubles with each death, up to a minute."""
+    grace_s: float = Field(default=30.0, gt=0.0)
+    """From SIGTERM to SIGKILL: the learner saves a checkpoint, actors deliver what they have."""
+
+
 def check_outcome_dominates(rewards: RewardConfig, objective: ObjectiveConfig, group_size: int) -> None:
     """Refuse rewards in which penalties and shaping could outweigh the outcome.
 

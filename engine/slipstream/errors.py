@@ -14,7 +14,7 @@ SlipstreamError                 exit code 1 unless said otherwise
 ├── StorageError                a log, spool or disk that failed
 ├── InfrastructureError         what an environment stands on failed: its episode is masked, not judged
 ├── DeadlineError               a wait ran out; names who waited for whom and since when
-├── NumericsError               non-finite values several steps in a row
+├── NumericsError               non-finite values several steps in a row; exit code 3: nobody tries again
 └── RoleError                   a supervised process ended unexpectedly
 """
 
@@ -93,7 +93,9 @@ class DeadlineError(SlipstreamError):
 
 
 class NumericsError(SlipstreamError):
-    """Non-finite values several steps in a row."""
+    """Non-finite values several steps in a row; the same checkpoint and data would give them again."""
+
+    exit_code = 3
 
 
 class RoleError(SlipstreamError):
