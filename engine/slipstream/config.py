@@ -34,6 +34,7 @@ from slipstream.config_parts import (
     Part,
     RewardConfig,
     SamplingConfig,
+    SandboxConfig,
     WarmupConfig,
     check_outcome_dominates,
 )
@@ -54,6 +55,7 @@ __all__ = [
     "RewardConfig",
     "RunConfig",
     "SamplingConfig",
+    "SandboxConfig",
     "WarmupConfig",
     "dump",
     "load_config",
