@@ -16,6 +16,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import secrets
 import shutil
 import socket
 import subprocess
@@ -98,6 +99,15 @@ class Sandbox:
         needed = tuple(dict.fromkeys((*_OWN_PACKAGES, module, *packages)))
         self._control, self._server, self.confinement = self._started(needed)
         self._close = weakref.finalize(self, _end, self._control, self._server, backend, self._scratch)
+
+    @property
+    def pid(self) -> int:
+        """The process that everything in this sandbox descends from."""
+        return self._server.pid
+
+    def scratch_files(self) -> list[str]:
+        """Return what workers have left on the host's disk."""
+        return [] if self.backend == "bubblewrap" else os.listdir(self._scratch)
 
     def close(self) -> None:
         """End the fork server and every worker."""
@@ -183,7 +193,8 @@ class Worker:
         Raises ToolError as the service did, InfrastructureError as it did, and WorkerError when it
         crashed, took longer than `seconds`, said too much or broke the protocol: close the worker then.
         """
-        self._number += 1
+        # Unpredictable, so that no answer can be left ready for the next call.
+        self._number = secrets.randbits(63)
         request = frame_of(Request(number=self._number, method=method, arguments=arguments))
         if len(request) - LENGTH.size > MAX_REQUEST_BYTES:
             raise WorkerError(f"tool call too large: {len(request)} bytes")

@@ -11,28 +11,30 @@ import ctypes
 import errno
 import os
 import platform
+import socket
 import struct
 from functools import lru_cache
 from typing import Any, Final
 
 _PR_SET_SECCOMP, _MODE_FILTER = 22, 2
 _ALLOW, _KILL, _ERRNO = 0x7FFF0000, 0x80000000, 0x00050000
-_LOAD, _EQUAL, _AT_LEAST, _ANY_BIT, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
-_NUMBER_AT, _ARCHITECTURE_AT, _FIRST_ARGUMENT_AT = 0, 4, 16
+_LOAD, _AND, _EQUAL, _AT_LEAST, _ANY_BIT, _RETURN = 0x20, 0x54, 0x15, 0x35, 0x45, 0x06
+_NUMBER_AT, _ARCHITECTURE_AT, _FIRST_ARGUMENT_AT, _SECOND_ARGUMENT_AT = 0, 4, 16, 24
+_SOCKET_TYPE: Final = 0xF
 _X32: Final = 0x40000000
 _NEW_NAMESPACES: Final = 0x7E020080
 _EVERYBODY: Final = 0xFFFFFFFF
 """-1, as kill takes it."""
 _AUDIT: Final = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
 _COLUMN: Final = {"x86_64": 0, "aarch64": 1}
-KILL, CLONE, CLONE3 = (62, 129), (56, 220), (435, 435)
+KILL, CLONE, CLONE3, SOCKETPAIR = (62, 129), (56, 220), (435, 435), (53, 199)
 
 REFUSED: Final[dict[str, tuple[int, int]]] = {
     # name: (x86_64, aarch64)
     # Other processes.
     "ptrace": (101, 117), "process_vm_readv": (310, 270), "process_vm_writev": (311, 271),
     "kcmp": (312, 272), "pidfd_getfd": (438, 438),
-    # The network: a socketpair remains.
+    # The network: connected pairs of sockets remain.
     "socket": (41, 198),
     # Mounts and namespaces.
     "mount": (165, 40), "umount2": (166, 39), "pivot_root": (155, 41), "chroot": (161, 51),
@@ -125,5 +127,15 @@ def program(machine: str) -> bytes:
             (_RETURN, 0, 0, refuse),
             (_RETURN, 0, 0, _ALLOW),
         ]
-    lines += [(_RETURN, 0, 0, _ALLOW)]
+    lines += [
+        (_EQUAL, 0, 6, SOCKETPAIR[column]),
+        (_LOAD, 0, 0, _SECOND_ARGUMENT_AT),
+        (_AND, 0, 0, _SOCKET_TYPE),
+        (_EQUAL, 2, 0, socket.SOCK_STREAM),
+        (_EQUAL, 1, 0, socket.SOCK_SEQPACKET),
+        # A datagram socket of a pair can send to any other by its address.
+        (_RETURN, 0, 0, refuse),
+        (_RETURN, 0, 0, _ALLOW),
+        (_RETURN, 0, 0, _ALLOW),
+    ]
     return b"".join(struct.pack("<HBBI", *line) for line in lines)
