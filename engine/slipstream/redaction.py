@@ -37,7 +37,7 @@ _SHAPES: Final = (
     r"\bgithub_pat_[A-Za-z0-9_]{22,}",
     r"\bglpat-[A-Za-z0-9_-]{20,}",
     r"\bhf_[A-Za-z0-9]{30,}",
-    r"\bAIza[0-9A-Za-z_-]{35}",
+    r"\bAIza[0-9A-Za-z_-]{35,}",
     r"\beyJ[A-Za-z0-9_-]{8,}\.eyJ[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]*",
     # A block whose end was cut off is one to its end.
     r"-----BEGIN [A-Z ]{0,30}PRIVATE KEY-----(?:.|\n){0,20000}?(?:-----END [A-Z ]{0,30}PRIVATE KEY-----|\Z)",

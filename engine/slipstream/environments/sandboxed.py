@@ -83,12 +83,15 @@ def service(options: dict[str, Any]) -> Callable[[], EnvironmentService]:
     return lambda: EnvironmentService(resumable(factory, path))
 
 
-def sandboxed(path: str, config: EnvironmentConfig, rewards: RewardConfig) -> EnvironmentFactory:
+def sandboxed(
+    path: str, config: EnvironmentConfig, rewards: RewardConfig, *, packages: Sequence[str] = ()
+) -> EnvironmentFactory:
     """Return the factory of environments that run in a sandbox.
 
     `path` is "module:function"; the function takes `config` and `rewards` and returns an
-    `EnvironmentFactory` of `Resumable` environments. It is called here too, for the tasks. Raises
-    ConfigurationError when the environment is not resumable or the sandbox does not work here.
+    `EnvironmentFactory` of `Resumable` environments. It is called here too, for the tasks. `packages` are
+    top-level packages it imports that are not installed. Raises ConfigurationError when the environment is
+    not resumable or the sandbox does not work here.
     """
     plain = factory_at(path, config, rewards)
     pattern = resumable(plain, path)
@@ -101,7 +104,7 @@ def sandboxed(path: str, config: EnvironmentConfig, rewards: RewardConfig) -> En
             "rewards": rewards.model_dump_json(),
         },
         config=config.limits,
-        packages=(path.partition(":")[0].partition(".")[0],),
+        packages=(path.partition(":")[0].partition(".")[0], *packages),
     )
     return replace(plain, make=lambda: SandboxedEnvironment(pattern, sandbox, config), close=sandbox.close)
 

@@ -49,28 +49,40 @@ MakeService = Callable[[], object]
 
 
 def main() -> int:
-    """Serve until the actor closes its end; returns 0."""
+    """Serve until the actor closes its end, or dies; returns 0."""
     with socket.socket(fileno=int(sys.argv[1])) as control:
         setup = msgspec.msgpack.decode(control.recv(MAX_SETUP_BYTES), type=Setup)
-        module, _, function = setup.service.partition(":")
-        make: MakeService = getattr(importlib.import_module(module), function)(setup.options)
-        namespaces = setup.limits.namespaces and namespaces_work()
-        control.send(frame_of(Ready(confinement=Confinement(namespaces=namespaces, filtered=False))))
-        # Keepers are nobody's to wait for.
-        signal.signal(signal.SIGCHLD, signal.SIG_IGN)
-        # Pages that no collector touches stay shared with every worker.
-        gc.collect()
-        gc.freeze()
-        number = 0
-        while True:
-            message, files, _, _ = socket.recv_fds(control, 64, 2)
-            if not message:
-                return 0
-            number += 1
-            channel, leash = (socket.socket(fileno=file) for file in files)
-            Keeper(
-                channel=channel, leash=leash, setup=setup, make=make, number=number, namespaces=namespaces
-            ).fork()
+        try:
+            _serve(control, setup)
+        finally:
+            # Whoever held the leashes is gone too. Children ignored are waited for until none is left.
+            with contextlib.suppress(ChildProcessError):
+                os.wait()
+            if setup.remove_scratch:
+                shutil.rmtree(setup.limits.scratch, ignore_errors=True)
+    return 0
+
+
+def _serve(control: socket.socket, setup: Setup) -> None:
+    module, _, function = setup.service.partition(":")
+    make: MakeService = getattr(importlib.import_module(module), function)(setup.options)
+    namespaces = setup.limits.namespaces and namespaces_work()
+    control.send(frame_of(Ready(confinement=Confinement(namespaces=namespaces, filtered=False))))
+    # Keepers are nobody's to wait for.
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    # Pages that no collector touches stay shared with every worker.
+    gc.collect()
+    gc.freeze()
+    number = 0
+    while True:
+        message, files, _, _ = socket.recv_fds(control, 64, 2)
+        if not message:
+            return
+        number += 1
+        channel, leash = (socket.socket(fileno=file) for file in files)
+        Keeper(
+            channel=channel, leash=leash, setup=setup, make=make, number=number, namespaces=namespaces
+        ).fork()
 
 
 def nothing(options: dict[str, Any]) -> MakeService:

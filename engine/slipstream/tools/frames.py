@@ -30,6 +30,8 @@ class Setup(msgspec.Struct, frozen=True, kw_only=True):
     limits: Limits
     answer_bytes: int
     """Most bytes of one answer."""
+    remove_scratch: bool
+    """The scratch folder is the host's, and goes in the end."""
 
 
 class Ready(msgspec.Struct, frozen=True, kw_only=True):

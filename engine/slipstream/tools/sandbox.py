@@ -17,13 +17,11 @@ import asyncio
 import logging
 import os
 import secrets
-import shutil
 import socket
 import subprocess
 import weakref
 from collections.abc import Sequence
 from functools import lru_cache
-from pathlib import Path
 from typing import Any, Final
 
 import msgspec
@@ -48,6 +46,8 @@ from slipstream.tools.frames import (
 START_S: Final = 60.0
 """Of the fork server, which imports the environment, and of a worker on a busy machine."""
 END_S: Final = 30.0
+_GRACE_S: Final = 5.0
+"""For the fork server to see the last workers off."""
 _MAX_READY_BYTES: Final = 16 << 10
 _ENVELOPE_BYTES: Final = 1 << 10
 _OWN_PACKAGES: Final = ("slipstream", "slipstream_kernels")
@@ -83,22 +83,11 @@ class Sandbox:
 
         `packages` are top-level packages that `service` needs beside its own and ours.
         """
-        self.backend, self._config = backend, config
-        self._scratch = scratch_folder(backend)
-        limits = Limits(
-            memory_bytes=config.memory_bytes,
-            scratch_bytes=config.scratch_bytes,
-            processes=config.processes,
-            open_files=config.open_files,
-            cpu_s=config.cpu_s,
-            scratch=self._scratch,
-            namespaces=namespaces,
-        )
-        self._setup = Setup(service=service, options=options, limits=limits, answer_bytes=config.answer_bytes)
+        self.backend, self._config, self._namespaces = backend, config, namespaces
+        self._service, self._options = service, options
         module = service.partition(":")[0].partition(".")[0]
-        needed = tuple(dict.fromkeys((*_OWN_PACKAGES, module, *packages)))
-        self._control, self._server, self.confinement = self._started(needed)
-        self._close = weakref.finalize(self, _end, self._control, self._server, backend, self._scratch)
+        self._packages = tuple(dict.fromkeys((*_OWN_PACKAGES, module, *packages)))
+        self._start()
 
     @property
     def pid(self) -> int:
@@ -115,28 +104,44 @@ class Sandbox:
 
     async def worker(self) -> Worker:
         """Return a fresh worker; raises InfrastructureError when the host cannot start one."""
+        server = self._server
+        try:
+            return await self._forked()
+        except InfrastructureError:
+            if server is self._server:
+                if server.poll() is None:
+                    raise
+                log.warning("sandbox: the fork server has ended (%s); starting another", server.returncode)
+                self.close()
+                self._start()
+            return await self._forked()
+
+    async def _forked(self) -> Worker:
         channel, channel_there = socket.socketpair()
         leash, leash_there = socket.socketpair()
         worker = Worker(channel, leash, self._config.answer_bytes)
-        with channel_there, leash_there:
-            try:
-                socket.send_fds(self._control, [b"worker"], [channel_there.fileno(), leash_there.fileno()])
-            except OSError as error:
-                worker.abandon()
-                raise InfrastructureError(f"sandbox: its fork server is gone ({error.strerror})") from error
         try:
+            with channel_there, leash_there:
+                try:
+                    socket.send_fds(
+                        self._control, [b"worker"], [channel_there.fileno(), leash_there.fileno()]
+                    )
+                except OSError as error:
+                    raise InfrastructureError(f"sandbox: no fork server ({error.strerror})") from error
             await worker.ready()
         except BaseException:
             await worker.close()
             raise
         return worker
 
-    def _started(self, packages: Sequence[str]) -> tuple[socket.socket, subprocess.Popen[bytes], Confinement]:
+    def _start(self) -> None:
+        """Start the fork server and wait until it has imported the service."""
+        self._scratch = scratch_folder(self.backend)
         control, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         said = os.memfd_create("stderr")
         try:
             with there:
-                line, environment = command(self.backend, there.fileno(), packages)
+                line, environment = command(self.backend, there.fileno(), self._packages)
                 server = subprocess.Popen(
                     line,
                     env=environment,
@@ -146,21 +151,53 @@ class Sandbox:
                     stderr=said,
                     start_new_session=True,
                 )
-            control.settimeout(START_S)
-            control.send(msgspec.msgpack.encode(self._setup))
-            answer = control.recv(_MAX_READY_BYTES)
-            if answer:
-                ready = msgspec.msgpack.decode(answer[LENGTH.size :], type=Ready)
-                assert ready.confinement is not None
-                return control, server, ready.confinement
-        except OSError as error:
-            answer = str(error).encode()
-        finally:
-            last = os.pread(said, 4096, max(0, os.fstat(said).st_size - 4096)).decode(errors="replace")
+        except BaseException:
+            control.close()
             os.close(said)
-        _end(control, server, self.backend, self._scratch)
-        reason = (last.strip().splitlines() or [answer.decode() or "it ended"])[-1]
-        raise InfrastructureError(f"sandbox {self.backend}: its fork server does not start: {reason}")
+            raise
+        self._close = weakref.finalize(self, _end, control, server)
+        try:
+            self.confinement = self._greeted(control)
+        except InfrastructureError as error:
+            self.close()
+            last = os.pread(said, 4096, max(0, os.fstat(said).st_size - 4096)).decode(errors="replace")
+            reason = (last.strip().splitlines() or [str(error)])[-1]
+            raise InfrastructureError(
+                f"sandbox {self.backend}: its fork server does not start: {reason}"
+            ) from error
+        finally:
+            os.close(said)
+        self._control, self._server = control, server
+
+    def _greeted(self, control: socket.socket) -> Confinement:
+        config = self._config
+        limits = Limits(
+            memory_bytes=config.memory_bytes,
+            scratch_bytes=config.scratch_bytes,
+            processes=config.processes,
+            open_files=config.open_files,
+            cpu_s=config.cpu_s,
+            scratch=self._scratch,
+            namespaces=self._namespaces,
+        )
+        setup = Setup(
+            service=self._service,
+            options=self._options,
+            limits=limits,
+            answer_bytes=config.answer_bytes,
+            remove_scratch=self.backend == "process",
+        )
+        control.settimeout(START_S)
+        try:
+            control.send(msgspec.msgpack.encode(setup))
+            answer = control.recv(_MAX_READY_BYTES)
+        except OSError as error:
+            raise InfrastructureError(str(error)) from error
+        if not answer:
+            raise InfrastructureError("it ended")
+        confinement = msgspec.msgpack.decode(answer[LENGTH.size :], type=Ready).confinement
+        assert confinement is not None
+        return confinement
 
 
 class Worker:
@@ -315,12 +352,10 @@ def why_not_bubblewrap() -> str:
     return "" if sandbox.confinement.namespaces else "user namespaces cannot be nested"
 
 
-def _end(control: socket.socket, server: subprocess.Popen[bytes], backend: Backend, scratch: str) -> None:
+def _end(control: socket.socket, server: subprocess.Popen[bytes]) -> None:
     control.close()
     try:
-        server.wait(1.0)
+        server.wait(_GRACE_S)
     except subprocess.TimeoutExpired:
         server.kill()
         server.wait()
-    if backend == "process":
-        shutil.rmtree(Path(scratch), ignore_errors=True)
