@@ -21,7 +21,7 @@ from slipstream.environments import EnvironmentFactory
 from slipstream.errors import InfrastructureError
 from slipstream.flight_recorder import FLIGHT
 from slipstream.ground import Ground
-from slipstream.interfaces import InferenceBackend, Observation, Transition
+from slipstream.interfaces import Environment, InferenceBackend, Observation, Transition
 from slipstream.redaction import Redactor
 from slipstream.retries import Backoff
 from slipstream.rewards import turn_rewards
@@ -188,17 +188,25 @@ class EpisodeRunner:
                 token_ids=said, logprobs=blank, versions=np.full(len(said), -1, np.int32), stopped=True
             )
 
-        return await self.run(lease, speak, Sampling(max_tokens=self.environment.max_tokens))
+        sampling = Sampling(max_tokens=self.environment.max_tokens)
+        return await self.run(lease, speak, sampling, make=self.factory.rehearse)
 
-    async def run(self, lease: Lease, speak: Speaker, sampling: Sampling) -> Trajectory:
-        """Run one episode with any speaker.
+    async def run(
+        self,
+        lease: Lease,
+        speak: Speaker,
+        sampling: Sampling,
+        *,
+        make: Callable[[], Environment] | None = None,
+    ) -> Trajectory:
+        """Run one episode with any speaker, in an environment of `make`, or else of the factory's.
 
         When the environment's ground fails (InfrastructureError, OSError) the trajectory holds what
         happened until then and no scores: a failure that says nothing about the policy is no reward.
         """
         FLIGHT.beat()
         clock, recorder = _Clock(), Recorder(self.redactor)
-        ground = Ground(self.factory.make(), self.environment, self.backoff)
+        ground = Ground((make or self.factory.make)(), self.environment, self.backoff)
         scores: Sequence[Score] = ()
         try:
             outcome, note = await self._played(lease, ground, recorder, speak, clock)

@@ -20,5 +20,7 @@ class EnvironmentFactory:
     make: Callable[[], Environment]
     corpus: Callable[[], Iterator[str]]
     """Yields text as its episodes hold it, to train a tokenizer on."""
+    rehearse: Callable[[], Environment] | None = None
+    """Makes environments for the author's own scripts, which need no sandbox; None: like `make`."""
     close: Callable[[], None] = _nothing_to_close
     """Ends what its environments share, such as a sandbox."""

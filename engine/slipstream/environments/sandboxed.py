@@ -106,7 +106,12 @@ def sandboxed(
         config=config.limits,
         packages=(path.partition(":")[0].partition(".")[0], *packages),
     )
-    return replace(plain, make=lambda: SandboxedEnvironment(pattern, sandbox, config), close=sandbox.close)
+    return replace(
+        plain,
+        make=lambda: SandboxedEnvironment(pattern, sandbox, config),
+        rehearse=plain.make,
+        close=sandbox.close,
+    )
 
 
 def factory_at(path: str, config: EnvironmentConfig, rewards: RewardConfig) -> EnvironmentFactory:
