@@ -478,21 +478,25 @@ def shell_fork_bomb(v: Victims) -> Any:
     time.sleep(1000)
 
 
-def thread_bomb(v: Victims) -> Any:
-    while True:
+def too_many_processes(v: Victims) -> Any:
+    for _ in range(64):
+        if os.fork() == 0:
+            time.sleep(1000)
+    return "64 processes"
+
+
+def too_many_threads(v: Victims) -> Any:
+    for _ in range(64):
         threading.Thread(target=time.sleep, args=(1000,), daemon=True).start()
+    return threading.active_count()
 
 
-def memory_bomb(v: Victims) -> Any:
-    hoard = []
-    while True:
-        hoard.append(bytearray(1 << 26))
+def too_much_memory(v: Victims) -> Any:
+    return len([bytearray(1 << 24) for _ in range(64)])
 
 
-def mapped_memory_bomb(v: Victims) -> Any:
-    hoard = []
-    while True:
-        hoard.append(mmap.mmap(-1, 1 << 28))
+def too_much_mapped_memory(v: Victims) -> Any:
+    return len(mmap.mmap(-1, 1 << 30))
 
 
 def shared_memory_bomb(v: Victims) -> Any:
@@ -503,15 +507,23 @@ def memory_files(v: Victims) -> Any:
     return os.memfd_create("hoard")
 
 
-def disk_bomb(v: Victims) -> Any:
+def one_large_file(v: Victims) -> Any:
     with open("big", "wb") as file:
-        while True:
+        for _ in range(32):
             file.write(b"x" * (1 << 20))
+    return file.name
 
 
-def disk_bomb_of_many_files(v: Victims) -> Any:
-    for number in range(1 << 20):
+def many_large_files(v: Victims) -> Any:
+    for number in range(32):
         Path(f"part-{number}").write_bytes(b"x" * (1 << 20))
+    return number
+
+
+def many_empty_files(v: Victims) -> Any:
+    for number in range(10_000):
+        os.close(os.open(f"empty-{number}", os.O_CREAT | os.O_WRONLY))
+    return number
 
 
 def sparse_file(v: Victims) -> Any:
@@ -520,9 +532,8 @@ def sparse_file(v: Victims) -> Any:
     return "1 TB"
 
 
-def file_descriptor_bomb(v: Victims) -> Any:
-    hoard = [os.open("/dev/null", os.O_RDONLY) for _ in range(1 << 20)]
-    return len(hoard)
+def too_many_open_files(v: Victims) -> Any:
+    return len([os.open("/dev/null", os.O_RDONLY) for _ in range(512)])
 
 
 def raise_the_limits(v: Victims) -> Any:

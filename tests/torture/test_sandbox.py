@@ -65,7 +65,7 @@ NEEDS_FILE_SYSTEM = {"read_a_file_of_the_host", "list_the_run_folder", "read_thr
 """A plain process reads what its user may read."""
 NEEDS_NAMESPACES = {"write_var_tmp", "write_dev_shm", "write_the_hosts_tmp", "kill_the_actor",
                     "kill_the_neighbours", "kill_the_parent", "kill_everybody", "environment_of_others",
-                    "steal_files_of_others", "disk_bomb_of_many_files", "write_the_run_folder",
+                    "steal_files_of_others", "many_large_files", "many_empty_files", "write_the_run_folder",
                     "write_through_a_symbolic_link", "write_home", "write_our_code"}  # fmt: skip
 """Without namespaces and as an ordinary user nothing but good manners stops these."""
 HARMLESS = ["tcp_to_loopback", "udp_to_loopback", "unix_socket", "abstract_socket", "reverse_shell",
@@ -73,6 +73,8 @@ HARMLESS = ["tcp_to_loopback", "udp_to_loopback", "unix_socket", "abstract_socke
             "read_a_file_of_the_host", "list_the_run_folder", "read_through_dots", "own_environment",
             "read_through_a_symbolic_link", "read_through_a_hard_link", "write_the_run_folder",
             "write_through_a_symbolic_link", "environment_of_others", "memory_files", "sparse_file",
+            "too_many_threads", "too_much_memory", "too_much_mapped_memory", "one_large_file",
+            "many_large_files", "many_empty_files", "too_many_open_files",
             "kill_the_actor", "output_bomb", "read_memory_of_others"]  # fmt: skip
 """Attacks that succeed outside of a sandbox, whoever runs them."""
 
