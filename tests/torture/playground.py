@@ -96,6 +96,11 @@ def nothing(env: Playground) -> str:
     return "done"
 
 
+def count(env: Playground) -> str:
+    """Tell how many steps there have been."""
+    return str(env.steps)
+
+
 def refuse(env: Playground) -> str:
     """Say no, as a tool may."""
     raise ToolError("no such thing")

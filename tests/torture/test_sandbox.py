@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
+import math
 import os
 import re
 import socket
@@ -343,6 +344,7 @@ def test_smoke_cheat_does_not_reach_the_judge(
     assert outcome in (-1.0, None)
     assert outcome == -1.0 or cheat == "forge_a_state_of_another_shape"
     assert not playground.VERDICT.exists()
+    assert all(math.isfinite(move.reward) for move in moves)
     if moves[0].call is not None:
         assert (moves[0].call.turn, moves[0].call.name) == (0, "cheat") and moves[0].call.latency_s < 60
     # The judge is no rubber stamp: the right answer is right, also after cheating.

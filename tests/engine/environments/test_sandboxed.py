@@ -148,8 +148,9 @@ def message_of(cheat: str) -> AssistantMessage:
     ],
 )
 def test_a_tool_that_falls_costs_one_step(factory: EnvironmentFactory, cheat: str, shown: str) -> None:
-    moves, outcome = played(factory, "nothing", cheat, "nothing", "4711")
-    assert [move.observation for move in moves] == ["done", shown, "done", ""]
+    moves, outcome = played(factory, "nothing", cheat, "count", "4711")
+    # The step that fell has not happened; those before it have.
+    assert [move.observation for move in moves] == ["done", shown, "2", ""]
     calls = [move.call for move in moves]
     assert [(call.turn, call.name, call.status) for call in calls if call is not None] == [
         (0, "cheat", ToolStatus.OK),

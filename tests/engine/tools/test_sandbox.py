@@ -29,7 +29,7 @@ def made(backend: str, **options: Any) -> Sandbox:
     if backend == "bubblewrap" and (reason := why_not_bubblewrap()):
         pytest.skip(f"bubblewrap does not work here: {reason}")
     return Sandbox(
-        backend,  # type: ignore[arg-type]
+        "bubblewrap" if backend == "bubblewrap" else "process",
         service="bench_service:bench",
         options=options,
         config=CONFIG,
@@ -156,6 +156,35 @@ def test_an_answer_beyond_the_limit_is_refused(sandbox: Sandbox, count: int) -> 
             await worker.call("say", 20.0, count=count)
 
     with_worker(sandbox, work)
+
+
+def test_a_frame_that_declares_too_much_is_not_waited_for(sandbox: Sandbox) -> None:
+    async def work(worker: Worker) -> None:
+        with pytest.raises(WorkerError, match="tool answered too much"):
+            await worker.call("declare", 60.0, length=(1 << 16) + 1)
+
+    with_worker(sandbox, work)
+
+
+@pytest.mark.parametrize("backend", ["bubblewrap", "process", "plain"])
+def test_once_closed_nothing_of_a_worker_is_there_any_more(backend: str) -> None:
+    """Not a moment later: the next thing to happen may be its judgement."""
+    box = made(backend)
+
+    async def closed() -> list[psutil.Process]:
+        worker = await box.worker()
+        await worker.call("multiply", 20.0)
+        below = psutil.Process(box.pid).children(recursive=True)
+        await worker.close()
+        return below
+
+    try:
+        below = asyncio.run(closed())
+        # Who let go of the leash may not have ended itself yet: the keeper, alone.
+        left = [process for process in below if process.is_running()]
+        assert len(below) >= 6 and len(left) <= 1, left
+    finally:
+        box.close()
 
 
 def test_a_request_beyond_the_limit_is_refused(sandbox: Sandbox) -> None:
