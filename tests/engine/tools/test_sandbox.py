@@ -172,9 +172,11 @@ def test_once_closed_nothing_of_a_worker_is_there_any_more(backend: str) -> None
     box = made(backend)
 
     async def closed() -> list[psutil.Process]:
+        server = psutil.Process(box.pid)
+        before = server.children(recursive=True)
         worker = await box.worker()
         await worker.call("multiply", 20.0)
-        below = psutil.Process(box.pid).children(recursive=True)
+        below = [process for process in server.children(recursive=True) if process not in before]
         await worker.close()
         return below
 
