@@ -32,12 +32,14 @@ from slipstream.keys import client_keys
 from slipstream.messages import Grant, Stop, Weights
 from slipstream.model import choose_device, load_policy
 from slipstream.process import keep_freed_memory
+from slipstream.redaction import Redactor, guard_logs
 from slipstream.rendezvous import await_hub, run_id
+from slipstream.retries import Backoff, Brake
 from slipstream.spool import Spool
 from slipstream.stop_signals import STOPPED, end_when_asked
 from slipstream.transport.client import ActorClient
 from slipstream.transport.zeromq import DealerChannel
-from slipstream.types import Lease, Sampling, WeightUpdate
+from slipstream.types import Lease, Outcome, Sampling, WeightUpdate
 from slipstream.weights.filesystem import FilesystemSubscriber
 
 REPORT_EVERY_S = 1.0
@@ -105,7 +107,10 @@ class Actor:
             chat=policy.chat,
             environment=config.environment,
             rewards=config.rewards,
+            redactor=Redactor.of_process(config.environment.canaries),
         )
+        guard_logs(self._runner.redactor)
+        self._brake = Brake(Backoff(first_s=config.environment.backoff_s))
         self._train = self._backend(config.actor.concurrency)
         self._pinned: EmbeddedBackend | None = None
         self._free = [config.actor.concurrency, config.actor.concurrency]
@@ -145,6 +150,7 @@ class Actor:
             self._failed.result()
         await self._client.drain()
         await self._client.close()
+        self._runner.factory.close()
 
     def _backend(self, rows: int) -> EmbeddedBackend:
         config = self._config
@@ -214,11 +220,16 @@ class Actor:
             max_tokens=config.sampling.max_tokens,
         )
         trajectory = await self._runner.sampled(lease, backend, sampling, rollout_id=lease_key(lease))
+        failure = trajectory.note if trajectory.outcome is Outcome.INFRASTRUCTURE_FAILURE else ""
+        if pause_s := self._brake.wait_s(lease.attempt.task, lease.issue, failure):
+            await self._client.send(trajectory)
+            await asyncio.sleep(pause_s)
         # The place is free before delivery: waiting for credit must not idle the backend.
         self._free[evaluation] += 1
         self.episodes += not evaluation
         self._changed.set()
-        await self._client.send(trajectory)
+        if not pause_s:
+            await self._client.send(trajectory)
 
     async def _ask(self) -> None:
         """Tell the hub of free places, once per turn of the loop whatever number became free."""

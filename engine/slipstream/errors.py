@@ -13,6 +13,7 @@ SlipstreamError                 exit code 1 unless said otherwise
 │   └── RefusedError            the hub refused this peer (version, schema, run, epoch)
 ├── StorageError                a log, spool or disk that failed
 ├── InfrastructureError         what an environment stands on failed: its episode is masked, not judged
+├── ToolError                   what a tool refuses and the policy is meant to read: an observation
 ├── DeadlineError               a wait ran out; names who waited for whom and since when
 ├── NumericsError               non-finite values several steps in a row; exit code 3: nobody tries again
 └── RoleError                   a supervised process ended unexpectedly
@@ -86,6 +87,10 @@ def disk_failure(error: OSError) -> StorageError:
 
 class InfrastructureError(SlipstreamError):
     """What an environment stands on failed (a database, a server); says nothing about the policy."""
+
+
+class ToolError(SlipstreamError):
+    """A tool refuses a call; the message is shown to the policy, and the call is not made again."""
 
 
 class DeadlineError(SlipstreamError):

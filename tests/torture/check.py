@@ -179,7 +179,11 @@ def _check_status(folder: Path, log: Log, wrong: list[str]) -> None:
         "failed_infrastructure": verdicts["failed_infrastructure"],
         "duplicate": verdicts["duplicate"],
     }
-    wrong += [f"books: the hub says {told[name]} {name}, its log {n}" for name, n in books.items() if told[name] != n]
+    wrong += [
+        f"books: the hub says {told[name]} {name}, its log {n}"
+        for name, n in books.items()
+        if told[name] != n
+    ]
 
 
 def _quarantined(folder: Path, log: Log, wrong: list[str]) -> set[str]:

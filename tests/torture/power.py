@@ -317,7 +317,11 @@ def main() -> int:
     parser.add_argument("--states", type=int, default=2000)
     options = parser.parse_args()
     found = crash(
-        options.script, states=options.states, seed=options.seed, bug=options.bug, most_wrong=1 if options.bug else 20
+        options.script,
+        states=options.states,
+        seed=options.seed,
+        bug=options.bug,
+        most_wrong=1 if options.bug else 20,
     )
     print(json.dumps(found.__dict__, indent=1))
     return 1 if found.wrong else 0

@@ -37,6 +37,7 @@ from slipstream.config import (
     RunConfig,
 )
 
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
     """What to do to a run."""

@@ -1,6 +1,6 @@
 """Runs of the rig by name, each with the faults that one kind of bug does not survive.
 
-    python tests/torture/scenarios.py storm [--seed N] [--seconds S] [--bug NAME] [--disk FOLDER] [--keep]
+python tests/torture/scenarios.py storm [--seed N] [--seconds S] [--bug NAME] [--disk FOLDER] [--keep]
 """
 
 from __future__ import annotations
@@ -94,9 +94,15 @@ class Silence(Rig):
 
 SCENARIOS: dict[str, tuple[type[Rig], Plan]] = {
     "calm": (Rig, dataclasses.replace(CALM, exits=(), odd_share=0.1)),
-    "hub_kills": (Rig, dataclasses.replace(CALM, seconds=5.0, armed_share=1.0, armed_calls=15.0, armed_roles=("hub",))),
+    "hub_kills": (
+        Rig,
+        dataclasses.replace(CALM, seconds=5.0, armed_share=1.0, armed_calls=15.0, armed_roles=("hub",)),
+    ),
     "learner_kills": (Rig, dataclasses.replace(CALM, seconds=4.0, kill_every_s=0.3, weights=(0, 1, 0))),
-    "actor_kills": (Rig, dataclasses.replace(CALM, seconds=3.0, kill_every_s=0.1, weights=(0, 0, 1), odd_share=0.12)),
+    "actor_kills": (
+        Rig,
+        dataclasses.replace(CALM, seconds=3.0, kill_every_s=0.1, weights=(0, 0, 1), odd_share=0.12),
+    ),
     "cuts": (Rig, dataclasses.replace(CALM, seconds=4.0, network_rate=12.0, network_faults=("cut",))),
     "flips": (Rig, dataclasses.replace(CALM, seconds=5.0, network_rate=25.0, network_faults=("flip",))),
     "clones": (Clones, dataclasses.replace(CALM, races=6)),
@@ -114,7 +120,9 @@ def play(name: str, **changes: object) -> Outcome:
 def main() -> int:
     """Run from the command line."""
     shim.load_into_this_program()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("name", choices=sorted(SCENARIOS))
     parser.add_argument("--seed", type=int, default=int(time.time()))
     parser.add_argument("--seconds", type=float)
