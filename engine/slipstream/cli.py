@@ -46,7 +46,11 @@ class Command:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code: 0, 2 for a mistake the user can mend, 1, or 130."""
+    """Run one command and return its exit code.
+
+    0 done, 1 failed, 2 a mistake the user can mend, 3 numbers that stay non-finite, 75 a role that a signal
+    stopped before its work was done (start it again), 130 any other command stopped by a signal.
+    """
     try:
         return _dispatch(list(sys.argv[1:] if arguments is None else arguments))
     except SlipstreamError as error:

@@ -19,6 +19,7 @@ from slipstream import events, hub, synthetic
 from slipstream import messages as m
 from slipstream.config import BatchConfig, EvaluationConfig, HubConfig, RunConfig
 from slipstream.deadlines import Deadline, Deadlines
+from slipstream.errors import AddressError
 from slipstream.ingest import read_events
 from slipstream.rendezvous import hub_address, run_id
 from slipstream.spool import Spool
@@ -33,6 +34,7 @@ CONFIG = RunConfig(
     batch=BatchConfig(groups=8, group_size=4),
     evaluation=EvaluationConfig(every=100, tasks=1),
 )
+LOG = "trajectories"
 HANGS_S = 100.0
 """Far above what anything takes: it only ends tests that hang."""
 QUICK = Deadlines(ping_s=0.1, silence_s=HANGS_S, credit_s=HANGS_S, drain_s=HANGS_S)
@@ -100,6 +102,24 @@ def test_a_disk_that_is_nearly_full_pauses_the_leases_until_there_is_room(tmp_pa
     books.turn()
     assert not ledger.paused
     log.close()
+
+
+def test_the_status_of_a_hub_that_died_behind_the_end_is_that_of_its_log(tmp_path: Path) -> None:
+    with hub_process(tmp_path) as process:
+        channel = SyncDealerChannel(hub_address(tmp_path))
+        learner = LearnerClient(channel, run_id(tmp_path), "learner", deadlines=QUICK)
+        learner.connect(0)
+        learner.publish(synthetic.update(0, step=7))
+        assert learner.pull(0, 0.0) is None
+        while not any(isinstance(entry.event, events.Published) for entry in read_events(tmp_path / LOG)):
+            assert learner.pull(0, 0.05) is None
+        learner.close()
+        process.kill()
+    (tmp_path / "status.json").unlink()
+    hub.settle(CONFIG, tmp_path)
+    assert json.loads((tmp_path / "status.json").read_text())["version"] == 7
+    with pytest.raises(AddressError, match="the run is done"):
+        hub_address(tmp_path)
 
 
 def test_never_imports_torch(tmp_path: Path) -> None:
