@@ -221,6 +221,8 @@ class HubConfig(Part):
     """Lets anyone who reaches the address join, and whoever is on the way read and change everything."""
     max_connections: int = Field(default=4096, ge=16)
     """Beyond so many the oldest that have not joined are cut."""
+    hello_timeout_s: float = Field(default=30.0, gt=0.0)
+    """A connection without keys that has not joined by then is cut; a client tries again by itself."""
     credit_bytes: int = Field(default=8 << 20, ge=1 << 16)
     """Bytes an actor may have on the way before the hub's acknowledgement."""
     lease_timeout_s: float = Field(default=120.0, gt=0.0)

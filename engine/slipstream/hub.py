@@ -7,6 +7,7 @@ learner's rows and its own counters).
 
 from __future__ import annotations
 
+import math
 import resource
 import secrets
 import shutil
@@ -196,6 +197,8 @@ def _limits(hub: HubConfig) -> Limits:
         outstanding_bytes=hub.credit_bytes + MAX_FRAME_BYTES + _SLACK_BYTES,
         # A quarter of the files stays for the log, and for those who come before others are cut.
         connections=min(hub.max_connections, most_files * 3 // 4),
+        # With keys, nobody stands longer in the handshake than HANDSHAKE_IVL, and who passed it is known.
+        hello_s=math.inf if hub.keys else hub.hello_timeout_s,
         stranger_memory_bytes=hub.memory_limit_bytes // 2,
         memory_bytes=hub.memory_limit_bytes * 3 // 4,
     )

@@ -240,7 +240,8 @@ def unkeyed(tmp_path_factory: pytest.TempPathFactory, scheme: str) -> Iterator[H
 def hub_at(folder: Path, scheme: str, *, keyed: bool) -> contextlib.AbstractContextManager[HubProcess]:
     make_keys(folder / "keys", NAMES)
     address = "tcp://127.0.0.1:*" if scheme == "tcp" else f"ipc://{folder}/socket/hub"
-    return hub(folder / "run", settings(address=address, keys=str(folder / "keys") if keyed else ""))
+    secret = str(folder / "keys") if keyed else ""
+    return hub(folder / "run", settings(address=address, keys=secret, hello_timeout_s=5.0))
 
 
 def key_for(serving: HubProcess, visit: Visit) -> ClientKeys | None:
@@ -357,7 +358,10 @@ def test_smoke_an_open_hub_says_so_at_every_start(tmp_path: Path) -> None:
 
 def test_smoke_a_peer_that_sends_no_messages_is_cut(tmp_path: Path) -> None:
     """Messages that are none end a connection, and so does saying nothing; those beside it stay."""
-    with hub(tmp_path, settings()) as serving, contextlib.closing(begin(serving)) as learner:
+    with (
+        hub(tmp_path, settings(hello_timeout_s=2.0)) as serving,
+        contextlib.closing(begin(serving)) as learner,
+    ):
         with strangers.connect(serving.address) as connection:
             strangers.shake_hands(connection)
             connection.sendall(strangers.frame(b"\xff" * 20) * 100)
@@ -491,7 +495,7 @@ def reconnect(folder: Path, count: int, *, keys: str = "", outage_s: float = 0.0
             await asyncio.sleep(outage_s)
             serving = await asyncio.to_thread(HubProcess, folder, config)
             began = time.monotonic()
-            while not all(client.epoch == 1 for client in actors):  # noqa: ASYNC110 - polled on purpose
+            while not all(client.epoch >= 1 for client in actors):  # noqa: ASYNC110 - polled on purpose
                 await asyncio.sleep(0.02)
             return time.monotonic() - began
         finally:
@@ -499,7 +503,7 @@ def reconnect(folder: Path, count: int, *, keys: str = "", outage_s: float = 0.0
             for client in actors:
                 await client.close()
 
-    seconds = asyncio.run(asyncio.wait_for(go(), HANGS_S))
+    seconds = asyncio.run(asyncio.wait_for(go(), 500))
     print(
         f"{count} actors are in again {seconds:.2f} s after the hub, keys: {bool(keys)}, outage {outage_s} s"
     )
@@ -512,7 +516,7 @@ def test_smoke_actors_come_back_after_a_restart(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(HANGS_S)
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("outage_s", [0.0, 15.0])
 @pytest.mark.parametrize("keyed", [False, True])
 def test_five_hundred_actors_come_back_after_a_restart(tmp_path: Path, keyed: bool, outage_s: float) -> None:
