@@ -129,9 +129,11 @@ def test_what_was_on_the_way_is_sent_again_after_welcome(spool: Spool) -> None:
 def test_many_refusals_are_answered_by_one_hello(spool: Spool) -> None:
     """Everything that was on its way to a hub that was started again is refused one by one."""
     core = actor(spool)
+    said = []
     for _ in range(50):
         core.take(AGAIN, 5.0)
-    assert kinds(core) == ["Hello"]
+        said += kinds(core)
+    assert said == ["Hello"]
     core.take(AGAIN, 6.0)  # that Hello was lost as well
     assert kinds(core) == ["Hello"]
     with pytest.raises(DeadlineError, match="actor a waited 10 s for Welcome"):
