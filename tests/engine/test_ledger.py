@@ -402,7 +402,7 @@ def test_a_new_process_of_an_actor_takes_over_at_once(rig: Rig) -> None:
 @pytest.mark.parametrize("role", ["actor", "learner"])
 @pytest.mark.parametrize("restarted", [False, True])
 def test_a_process_that_was_replaced_never_comes_back(rig: Rig, role: str, restarted: bool) -> None:
-    """Neither over a new connection nor to a hub that was started again: a learner would roll the run back."""
+    """Neither over a new connection nor to a hub started again: a learner would roll the run back."""
     for session in ("old", "new"):
         assert [type(r) for r in rig.say(b"1" + session.encode(), hello(role, "x", session))] == [m.Welcome]
     if restarted:
