@@ -10,7 +10,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Add the knobs of the rig."""
-    parser.addoption("--torture-seed", type=int, default=None, help="first seed of the rig; drawn anew without")
+    parser.addoption(
+        "--torture-seed", type=int, default=None, help="first seed of the rig; drawn anew without"
+    )
 
 
 @pytest.fixture(scope="session")

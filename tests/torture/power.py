@@ -194,7 +194,7 @@ class Disk:
 
 
 def record(name: str, seed: int, bug: str) -> tuple[str, list[tuple[int, int, str, bytes]], list[str]]:
-    """Run a script under the shim; return its folder, its calls, and the words that marks among them count."""
+    """Run a script under the shim; return its folder, its calls, and what it said, which marks count."""
     with points.Case(name) as folder:
         words: list[str] = []
         file = os.memfd_create("trace")
@@ -317,7 +317,11 @@ def main() -> int:
     parser.add_argument("--states", type=int, default=2000)
     options = parser.parse_args()
     found = crash(
-        options.script, states=options.states, seed=options.seed, bug=options.bug, most_wrong=1 if options.bug else 20
+        options.script,
+        states=options.states,
+        seed=options.seed,
+        bug=options.bug,
+        most_wrong=1 if options.bug else 20,
     )
     print(json.dumps(found.__dict__, indent=1))
     return 1 if found.wrong else 0

@@ -1,6 +1,6 @@
 """The quick tests of the rig by name, each in a process of its own that has imported no torch.
 
-    python tests/torture/quick.py NAME [--bug NAME] [--seed N]
+python tests/torture/quick.py NAME [--bug NAME] [--seed N]
 """
 
 from __future__ import annotations
