@@ -64,11 +64,11 @@ def plant(name: str) -> None:
 
 
 def acknowledged_before_the_flush() -> None:
-    """Answers go out before the log is written: every eighth turn writes it."""
+    """Answers go out before the log is written: every 32nd turn writes it."""
     flush, turns = ledger.Ledger.flush, itertools.count(1)
 
     def flushing(self: ledger.Ledger) -> None:
-        if next(turns) % 8 == 0:
+        if next(turns) % 32 == 0:
             flush(self)
 
     ledger.Ledger.flush = flushing

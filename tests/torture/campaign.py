@@ -99,7 +99,7 @@ def parts_of(total: Total) -> Iterator[Part]:
     for name in ("calm", "silence"):
         yield Part(name, seed)
     yield Part("clones", seed, ("--races", str(max(6, round(RACES * scale)))))
-    states = max(3000, round(STATES * scale / 30))
+    states = max(500, round(STATES * scale / 30))
     for number in range(10):
         for name in ("spool", "log", "checkpoint"):
             yield Part(f"power_of_the_{name}", seed + 1000 * number, ("--states", str(states)))
@@ -142,8 +142,8 @@ def run(scale: float, seed: int) -> Total:
 def _say(total: Total, part: Part) -> None:
     sys.stderr.write(
         f"{time.strftime('%H:%M:%S')} {part.name} {part.seed}: {total.sigkills} kills, "
-        f"{total.network} faults of the network, {sum(total.points.values())} points, {total.states['states']} states, "
-        f"{len(total.wrong)} wrong\n"
+        f"{total.network} faults of the network, {sum(total.points.values())} points, "
+        f"{total.states['states']} states, {len(total.wrong)} wrong\n"
     )
 
 

@@ -100,9 +100,9 @@ def run_role(setting: Setting, name: str, work: Callable[[], int]) -> None:
         code = 12 if error.errno in (errno.EIO, errno.ENOSPC) else CRASHED
         if code == CRASHED:
             traceback.print_exc()
-    except BaseException:
-        traceback.print_exc()
     finally:
+        if sys.exc_info()[0] is not None:
+            traceback.print_exc()
         with contextlib.suppress(OSError):
             sys.stderr.flush()
         os._exit(code)

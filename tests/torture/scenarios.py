@@ -98,7 +98,13 @@ SCENARIOS: dict[str, tuple[type[Rig], Plan]] = {
     "hub_kills": (
         Rig,
         dataclasses.replace(
-            CALM, seconds=5.0, kill_every_s=0.25, weights=(1, 0, 0), armed_share=0.4, armed_roles=("hub",)
+            CALM,
+            seconds=5.0,
+            kill_every_s=0.25,
+            weights=(1, 0, 0),
+            armed_share=0.4,
+            armed_roles=("hub",),
+            least=200,
         ),
     ),
     "learner_kills": (

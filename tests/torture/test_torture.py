@@ -72,8 +72,8 @@ def test_smoke_clones_and_a_hub_that_stands_still(torture_seed: int) -> None:
 
 
 def test_smoke_a_full_disk(torture_seed: int) -> None:
-    allowed = subprocess.run(["unshare", "-rm", "mount", "-t", "tmpfs", "none", "/mnt"], check=False, timeout=20,
-                             capture_output=True)  # fmt: skip
+    mount = ["unshare", "-rm", "mount", "-t", "tmpfs", "none", "/mnt"]
+    allowed = subprocess.run(mount, check=False, timeout=20, capture_output=True)
     if allowed.returncode:
         pytest.skip("this machine lets nobody mount a small file system")
     (found,) = together(("disk_full", torture_seed, ()))
