@@ -1,6 +1,6 @@
 """Hub and wire alone: checked, logged, acknowledged trajectories against plain pyzmq, in the same run.
 
-    python bench/dataflow.py [--rounds N] [--json FILE] [--folder FOLDER]
+    python bench/dataflow.py [--rounds N] [--curve] [--json FILE] [--folder FOLDER]
 
 Two sending processes and one receiving process on this machine, over TCP, with synthetic trajectories of
 64 KB and 1 MB:
@@ -9,6 +9,7 @@ Two sending processes and one receiving process on this machine, over TCP, with 
     acked        the same messages and window through blocking DEALER and ROUTER sockets; the receiver looks
                  at nothing, keeps nothing, and acknowledges what it took in each turn: the target
     unacked      the same bytes as one frame, acknowledged once at the very end
+    curve        with --curve: slipstream with keys, every byte encrypted
 
 Spools and log are in a temporary folder, as a run's are on a disk; --folder takes another place, such as
 /dev/shm. Rounds of the three take turns; medians are reported.
@@ -19,6 +20,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import math
 import os
 import platform
 import statistics
@@ -39,6 +41,7 @@ from slipstream import hub, synthetic
 from slipstream import messages as m
 from slipstream.config import BatchConfig, EvaluationConfig, HubConfig, RunConfig
 from slipstream.deadlines import Deadline
+from slipstream.keys import client_keys, make_keys
 from slipstream.process import keep_freed_memory
 from slipstream.rendezvous import hub_address, run_id
 from slipstream.run_folder import read_json
@@ -75,21 +78,30 @@ class Row:
     ratio: float
     """slipstream / acked: the target."""
     ratio_to_unacked: float
+    curve_mb_s: float
+    """0 unless it was asked for."""
+    ratio_of_curve: float
+    """curve / slipstream: what is left of the throughput."""
     slipstream_per_s: float
     rounds: int
 
 
-def run(rounds: int = 5, folder: Path | None = None) -> dict[str, Any]:
+def run(rounds: int = 5, folder: Path | None = None, *, curve: bool = False) -> dict[str, Any]:
     """Measure, print a table, and return the figures."""
     home = folder or Path(tempfile.gettempdir())
-    rows = [measure(name, *size, rounds=rounds, home=home) for name, size in SIZES.items()]
+    rows = [measure(name, *size, rounds=rounds, home=home, curve=curve) for name, size in SIZES.items()]
     encode_ms = encode_milliseconds()
     say(f"{ACTORS} actors, spools and log under {home}, {rounds} rounds")
-    say(f"{'trajectory':<12}{'slipstream':>14}{'acked pyzmq':>14}{'ratio':>8}{'unacked':>14}{'ratio':>8}")
+    encrypted = f"{'curve':>14}{'ratio':>8}" if curve else ""
+    say(
+        f"{'trajectory':<12}{'slipstream':>14}{'acked pyzmq':>14}{'ratio':>8}{'unacked':>14}{'ratio':>8}"
+        + encrypted
+    )
     for row in rows:
         say(
             f"{row.size:<12}{row.slipstream_mb_s:>9.0f} MB/s{row.plain_mb_s:>9.0f} MB/s{row.ratio:>8.2f}"
             f"{row.unacked_mb_s:>9.0f} MB/s{row.ratio_to_unacked:>8.2f}"
+            + (f"{row.curve_mb_s:>9.0f} MB/s{row.ratio_of_curve:>8.2f}" if curve else "")
         )
     say(f"target: first ratio >= {TARGET}")
     say(f"encoding a 32,768-token trajectory: {encode_ms:.3f} ms   target <= 1 ms")
@@ -108,25 +120,28 @@ def run(rounds: int = 5, folder: Path | None = None) -> dict[str, Any]:
     }
 
 
-def measure(name: str, size: int, count: int, *, rounds: int, home: Path) -> Row:
-    """Let the three take turns for some rounds after one that does not count."""
+def measure(name: str, size: int, count: int, *, rounds: int, home: Path, curve: bool) -> Row:
+    """Let all take turns for some rounds after one that does not count."""
     taken = [
         (
             slipstream_seconds(size, count, home),
             plain_seconds("acked", size, count),
             plain_seconds("unacked", size, count),
+            slipstream_seconds(size, count, home, curve=True) if curve else math.inf,
         )
         for _ in range(rounds + 1)
     ][1:]
     megabytes = ACTORS * count * size / 1e6
-    ours, acked, unacked = (statistics.median(seconds) for seconds in zip(*taken, strict=True))
+    ours, acked, unacked, encrypted = (statistics.median(seconds) for seconds in zip(*taken, strict=True))
     return Row(
         size=name,
         slipstream_mb_s=megabytes / ours,
         plain_mb_s=megabytes / acked,
         unacked_mb_s=megabytes / unacked,
-        ratio=statistics.median(theirs / mine for mine, theirs, _ in taken),
-        ratio_to_unacked=statistics.median(theirs / mine for mine, _, theirs in taken),
+        ratio=statistics.median(theirs / mine for mine, theirs, _, _ in taken),
+        ratio_to_unacked=statistics.median(theirs / mine for mine, _, theirs, _ in taken),
+        curve_mb_s=megabytes / encrypted,
+        ratio_of_curve=statistics.median(mine / curved for mine, _, _, curved in taken),
         slipstream_per_s=ACTORS * count / ours,
         rounds=rounds,
     )
@@ -143,16 +158,21 @@ def encode_milliseconds() -> float:
     return 1e3 * statistics.median(times)
 
 
-def slipstream_seconds(size: int, count: int, home: Path) -> float:
+def slipstream_seconds(size: int, count: int, home: Path, *, curve: bool = False) -> float:
     """Return the time from the first send to the last acknowledgement, through a fresh hub."""
     with tempfile.TemporaryDirectory(dir=home) as name:
         folder = Path(name)
+        keys = str(folder / "keys") if curve else ""
+        if curve:
+            make_keys(
+                folder / "keys", {"learner-0": "learner", **{f"actor-{n}": "actor" for n in range(ACTORS)}}
+            )
         groups = ACTORS * count // GROUP
         config = RunConfig(
             steps=1,
             batch=BatchConfig(groups=groups, group_size=GROUP),
             evaluation=EvaluationConfig(every=2, tasks=1),
-            hub=HubConfig(),
+            hub=HubConfig(keys=keys),
         )
         configuration.save(config, folder / "config.toml")
         receiver = spawn("hub", str(folder))
@@ -161,7 +181,8 @@ def slipstream_seconds(size: int, count: int, home: Path) -> float:
             while "address" not in read_json(folder / "hub.json"):
                 deadline.check()
                 time.sleep(0.01)
-            learner = LearnerClient(SyncDealerChannel(hub_address(folder)), run_id(folder), "learner")
+            channel = SyncDealerChannel(hub_address(folder), client_keys(keys, "learner-0"))
+            learner = LearnerClient(channel, run_id(folder), "learner-0")
             learner.connect(0)
             learner.publish(synthetic.update(0, step=0))
             senders = [
@@ -244,7 +265,9 @@ def part_actor(folder: str, name: str, size: str, count: str) -> None:
 async def act(folder: Path, name: str, size: int, count: int) -> None:
     """Be one actor."""
     spool = Spool(folder / f"{name}.spool")
-    client = ActorClient(DealerChannel(hub_address(folder)), spool, run_id(folder), name)
+    keys = configuration.read(folder / "config.toml").hub.keys
+    channel = DealerChannel(hub_address(folder), client_keys(keys, name))
+    client = ActorClient(channel, spool, run_id(folder), name)
     welcome = await client.connect()
     assert welcome.update is not None
     await client.prove(synthetic.proof(welcome.update))
@@ -340,6 +363,7 @@ def main() -> int:
     """Run the benchmark, or one part of it in a process of its own."""
     parser = argparse.ArgumentParser(description="Hub and wire against plain pyzmq.")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--curve", action="store_true", help="also with keys, everything encrypted")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--folder", type=Path, help="where spools and log lie")
     parser.add_argument("--part", nargs="+", help=argparse.SUPPRESS)
@@ -350,7 +374,7 @@ def main() -> int:
     if chosen.part:
         parts[chosen.part[0]](*chosen.part[1:])
         return 0
-    figures = run(chosen.rounds, chosen.folder)
+    figures = run(chosen.rounds, chosen.folder, curve=chosen.curve)
     if chosen.json:
         chosen.json.write_text(json.dumps(figures, indent=1) + "\n")
     return 0

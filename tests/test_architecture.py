@@ -34,8 +34,36 @@ ROLES = {f"slipstream.{name}" for name in FLOORS[5].split()}
 MAX_FILE_LINES = 400
 AIM_FILE_LINES = 300
 MAX_FUNCTION_LINES = {"slipstream": 80, "slipstream_kernels": 120}
-FORBIDDEN_MODULES = {"cloudpickle", "dill", "joblib", "marshal", "pickle", "shelve"}
-FORBIDDEN_CALLS = {"eval", "exec", "recv_pyobj", "send_pyobj", "torch.load", "torch.save"}
+FORBIDDEN_MODULES = {
+    "cloudpickle",
+    "dill",
+    "joblib",
+    "jsonpickle",
+    "marshal",
+    "msgpack_numpy",
+    "pickle",
+    "pickle5",
+    "shelve",
+    "yaml",
+    "_pickle",
+}
+"""What makes objects, or runs code, out of bytes; modules of the tree need none of them."""
+FORBIDDEN_CALLS = {
+    "compile",
+    "eval",
+    "exec",
+    "numpy.load",
+    "np.load",
+    "numpy.save",
+    "np.save",
+    "torch.load",
+    "torch.save",
+    "torch.hub.load",
+    "torch.jit.load",
+    "torch.package.PackageImporter",
+}
+FORBIDDEN_METHODS = {"recv_pyobj", "recv_serialized", "send_pyobj", "allow_pickle"}
+FORBIDDEN_KEYWORDS = {"allow_pickle", "weights_only", "trust_remote_code"}
 HEAVY = {"matplotlib", "pynvml", "rich", "tokenizers", "torch", "transformers", "triton", "vllm", "zmq"}
 
 
@@ -167,14 +195,57 @@ def test_function_size(name: str) -> None:
 
 @pytest.mark.parametrize("name", SOURCES)
 def test_nothing_is_unpickled_or_evaluated(name: str) -> None:
-    roots = {target.split(".")[0] for target in imported_names(name, types_too=True)}
-    assert not roots & FORBIDDEN_MODULES, f"{name} imports {sorted(roots & FORBIDDEN_MODULES)}"
-    for node in ast.walk(tree_of(name)):
-        if isinstance(node, ast.Call):
-            called = ast.unparse(node.func)
-            last = called if isinstance(node.func, ast.Name) else called.rpartition(".")[2]
-            forbidden = called in FORBIDDEN_CALLS or last in {"recv_pyobj", "send_pyobj"}
-            assert not forbidden, f"{name}:{node.lineno}: {called}"
+    assert list(unpickling(tree_of(name))) == []
+
+
+def unpickling(tree: ast.Module) -> Iterator[tuple[int, str]]:
+    """(line, what) of everything that could turn bytes into objects or code."""
+    for node in ast.walk(tree):
+        match node:
+            case ast.Import(names=names):
+                yield from ((node.lineno, a.name) for a in names if a.name.split(".")[0] in FORBIDDEN_MODULES)
+            case ast.ImportFrom(module=str(module)) if module.split(".")[0] in FORBIDDEN_MODULES:
+                yield node.lineno, module
+            case ast.Call(func=func, keywords=keywords):
+                called = ast.unparse(func)
+                last = called.rpartition(".")[2]
+                imports = {"import_module", "__import__"} & {last}
+                named = {value for value in FORBIDDEN_MODULES if repr(value) in ast.unparse(node)}
+                if called in FORBIDDEN_CALLS or last in FORBIDDEN_METHODS or (imports and named):
+                    yield node.lineno, called
+                yield from ((node.lineno, k.arg) for k in keywords if k.arg in FORBIDDEN_KEYWORDS)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import pickle",
+        "import pickle as p",
+        "from pickle import loads",
+        "from _pickle import Unpickler",
+        "import marshal",
+        "import shelve",
+        "import joblib",
+        "import dill",
+        "import cloudpickle.compat",
+        "import yaml",
+        "def f():\n import pickle",
+        "importlib.import_module('pickle')",
+        "__import__('marshal')",
+        "eval(x)",
+        "exec(x)",
+        "compile(x, 'f', 'exec')",
+        "torch.load(f)",
+        "torch.load(f, weights_only=True)",
+        "np.load(f)",
+        "numpy.load(f, allow_pickle=True)",
+        "np.fromfile(f, allow_pickle=True)",
+        "socket.recv_pyobj()",
+        "from_pretrained(p, trust_remote_code=True)",
+    ],
+)
+def test_the_lint_of_pickle_sees_each_kind(source: str) -> None:
+    assert list(unpickling(ast.parse(source)))
 
 
 @pytest.mark.parametrize("name", SOURCES)
@@ -205,6 +276,194 @@ def test_every_public_function_of_a_line_or_more_is_documented(name: str) -> Non
         if public:
             assert isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
             assert ast.get_docstring(node), f"{name}:{node.lineno}: {node.name} has no docstring"
+
+
+# Waits. What blocks, and what bounds it.
+
+BLOCKING_METHODS = {
+    "accept",
+    "acquire",
+    "communicate",
+    "get",
+    "join",
+    "poll",
+    "readline",
+    "receive",
+    "select",
+    "wait",
+    "waitpid",
+}
+"""Without an argument they wait for ever, or for whatever is told below."""
+BLOCKING_CALLS = {
+    "asyncio.gather",
+    "asyncio.wait",
+    "input",
+    "os.wait",
+    "os.waitpid",
+    "select.select",
+    "subprocess.call",
+    "subprocess.check_call",
+    "subprocess.check_output",
+    "subprocess.run",
+}
+BOUNDS = {"asyncio.timeout", "asyncio.timeout_at", "asyncio.wait_for", "within"}
+
+
+def waits_without_deadline(tree: ast.Module) -> Iterator[tuple[str, int]]:
+    """("function: source", line) of each call or await that nothing in its function bounds."""
+    for function, node, bounded in _with_function(tree, "", False):
+        if not bounded and ((isinstance(node, ast.Await) and _is_bare(node)) or _blocks(node)):
+            yield f"{function}: {ast.unparse(node)}", node.lineno  # type: ignore[attr-defined]
+
+
+def _with_function(node: ast.AST, function: str, bounded: bool) -> Iterator[tuple[str, ast.AST, bool]]:
+    """Every node with the qualified name of its function, and whether a deadline encloses it."""
+    for child in ast.iter_child_nodes(node):
+        inside, limited = function, bounded
+        if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            inside, limited = f"{function}.{child.name}".lstrip("."), False
+        elif isinstance(child, ast.AsyncWith):
+            limited |= any(_called(item.context_expr) in BOUNDS for item in child.items)
+        elif isinstance(child, ast.Call):
+            limited |= _called(child) in BOUNDS
+        yield function, child, limited
+        yield from _with_function(child, inside, limited)
+
+
+def _called(node: ast.AST) -> str:
+    return ast.unparse(node.func) if isinstance(node, ast.Call) else ""
+
+
+def _is_bare(node: ast.Await) -> bool:
+    """An awaited future or task: a coroutine's own waits are seen in its own body."""
+    return not isinstance(node.value, ast.Call)
+
+
+def _blocks(node: ast.AST) -> bool:
+    if not isinstance(node, ast.Call):
+        return False
+    called, given = _called(node), {keyword.arg for keyword in node.keywords}
+    if called in BLOCKING_CALLS:
+        return not {"timeout", "timeout_s"} & given
+    if called in {"fcntl.flock", "fcntl.lockf"}:
+        return not any(flag in ast.unparse(node.args[1]) for flag in ("LOCK_NB", "LOCK_UN"))
+    if not isinstance(node.func, ast.Attribute):
+        return False
+    method = node.func.attr
+    if method.startswith("recv"):
+        return not node.args and "flags" not in given
+    # Asking a subprocess whether it has ended does not wait.
+    asks = method == "poll" and ast.unparse(node.func.value).endswith("process")
+    return method in BLOCKING_METHODS and not node.args and not node.keywords and not asks
+
+
+PERMITTED_WAITS = {
+    # Ends when the run does: the role's main wait. Its peers watch it by pings, the supervisor by its ring.
+    "slipstream.actor": {
+        "Actor.serve: self._stopping.wait()",
+        "Actor.serve: asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)",
+        # Tasks just cancelled.
+        "Actor.serve: asyncio.gather(*self._tasks, return_exceptions=True)",
+        # A loop of an actor: its own client raises when the hub has been silent too long.
+        "Actor._receive: self._client.receive()",
+        # Until a place becomes free; each episode has a deadline.
+        "Actor._ask: self._changed.wait()",
+    },
+    # In the foreground: whoever started the benchmark sees it and can stop it.
+    "slipstream.cli": {"_bench: subprocess.run(command, check=False)"},
+    "slipstream.inference.embedded": {
+        # Called inside an episode, which has a deadline (episodes.py).
+        "EmbeddedBackend.generate: await request.future",
+        "EmbeddedBackend._take_row: self._room.acquire()",
+        # An idle backend, until the next generate.
+        "EmbeddedBackend.run: self._work.wait()",
+    },
+    # Episodes, each with a deadline.
+    "slipstream.inference.trial": {"_all: asyncio.gather(*episodes)"},
+    "slipstream.serial": {
+        # One thread: the actor ends by its own deadlines once the hub has said Stop.
+        "_run: await serving",
+        "_run: asyncio.gather(serving, return_exceptions=True)",
+    },
+    # After SIGKILL.
+    "slipstream.supervisor": {"Supervisor._stop: process.wait()"},
+    "slipstream.transport.actor_client": {
+        # The core's timer ends the connection after `silence_s`, which puts None into the inbox.
+        "ActorClient.receive: self._inbox.get()",
+        "ActorClient._read: self._channel.receive()",
+        "ActorClient._guard: await work",
+        # The core's timer raises when one of its waits has run out.
+        "ActorClient._until: self._changed.wait()",
+        # Idle while the channel takes everything at once; what it does not take has a deadline.
+        "ActorClient._write: self._stuck.wait()",
+        # Tasks just cancelled.
+        "ActorClient.close: asyncio.gather(*self._tasks, return_exceptions=True)",
+    },
+    # Both ends of a channel: their callers bound them.
+    "slipstream.transport.memory": {"MemoryChannel.receive: self._arrived.wait()"},
+    "slipstream.transport.dealer": {
+        "DealerChannel._wait: ready.wait()",
+        # Only while the monitor has something.
+        "_Connection.check: self.monitor.recv_multipart()",
+    },
+    "slipstream.transport.door": {
+        # Only what a poll has announced.
+        "Door._run: self._zap.recv_multipart()",
+        "Door._run: self._monitor.recv_multipart()",
+        # A thread that looks twenty times a second whether it is to end.
+        "Door.close: self._thread.join()",
+    },
+}
+"""Waits without a deadline of their own, each with what ends it."""
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_every_wait_has_a_deadline(name: str) -> None:
+    found = dict(waits_without_deadline(tree_of(name)))
+    permitted = PERMITTED_WAITS.get(name, set())
+    new = {wait: line for wait, line in found.items() if wait not in permitted}
+    assert not new, f"{name}: give these a timeout, or permit them with the reason that ends them: {new}"
+    assert permitted <= found.keys(), f"{name}: no longer there: {sorted(permitted - found.keys())}"
+
+
+@pytest.mark.parametrize(
+    ("source", "found"),
+    [
+        ("queue.get()", ["queue.get()"]),
+        ("queue.get(timeout=1)", []),
+        ("table.get('a')", []),
+        ("thread.join()", ["thread.join()"]),
+        ("', '.join(names)", []),
+        ("lock.acquire()", ["lock.acquire()"]),
+        ("lock.acquire(timeout=1.0)", []),
+        ("process.wait()", ["process.wait()"]),
+        ("process.wait(timeout=3)", []),
+        ("process.poll()", []),
+        ("socket.poll()", ["socket.poll()"]),
+        ("socket.poll(5)", []),
+        ("socket.recv()", ["socket.recv()"]),
+        ("socket.recv_multipart()", ["socket.recv_multipart()"]),
+        ("socket.recv(_NOW)", []),
+        ("process.communicate()", ["process.communicate()"]),
+        ("subprocess.run(command)", ["subprocess.run(command)"]),
+        ("subprocess.run(command, timeout=3)", []),
+        ("fcntl.flock(file, fcntl.LOCK_EX)", ["fcntl.flock(file, fcntl.LOCK_EX)"]),
+        ("fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)", []),
+        ("await future", ["await future"]),
+        ("await asyncio.wait(tasks)", ["asyncio.wait(tasks)"]),
+        ("await asyncio.wait(tasks, timeout=1)", []),
+        ("await event.wait()", ["event.wait()"]),
+        ("await within(event.wait(), 3.0, 'a', 'b')", []),
+        ("await asyncio.wait_for(event.wait(), 3.0)", []),
+        ("async with asyncio.timeout(3):\n  await event.wait()", []),
+        ("async with lock:\n  await event.wait()", ["event.wait()"]),
+        ("async with asyncio.timeout(3):\n  def g():\n   event.wait()", ["event.wait()"]),
+    ],
+)
+def test_the_lint_of_waits_sees_each_kind(source: str, found: list[str]) -> None:
+    body = "\n ".join(source.split("\n"))
+    waits = [wait for wait, _ in waits_without_deadline(ast.parse(f"async def f():\n {body}"))]
+    assert [wait.partition(": ")[2] for wait in waits] == found
 
 
 def loaded_after(statement: str) -> set[str]:

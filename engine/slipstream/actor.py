@@ -27,6 +27,7 @@ from slipstream.episodes import EpisodeRunner
 from slipstream.flight_recorder import FLIGHT
 from slipstream.inference.embedded import EmbeddedBackend
 from slipstream.inference.trial import lease_key
+from slipstream.keys import client_keys
 from slipstream.messages import Grant, Stop, Weights
 from slipstream.model import choose_device, load_policy
 from slipstream.process import keep_freed_memory
@@ -54,7 +55,8 @@ async def _serve(config: RunConfig, folder: Path, name: str) -> None:
     spool = Spool(folder / "spool" / name, durability=config.hub.durability)
     for note in spool.notes:
         log.warning("%s", note)
-    client = ActorClient(DealerChannel(hub_address(folder)), spool, run_id(folder), name)
+    channel = DealerChannel(hub_address(folder), client_keys(config.hub.keys, name))
+    client = ActorClient(channel, spool, run_id(folder), name)
     actor = Actor(config, folder, client)
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, actor.stop)

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from slipstream import plain_json, tensor_file
 from slipstream.errors import CheckpointError, StorageError
 
 if TYPE_CHECKING:
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
 
 MANIFEST = "manifest.json"
 FORMAT = 1
+MAX_MANIFEST_BYTES = 2 << 20
+MAX_STATE_BYTES = 64 << 20
 
 _RENAME_EXCHANGE = 2
 _AT_FDCWD = -100
@@ -111,7 +114,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
     """Return a folder's manifest without checking the files it lists; raises CheckpointError."""
     file = path / MANIFEST
     try:
-        manifest = json.loads(file.read_text(encoding="utf-8"))
+        manifest = plain_json.read(file, most_bytes=MAX_MANIFEST_BYTES)
     except OSError as error:
         raise CheckpointError(f"{file}: expected a manifest, got: {error.strerror}") from None
     except ValueError:
@@ -120,6 +123,9 @@ def read_manifest(path: Path) -> dict[str, Any]:
     entries = list(files.values()) if isinstance(files, dict) else [None]
     if not all(isinstance(entry, dict) and {"size", "sha256"} <= entry.keys() for entry in entries):
         raise CheckpointError(f"{file}: expected sizes and sha256 of all files, got another form")
+    foreign = [name for name in files or () if not _is_inside(name)]
+    if foreign:
+        raise CheckpointError(f"{file}: expected names of files beside it, got {foreign[0][:64]!r}")
     if manifest.get("format") != FORMAT:
         raise CheckpointError(f"{file}: expected format {FORMAT}, got {manifest.get('format')}")
     return dict(manifest)
@@ -180,12 +186,13 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     """Return the memory-mapped tensors of a safetensors file.
 
-    Raises: CheckpointError when it is missing or damaged.
+    Raises: CheckpointError when it is missing or damaged, or not of floating-point tensors (tensor_file.py).
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     try:
+        tensor_file.check(path)
         return load_file(path)
     except FileNotFoundError:
         raise CheckpointError(f"{path}: expected a safetensors file, the file is missing") from None
@@ -201,11 +208,17 @@ def write_state(path: Path, state: Mapping[str, Any]) -> None:
 def read_state(path: Path) -> dict[str, Any]:
     """Return what `write_state` wrote; raises CheckpointError."""
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
+        return dict(plain_json.read(path, most_bytes=MAX_STATE_BYTES))
     except OSError as error:
         raise CheckpointError(f"{path}: expected state, got: {error.strerror}") from None
     except (TypeError, ValueError):
         raise CheckpointError(f"{path}: expected a JSON object, got damaged text") from None
+
+
+def _is_inside(name: str) -> bool:
+    """Return whether a name of a manifest stays in its folder, and can be one."""
+    parts = name.split("/")
+    return "\0" not in name and not {"", ".", ".."} & set(parts)
 
 
 def _replace_folder(temporary: Path, target: Path) -> None:

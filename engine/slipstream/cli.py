@@ -105,6 +105,7 @@ def _commands() -> dict[str, Command]:
         ("hub", _role_args, _hub, "Run the hub alone."),
         ("actor", _actor_args, _actor, "Run one actor; it may join a hub at any time."),
         ("learner", _joining_args, _learner, "Run the learner alone."),
+        ("keys", _keys_args, _keys, "Make the keys with which a hub and its clients know each other."),
         ("version", lambda parser: None, _version, "Print the version."),
     ]
     return {name: Command(about=about, declare=declare, run=run) for name, declare, run, about in table}
@@ -137,6 +138,12 @@ def _joining_args(parser: argparse.ArgumentParser) -> None:
 def _actor_args(parser: argparse.ArgumentParser) -> None:
     _joining_args(parser)
     parser.add_argument("--name", default="actor-0", help="unique among the actors of a run")
+
+
+def _keys_args(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", type=Path, metavar="DIR", help="where they lie, for hub.keys=DIR")
+    parser.add_argument("--actor", nargs="+", default=["actor-0"], metavar="NAME", help="default: actor-0")
+    parser.add_argument("--learner", default="learner-0", metavar="NAME", help="default: learner-0")
 
 
 def _rollout_args(parser: argparse.ArgumentParser) -> None:
@@ -261,6 +268,15 @@ def _learner(chosen: argparse.Namespace) -> int:
     from slipstream import learner
 
     return _recorded(folder, "learner-0", lambda: learner.main(config, folder))
+
+
+def _keys(chosen: argparse.Namespace) -> int:
+    from slipstream import keys
+
+    names = {**dict.fromkeys(chosen.actor, "actor"), chosen.learner: "learner"}
+    for file in keys.make_keys(chosen.folder, names):
+        sys.stdout.write(f"{file}\n")
+    return 0
 
 
 def _recorded(folder: Path, name: str, run: Callable[[], int]) -> int:

@@ -20,6 +20,7 @@ import tomli_w
 from pydantic import Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
+from slipstream.addresses import stays_on_machine
 from slipstream.config_parts import (
     ActorConfig,
     BatchConfig,
@@ -133,6 +134,18 @@ def _demands(config: RunConfig) -> Iterator[tuple[bool, str, str, object]]:
         f"more than environment.timeout_s = {longest:g}",
         config.hub.lease_timeout_s,
     )
+    hub = config.hub
+    expected = (
+        "on this machine (tcp://127.0.0.1:PORT, ipc://PATH), unless hub.keys names a folder that `slipstream "
+        "keys` made, or hub.insecure = true lets anyone in"
+    )
+    yield (
+        stays_on_machine(hub.address) or bool(hub.keys) or hub.insecure,
+        "hub.address",
+        expected,
+        hub.address,
+    )
+    yield not (hub.insecure and hub.keys), "hub.insecure", "false where hub.keys is set", True
     device = re.fullmatch(r"auto|cpu|cuda(:\d+)?", config.device)
     yield device is not None, "device", '"auto", "cpu", "cuda" or "cuda:N"', f'"{config.device}"'
 
@@ -148,8 +161,15 @@ def load_config(recipe: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """
     label, text = _recipe_text(recipe)
     try:
+        return _loaded(label, text, overrides)
+    except RecursionError:
+        raise ConfigurationError(f"{label}: expected keys and values, got some nested too deep") from None
+
+
+def _loaded(label: str, text: str, overrides: Sequence[str]) -> RunConfig:
+    try:
         data = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except ValueError as error:
         raise ConfigurationError(f"{label}: not valid TOML: {error}") from None
     _check_keys(data, label)
     given: set[str] = set()

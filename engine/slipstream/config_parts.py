@@ -150,8 +150,10 @@ class OptimConfig(Part):
     """The learning rate falls linearly to this share of itself at the last step."""
     minibatches: int = Field(default=1, ge=1)
     """Optimizer updates one step makes from its batch."""
+    spike_factor: float = Field(default=20.0, ge=0.0)
+    """A loss or gradient norm this many times the usual (guard.py) skips its update; 0 never does."""
     max_skips: int = Field(default=5, ge=1)
-    """Non-finite steps in a row after which the run stops."""
+    """Updates skipped in a row, for values that are not finite or spike, after which the run stops."""
 
 
 class LearnerConfig(Part):
@@ -183,7 +185,13 @@ class HubConfig(Part):
     """Where roles meet."""
 
     address: str = "tcp://127.0.0.1:*"
-    """Bind address; a star takes a free port."""
+    """Bind address; a star takes a free port. Beyond this machine it needs `keys`, or `insecure`."""
+    keys: str = ""
+    """Folder of `slipstream keys`: only its clients come in, encrypted, each under its own name."""
+    insecure: bool = False
+    """Lets anyone who reaches the address join, and whoever is on the way read and change everything."""
+    max_connections: int = Field(default=4096, ge=16)
+    """Beyond so many the oldest that have not joined are cut."""
     credit_bytes: int = Field(default=8 << 20, ge=1 << 16)
     """Bytes an actor may have on the way before the hub's acknowledgement."""
     lease_timeout_s: float = Field(default=120.0, gt=0.0)

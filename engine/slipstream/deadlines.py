@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import sys
 import time
 import traceback
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -45,12 +46,13 @@ class Deadline:
     __slots__ = ("_clock", "_end", "_seconds", "_since", "_waits_for", "_who")
 
     def __init__(
-        self, seconds: float, who: str, waits_for: str, *, clock: Callable[[], float] = time.monotonic
-    ) -> None:
-        """Start the clock."""
+        self, seconds: float, who: str, waits_for: str, *, clock: Callable[[], float] = time.monotonic,
+        since_s: float = 0.0,
+    ) -> None:  # fmt: skip
+        """Start the clock; the wait began `since_s` ago."""
         self._clock, self._seconds, self._who, self._waits_for = clock, seconds, who, waits_for
-        self._since = time.time()
-        self._end = clock() + seconds
+        self._since = time.time() - since_s
+        self._end = clock() + seconds - since_s
 
     def remaining(self) -> float:
         """Return the seconds left, never below 0."""
@@ -73,6 +75,60 @@ class Deadline:
         """Raise DeadlineError once the deadline has passed."""
         if self.expired():
             raise self.error()
+
+
+class Waits:
+    """The waits of a state machine that is told the time: by what it waits for, each with its end.
+
+    Example: ``waits.begin("credit", "credit of the hub", 300.0, now); waits.check(later)``.
+    """
+
+    __slots__ = ("_open", "_who", "ends_at")
+
+    def __init__(self, who: str) -> None:
+        """Wait for nothing yet."""
+        self._who = who
+        self._open: dict[str, tuple[float, float, str]] = {}
+        self.ends_at = math.inf
+        """When the first of them runs out."""
+
+    def __contains__(self, name: object) -> bool:
+        """Return whether a wait is under way."""
+        return name in self._open
+
+    def __iter__(self) -> Iterator[str]:
+        """Yield the names of the waits that are under way."""
+        return iter(self._open)
+
+    @property
+    def began_at(self) -> float:
+        """When that one began; infinite without any."""
+        return min(
+            ((end, end - seconds) for end, seconds, _ in self._open.values()), default=(0.0, math.inf)
+        )[1]
+
+    def begin(self, name: str, waits_for: str, seconds: float, now: float) -> None:
+        """Begin a wait, unless it is under way already."""
+        if name not in self._open:
+            self._open[name] = (now + seconds, seconds, waits_for)
+            self.ends_at = min(self.ends_at, now + seconds)
+            FLIGHT.waits(waits_for, seconds)
+
+    def end(self, name: str) -> None:
+        """End a wait, if it is under way."""
+        if self._open.pop(name, None) is None:
+            return
+        self.ends_at = min((end for end, _, _ in self._open.values()), default=math.inf)
+        FLIGHT.goes_on()
+        for _, seconds, waits_for in self._open.values():
+            FLIGHT.waits(waits_for, seconds)
+
+    def check(self, now: float) -> None:
+        """Raise DeadlineError, saying who waits for whom, once a wait has run out."""
+        if now < self.ends_at:
+            return
+        end, seconds, waits_for = min(self._open.values())
+        raise Deadline(seconds, self._who, waits_for, clock=lambda: now, since_s=now - end + seconds).error()
 
 
 async def within(awaitable: Awaitable[T], seconds: float, who: str, waits_for: str) -> T:

@@ -11,6 +11,11 @@ from slipstream.ledger_state import LedgerState
 from slipstream.receiving import summarize
 from slipstream.types import Lease, Split
 
+Given = Iterator[tuple[bytes, tuple[Lease, ...]]]
+"""(peer, leases for it)."""
+Give = Callable[[Mapping[bytes, int], Mapping[bytes, str]], Given]
+"""(peer -> leases wanted, peer -> its actor's name) -> leases."""
+
 
 class Dispatcher:
     """Turns what the state allows into events.
@@ -46,9 +51,16 @@ class Dispatcher:
         self._log(done)
         return done
 
-    def train(
-        self, wants: Mapping[bytes, int], names: Mapping[bytes, str]
-    ) -> Iterator[tuple[bytes, tuple[Lease, ...]]]:
+    def may_train(self) -> bool:
+        """Return whether a training episode waits, or the gate admits another group."""
+        state = self._state
+        return bool(state.training.waiting) or state.room >= self._config.batch.group_size
+
+    def may_evaluate(self) -> bool:
+        """Return whether a held-out episode waits."""
+        return bool(self._state.heldout.waiting)
+
+    def train(self, wants: Mapping[bytes, int], names: Mapping[bytes, str]) -> Given:
         """Open whole groups in order of their tasks, as far as wanted and allowed, and lease them out."""
         state = self._state
         while (
@@ -58,9 +70,7 @@ class Dispatcher:
             self._log(events.GroupOpened(group=group, task=group, split=Split.TRAIN))
         yield from self._lease(state.training, state.leasable(), wants, names)
 
-    def evaluate(
-        self, wants: Mapping[bytes, int], names: Mapping[bytes, str]
-    ) -> Iterator[tuple[bytes, tuple[Lease, ...]]]:
+    def evaluate(self, wants: Mapping[bytes, int], names: Mapping[bytes, str]) -> Given:
         """Lease out what the evaluation under way still needs."""
         heldout = self._state.heldout
         yield from self._lease(heldout, heldout.waiting, wants, names)
@@ -71,7 +81,7 @@ class Dispatcher:
         waiting: Sequence[events.Slot],
         wants: Mapping[bytes, int],
         names: Mapping[bytes, str],
-    ) -> Iterator[tuple[bytes, tuple[Lease, ...]]]:
+    ) -> Given:
         for peer, slots in assign(waiting, wants).items():
             leases = tuple(lease_for(slot, desk, self._config.seed) for slot in slots)
             self._log(events.Leased(actor=names[peer], leases=leases))

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Final, Literal
 
 import msgspec
 
+from slipstream.messages import Buffer, decode_struct
 from slipstream.types import Lease, Outcome, Split, TaskAttempt, TrajectoryId, Version, WeightUpdate
 
 Slot = tuple[int, int, int]
@@ -181,6 +182,8 @@ class State(Event, frozen=True, kw_only=True, tag=True):
     incarnation: int
     fork_step: int
     learner_session: str
+    former_learners: tuple[str, ...]
+    """Sessions that may never come back."""
     versions: tuple[Version, ...]
     forks: dict[int, int]
     """incarnation -> the step it started from."""
@@ -228,6 +231,18 @@ AnyEvent = (
     | CheckpointPublished
     | State
 )
+
+
+_DECODER: Final = msgspec.msgpack.Decoder(AnyEvent)
+_MOST_BYTES: Final = 1 << 26
+_MOST_ITEMS: Final = 1 << 24
+"""A batch names each of its trajectories."""
+
+
+def decode_event(body: Buffer) -> AnyEvent:
+    """Return the event in a record of the log; raises FrameError for anything else."""
+    event: AnyEvent = decode_struct(body, _DECODER, what="event", limit=_MOST_BYTES, most_items=_MOST_ITEMS)
+    return event
 
 
 def brief(event: AnyEvent) -> str:

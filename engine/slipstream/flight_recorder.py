@@ -186,7 +186,8 @@ def birth_of(pid: int) -> int | None:
 
 def read_flight(path: Path) -> Flight:
     """Return what a ring tells, whatever its process is doing; raises RunFolderError for another file."""
-    data = path.read_bytes()
+    with path.open("rb") as file:
+        data = file.read(_SLOTS_AT + SLOTS * SLOT_BYTES)
     if len(data) < _SLOTS_AT or not data.startswith(_MAGIC):
         raise RunFolderError(f"{path}: expected a flight recorder's ring, got {len(data)} other bytes")
     _, pid, slots, ended, started, birth, boot, role = _HEADER.unpack_from(data)

@@ -14,7 +14,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -22,6 +22,7 @@ from slipstream.config import HubConfig, RunConfig
 from slipstream.errors import AddressError, RunFolderError, StorageError
 from slipstream.flight_recorder import FLIGHT
 from slipstream.ingest import IngestLog
+from slipstream.keys import hub_keys
 from slipstream.ledger import Ledger
 from slipstream.ledger_snapshot import snapshot
 from slipstream.messages import Buffer
@@ -30,9 +31,12 @@ from slipstream.metrics import append_row
 from slipstream.process import keep_freed_memory
 from slipstream.rendezvous import run_id
 from slipstream.run_folder import read_json, write_json
-from slipstream.transport.zeromq import RouterServer
+from slipstream.transport.guard import Limits
+from slipstream.transport.zeromq import MAX_FRAME_BYTES, RouterServer
 
 _STATUS_EVERY_S: Final = 0.5
+_SLACK_BYTES: Final = 8 << 20
+"""Control messages on the way beside a peer's records."""
 
 
 def main(config: RunConfig, folder: Path) -> int:
@@ -47,9 +51,9 @@ def main(config: RunConfig, folder: Path) -> int:
     log, ledger = open_ledger(config, folder, run)
     for note in log.notes:
         sys.stderr.write(note + "\n")
-    server = _serve(ledger, config.hub.address, folder / "hub.json")
+    server = _serve(ledger, config, folder / "hub.json")
     write_json(folder / "hub.json", {"address": server.address, "pid": os.getpid(), "run": run})
-    books = Bookkeeper(ledger, log, folder, config.hub)
+    books = Bookkeeper(ledger, log, folder, config.hub, server.counters)
     try:
         server.run(stopping, each_turn=books.turn)
     finally:
@@ -74,9 +78,17 @@ def open_ledger(config: RunConfig, folder: Path, run: str) -> tuple[IngestLog, L
 class Bookkeeper:
     """Writes what the hub knows into the run's folder."""
 
-    def __init__(self, ledger: Ledger, log: IngestLog, folder: Path, config: HubConfig) -> None:
-        """Write into `folder`."""
+    def __init__(
+        self,
+        ledger: Ledger,
+        log: IngestLog,
+        folder: Path,
+        config: HubConfig,
+        counters: Callable[[], Mapping[str, int]] = dict,
+    ) -> None:
+        """Write into `folder`; `counters` are what the transport has to say."""
         self._ledger, self._log, self._folder, self._config = ledger, log, folder, config
+        self._counters = counters
         self._next_status = 0.0
         self._covered = -1
 
@@ -89,7 +101,8 @@ class Bookkeeper:
         if now >= self._next_status:
             self._next_status = now + _STATUS_EVERY_S
             self._watch_disk()
-            write_json(self._folder / "status.json", {"time": time.time(), **self._ledger.status(now)})
+            status = {"time": time.time(), **self._ledger.status(now), **self._counters()}
+            write_json(self._folder / "status.json", status)
         state = self._ledger.state
         if state.first_batch != self._covered:
             self._covered = state.first_batch
@@ -129,15 +142,37 @@ def quarantine_in(folder: Path) -> Callable[[Sequence[Buffer]], str]:
     return keep
 
 
-def _serve(ledger: Ledger, address: str, known: Path) -> RouterServer:
+def _serve(ledger: Ledger, config: RunConfig, known: Path) -> RouterServer:
     """Bind; a hub that takes any free port first tries the one its clients know."""
+    address, keys, limits = config.hub.address, hub_keys(config.hub.keys), _limits(config.hub)
+    if config.hub.insecure:
+        _warn(f"hub.insecure = true: anyone who reaches {address} can join this run, read and change it")
     before = read_json(known).get("address")
     if address.endswith(":*") and isinstance(before, str) and before.startswith(address[:-1]):
         try:
-            return RouterServer(ledger, before, lost=ledger.lost)
+            return RouterServer(ledger, before, lost=ledger.lost, keys=keys, limits=limits)
         except AddressError:
             pass
-    return RouterServer(ledger, address, lost=ledger.lost)
+    return RouterServer(ledger, address, lost=ledger.lost, keys=keys, limits=limits)
+
+
+def _limits(hub: HubConfig) -> Limits:
+    """Return the bounds of connections; raises the number of files this process may open to the most."""
+    _, most_files = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most_files, most_files))
+    return Limits(
+        outstanding_bytes=hub.credit_bytes + MAX_FRAME_BYTES + _SLACK_BYTES,
+        # A quarter of the files stays for the log, and for those who come before others are cut.
+        connections=min(hub.max_connections, most_files * 3 // 4),
+        stranger_memory_bytes=hub.memory_limit_bytes // 2,
+        memory_bytes=hub.memory_limit_bytes * 3 // 4,
+    )
+
+
+def _warn(sentence: str) -> None:
+    """Say something where whoever started the hub and whoever examines it will find it."""
+    FLIGHT.note(sentence)
+    sys.stderr.write(f"hub: warning: {sentence}\n")
 
 
 def _stop_signals() -> Callable[[], bool]:

@@ -26,14 +26,13 @@ from typing import Final, Literal
 import msgspec
 import numpy as np
 
-from slipstream.errors import RunFolderError, StorageError
-from slipstream.events import AnyEvent, Event, State
+from slipstream.errors import FrameError, RunFolderError, StorageError
+from slipstream.events import AnyEvent, Event, State, decode_event
 from slipstream.messages import Buffer
 from slipstream.records import HEAD, Record, Scan, pack, payload, scan, sync, write_all
 
 _U32: Final = struct.Struct("<I")
 _ENCODER: Final = msgspec.msgpack.Encoder()
-_DECODER: Final = msgspec.msgpack.Decoder(AnyEvent)
 _OFFSET_BITS: Final = 40
 _BUFFERED_BYTES: Final = 256 << 10
 _SECTOR_BYTES: Final = 512
@@ -244,7 +243,7 @@ def _entries(folder: Path, number: int, *, last: bool, records: bool) -> Iterato
     found = _refuse_damage(folder, number, scan(data), last=last)
     for record in found.records:
         body = payload(data, record)
-        split = _U32.size + _U32.unpack_from(body)[0]
+        split = _U32.size + int.from_bytes(body[: _U32.size], "little")
         event = _event_of(data, record, folder, number)
         position = number << _OFFSET_BITS | record.offset
         yield Entry(position=position, event=event, record=bytes(body[split:]) if records else b"")
@@ -253,13 +252,12 @@ def _entries(folder: Path, number: int, *, last: bool, records: bool) -> Iterato
 def _event_of(data: bytes, record: Record, folder: Path, number: int) -> AnyEvent:
     body = payload(data, record)
     try:
-        event: AnyEvent = _DECODER.decode(body[_U32.size : _U32.size + _U32.unpack_from(body)[0]])
-    except msgspec.MsgspecError as error:
+        return decode_event(body[_U32.size : _U32.size + int.from_bytes(body[: _U32.size], "little")])
+    except FrameError as error:
         raise StorageError(
             f"{_segment_path(folder, number)} at offset {record.offset}: expected an event of this "
             f"version of Slipstream, got {error}; start a new run folder"
         ) from error
-    return event
 
 
 def _checked(folder: Path, number: int, seq: int | None, *, last: bool) -> Scan:

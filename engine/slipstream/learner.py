@@ -7,7 +7,6 @@ last events     the evaluation of the last step  its last episode, or DeadlineEr
 
 from __future__ import annotations
 
-import json
 import logging
 import signal
 import time
@@ -26,6 +25,7 @@ from slipstream.deadlines import Deadline
 from slipstream.errors import CheckpointError, ProtocolError, StorageError
 from slipstream.flight_recorder import FLIGHT
 from slipstream.history import START, extend
+from slipstream.keys import client_keys
 from slipstream.messages import Evaluated, Stop
 from slipstream.metrics import read_rows, slip_statistics
 from slipstream.model import (
@@ -49,6 +49,8 @@ from slipstream.types import Int32Array, Trajectory, Version, WeightUpdate
 from slipstream.weights.filesystem import FilesystemPublisher
 from slipstream_kernels import checksum64_named
 
+NAME = "learner-0"
+"""Who it is to the hub, and whose key it carries."""
 CANARY_TOKENS = 16
 OPTIMIZER = "optimizer.safetensors"
 RANDOM = "random.safetensors"
@@ -66,7 +68,8 @@ def main(config: RunConfig, folder: Path) -> int:
     stopping: list[int] = []
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda received, _frame: stopping.append(received))
-    client = LearnerClient(SyncDealerChannel(hub_address(folder)), run_id(folder), "learner-0")
+    channel = SyncDealerChannel(hub_address(folder), client_keys(config.hub.keys, NAME))
+    client = LearnerClient(channel, run_id(folder), NAME)
     learner = Learner(config, folder, client)
     learner.start()
     while not learner.done and not stopping:
@@ -103,7 +106,7 @@ class Learner:
         reference = None
         if config.objective.kl_coefficient > 0:
             reference = load_model(warm, dtype=config.model.dtype, device=device)
-        self._step = PolicyStep(self._policy.model, reference, config)
+        self._step = PolicyStep(self._policy.model, reference, config, quarantine=folder / "quarantine")
         self._publisher = FilesystemPublisher(folder / "weights", keep=4)
         self._writer = CheckpointWriter(
             self._checkpoints, keep=config.checkpoint.keep, background=config.checkpoint.background
@@ -194,8 +197,6 @@ class Learner:
         slips = [self._versions.slip_at(self.step, self._incarnation, t.versions) for t in batch.trajectories]
         FLIGHT.note(f"batch {self.step}: {len(batch.trajectories)} trajectories")
         result = self._step(batch.trajectories, slips, step=self.step)
-        if result.skipped:
-            self._quarantine(batch)
         self.step += 1
         sync_began = time.monotonic()
         self._publish()
@@ -305,15 +306,6 @@ class Learner:
         self._announce(self._writer.settle())
         self._client.finish("training is over")
 
-    def _quarantine(self, batch: PulledBatch) -> None:
-        """Note whose trajectories gave non-finite values; they are trained at most this once."""
-        file = self._folder / "quarantine" / f"step-{self.step:08d}.json"
-        file.parent.mkdir(exist_ok=True)
-        file.write_text(json.dumps([asdict(t.identity) for t in batch.trajectories], indent=1))
-        log.warning(
-            "step %d: non-finite loss or gradient; weights unchanged, batch noted in %s", self.step, file
-        )
-
     def _write_checkpoint(self) -> bool:
         """Copy the state and begin to write it; return False when the disk has no room."""
         weights = {name: t.detach().cpu().clone() for name, t in named_weights(self._policy.model).items()}
@@ -323,7 +315,7 @@ class Learner:
         state = {
             "step": self.step,
             "history": self._history,
-            "skipped": self._step.optimizer.skipped,
+            "guard": self._step.optimizer.guard_state(),
             "best": asdict(self.best),
             "rows": rows,
         }
@@ -345,7 +337,7 @@ class Learner:
     def _restore(self, folder: Path) -> None:
         state = checkpoint.read_state(folder / STATE)
         self._step.optimizer.load_state_tensors(checkpoint.read_tensors(folder / OPTIMIZER))
-        self._step.optimizer.skipped = int(state["skipped"])
+        self._step.optimizer.load_guard_state(state["guard"])
         restore_random_state(checkpoint.read_tensors(folder / RANDOM))
         self.step, self._history = int(state["step"]), str(state["history"])
         self._rows.extend(state["rows"])

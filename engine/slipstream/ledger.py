@@ -21,7 +21,7 @@ import msgspec
 from slipstream import events
 from slipstream import messages as m
 from slipstream.config import RunConfig
-from slipstream.dispatch import Dispatcher
+from slipstream.dispatch import Dispatcher, Give
 from slipstream.errors import DamageError, FrameError
 from slipstream.flight_recorder import FLIGHT
 from slipstream.ingest import Entry
@@ -38,6 +38,7 @@ CANARY_TOLERANCE: Final = 1e-3
 """Most that two float32 back ends may differ in a canary log-probability, in nats."""
 _PING_AFTER_S: Final = 5.0
 _SWEEP_EVERY_S: Final = 1.0
+_REPLACED: Final = "another process took this name"
 _DAMAGED_KNOWN: Final = 1024
 _DAMAGED_TIMES: Final = 4
 """Arrivals of one record with a wrong check after which the damage is not the network's."""
@@ -79,12 +80,13 @@ class Ledger:
         self._peers: dict[bytes, Peer] = {}
         self._replaced: set[bytes] = set()
         self._leased_at: dict[tuple[events.Slot, int], float] = {}
+        self._damaged: Counter[tuple[str, int]] = Counter()
+        """(actor, seq) -> how often the bytes of that record did not match their CRC."""
         self._pulling: Pulling | None = None
+        self._finished: m.Finish | None = None
+        """The learner's last word: whoever joins after it is told to stop."""
         self._reports: list[dict[str, Any]] = []
         self._next_sweep = 0.0
-        self._finished: m.Finish | None = None
-        self._damaged: Counter[tuple[str, int]] = Counter()
-        """(actor, number of its spool) -> how often its record arrived damaged."""
         self.refused_proofs = 0
         self.paused = False
         """No leases while it is set, as on a disk that is nearly full."""
@@ -100,7 +102,7 @@ class Ledger:
         who = self._peers.get(peer)
         if who is None:
             gone = peer in self._replaced
-            reason = "another process took this name" if gone else "this hub does not know you yet; say Hello"
+            reason = _REPLACED if gone else "this hub does not know you yet; say Hello"
             return [(peer, m.Refused(reason=reason, retry=not gone), ())]
         who.heard_s = now
         handle = self._from_actor if who.role == "actor" else self._from_learner
@@ -233,17 +235,17 @@ class Ledger:
                 return f"{name}: the hub has {expected}, {hello.role} {hello.name} has {got}"
         if hello.role not in ("actor", "learner"):
             return f"role: expected actor or learner, got {hello.role}"
+        if self.state.is_replaced(hello.role, hello.name, hello.session):
+            return _REPLACED
         return refuse_line(hello, self.state) if hello.role == "learner" else ""
 
     def _admit_actor(self, peer: bytes, hello: m.Hello) -> list[Reply]:
         epoch = self.state.epochs.get(hello.name, -1) + 1
         self._log(events.Epoch(actor=hello.name, epoch=epoch, session=hello.session))
         welcome = m.Welcome(epoch=epoch, credit_bytes=self._config.hub.credit_bytes, update=self.state.newest)
-        if self._finished is not None:
-            # It was away when everybody was told.
-            return [(peer, welcome, ()), (peer, m.Stop(reason=self._finished.reason), ())]
         # The same process again: what was granted and perhaps lost on the way is granted once more.
-        return [(peer, welcome, ()), *self._held_by(peer, hello.name)]
+        stop = [] if self._finished is None else [(peer, m.Stop(reason=self._finished.reason), ())]
+        return [(peer, welcome, ()), *self._held_by(peer, hello.name), *stop]
 
     def _held_by(self, peer: bytes, name: str) -> Iterator[Reply]:
         for desk in (self.state.training, self.state.heldout):
@@ -256,7 +258,7 @@ class Ledger:
             yield peer, m.Grant(leases=some, pinned=self.state.updates.get(some[0].evaluation)), ()
 
     def _admit_learner(self, peer: bytes, hello: m.Hello) -> list[Reply]:
-        self._pulling = None
+        self._pulling = self._finished = None
         state = self.state
         if hello.session != state.learner_session:
             if hello.step < state.steps:
@@ -285,6 +287,8 @@ class Ledger:
             if len(frames) != 1:
                 raise DamageError(f"Deliver: expected one record behind it, got {len(frames)} frames")
             arrival = inspect_trajectory(frames[0])
+            if self._damaged:
+                self._damaged.pop((who.name, message.seq), None)
             identity = arrival.header.identity
             check_sender(identity, run=self._run, actor=who.name, epoch=self.state.epochs[who.name])
             if identity not in self.state.seen:
@@ -292,7 +296,9 @@ class Ledger:
                 self._log(event, frames[0])
         except FrameError as error:
             if isinstance(error, DamageError) and self._may_come_again(who.name, message.seq):
-                return peer, m.Refused(reason=str(error), retry=True), ()
+                # Joining again makes the actor send from its spool all that was not acknowledged.
+                return peer, m.Refused(reason=f"record {message.seq} was damaged: {error}", retry=True), ()
+            self._damaged.pop((who.name, message.seq), None)
             file = self._quarantine(frames)
             self._log(events.Quarantined(actor=who.name, file=file, reason=str(error)))
         return peer, ack, ()
@@ -379,16 +385,25 @@ class Ledger:
         yield pulling.peer, batch, records
 
     def _give_leases(self, now: float) -> Iterator[Reply]:
-        if self.paused or not any(any(who.wants) for who in self._peers.values()):
+        if self.paused:
             return
-        names = {peer: who.name for peer, who in self._peers.items()
-                 if self.state.proven.get((who.name, who.session))}  # fmt: skip
-        for kind, give in enumerate((self._dispatcher.train, self._dispatcher.evaluate)):
-            wants = {peer: self._peers[peer].wants[kind] for peer in names if self._peers[peer].wants[kind]}
-            for peer, leases in give(wants, names):
-                self._peers[peer].wants[kind] -= len(leases)
-                self._leased_at.update({(slot_of(lease), lease.issue): now for lease in leases})
-                yield from self._grants(peer, leases)
+        if self._dispatcher.may_train():
+            yield from self._give(0, self._dispatcher.train, now)
+        if self._dispatcher.may_evaluate():
+            yield from self._give(1, self._dispatcher.evaluate, now)
+
+    def _give(self, kind: int, give: Give, now: float) -> Iterator[Reply]:
+        """Give leases of one kind to actors that want some and have proven any weights."""
+        wanting = {peer: who for peer, who in self._peers.items()
+                   if who.wants[kind] and self.state.proven.get((who.name, who.session))}  # fmt: skip
+        if not wanting:
+            return
+        wants = {peer: who.wants[kind] for peer, who in wanting.items()}
+        names = {peer: who.name for peer, who in wanting.items()}
+        for peer, leases in give(wants, names):
+            self._peers[peer].wants[kind] -= len(leases)
+            self._leased_at.update({(slot_of(lease), lease.issue): now for lease in leases})
+            yield from self._grants(peer, leases)
 
 
 def _replayed(config: RunConfig, journal: Journal) -> LedgerState:

@@ -23,6 +23,7 @@ def snapshot(state: LedgerState) -> events.State:
         incarnation=state.incarnation,
         fork_step=state.fork_step,
         learner_session=state.learner_session,
+        former_learners=tuple(sorted(state.former_learners)),
         versions=tuple(state.versions),
         forks=dict(state.versions.forks),
         updates=tuple(state.updates.values()),
@@ -62,7 +63,7 @@ def restored(config: RunConfig, event: events.State) -> LedgerState:
     state.proven = {(actor, session): set(serials) for actor, session, serials in event.proven}
     state.seen = Seen(event.seen)
     state.incarnation, state.fork_step = event.incarnation, event.fork_step
-    state.learner_session = event.learner_session
+    state.learner_session, state.former_learners = event.learner_session, set(event.former_learners)
     state.versions = VersionTable(event.versions, event.forks)
     state.updates = {update.version.serial: update for update in event.updates}
     state.newest = state.updates.get(event.newest)

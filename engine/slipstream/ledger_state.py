@@ -70,6 +70,8 @@ class LedgerState:
         self.sessions: dict[tuple[str, int], str] = {}
         self.proven: dict[tuple[str, str], set[int]] = {}
         self.incarnation, self.fork_step, self.learner_session = -1, 0, ""
+        self.former_learners: set[str] = set()
+        """Sessions of learners that another has replaced."""
         self.versions = VersionTable()
         self.updates: dict[int, WeightUpdate] = {}
         self.newest: WeightUpdate | None = None
@@ -135,6 +137,8 @@ class LedgerState:
             case events.Proven():
                 self.proven.setdefault((event.actor, event.session), set()).add(event.serial)
             case events.Incarnation():
+                if self.incarnation >= 0:
+                    self.former_learners.add(self.learner_session)
                 self.incarnation, self.fork_step = event.number, event.fork_step
                 self.learner_session, self.newest = event.session, None
                 self.versions.fork(event.number, event.fork_step)
@@ -206,6 +210,15 @@ class LedgerState:
         """Return whether the session that made a trajectory has proven every serial."""
         session = self.sessions.get((received_by.actor, received_by.epoch))
         return session is not None and self.proven.get((received_by.actor, session), set()) >= set(serials)
+
+    def is_replaced(self, role: str, name: str, session: str) -> bool:
+        """Return whether another process has taken this one's place: it may never come back."""
+        if role == "learner":
+            return session in self.former_learners
+        newest = self.epochs.get(name, -1)
+        return self.sessions.get((name, newest)) != session and any(
+            self.sessions.get((name, epoch)) == session for epoch in range(newest)
+        )
 
     def evaluation_of(self, update: WeightUpdate) -> events.EvaluationDone | None:
         """Return a result for these very weights, if there is one."""
@@ -362,8 +375,3 @@ class LedgerState:
         self.updates = {serial: self.updates[serial] for serial in self.updates if serial in pinned | recent}
         proven = {key: serials & (named | pinned | recent) for key, serials in self.proven.items()}
         self.proven = {key: serials for key, serials in proven.items() if serials}
-        self.sessions = {
-            (actor, epoch): session
-            for (actor, epoch), session in self.sessions.items()
-            if epoch == self.epochs[actor] or (actor, session) in self.proven
-        }

@@ -225,7 +225,13 @@ def decode_message(frame: Buffer) -> AnyMessage:
 
 
 def decode_struct(
-    frame: Buffer, decoder: msgspec.msgpack.Decoder[T], *, what: str, limit: int, free_form: bool = False
+    frame: Buffer,
+    decoder: msgspec.msgpack.Decoder[T],
+    *,
+    what: str,
+    limit: int,
+    most_items: int = MAX_ITEMS,
+    free_form: bool = False,
 ) -> T:
     """Decode untrusted MessagePack of at most `limit` bytes; every failure is a FrameError naming `what`.
 
@@ -235,14 +241,14 @@ def decode_struct(
     if len(frame) > limit:
         raise FrameError(f"{what}: expected at most {limit} bytes, got {len(frame)}")
     if free_form or len(bytes(frame).translate(None, _NO_CONTAINERS)) > _FEW_CONTAINERS:
-        check_nesting(frame, what=what)
+        check_nesting(frame, what=what, most_items=most_items)
     try:
         return decoder.decode(frame)
     except (msgspec.MsgspecError, UnicodeDecodeError, OverflowError) as error:
         raise FrameError(f"{what}: expected its schema, got {error}") from error
 
 
-def check_nesting(frame: Buffer, *, what: str) -> None:
+def check_nesting(frame: Buffer, *, what: str, most_items: int = MAX_ITEMS) -> None:
     """Refuse MessagePack that is deep, cut off, oversized in items, or holds extension types.
 
     msgspec decodes recursively: deep nesting overflows a small C stack before Python can raise. Raises
@@ -250,12 +256,12 @@ def check_nesting(frame: Buffer, *, what: str) -> None:
     """
     native = load()
     if native is None or not native.is_plain_msgpack(
-        bytes(frame), most_depth=MAX_DEPTH, most_items=MAX_ITEMS
+        bytes(frame), most_depth=MAX_DEPTH, most_items=most_items
     ):
-        check_nesting_in_python(frame, what=what)
+        check_nesting_in_python(frame, what=what, most_items=most_items)
 
 
-def check_nesting_in_python(frame: Buffer, *, what: str) -> None:
+def check_nesting_in_python(frame: Buffer, *, what: str, most_items: int = MAX_ITEMS) -> None:
     """Do what `check_nesting` does, without the native library; raises FrameError."""
     position, end, items = 0, len(frame), 0
     open_items = [1]
@@ -271,8 +277,8 @@ def check_nesting_in_python(frame: Buffer, *, what: str) -> None:
         position += skip
         if children:
             open_items.append(children)
-        if len(open_items) > MAX_DEPTH or items > MAX_ITEMS or children > end:
-            raise FrameError(f"{what}: expected depth <= {MAX_DEPTH} and <= {MAX_ITEMS} items, got more")
+        if len(open_items) > MAX_DEPTH or items > most_items or children > end:
+            raise FrameError(f"{what}: expected depth <= {MAX_DEPTH} and <= {most_items} items, got more")
     if position != end:
         raise FrameError(f"{what}: expected {position} bytes, got {end}")
 

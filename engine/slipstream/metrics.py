@@ -19,6 +19,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
+from slipstream import plain_json
+
 Row = dict[str, Any]
 
 FILE = "metrics.jsonl"
@@ -73,7 +75,8 @@ DEFINITIONS: Mapping[str, str] = MappingProxyType(
         "entropy": "Mean entropy of the tempered policy at trained tokens, nats.",
         "grad_norm": "Global gradient norm before clipping.",
         "learning_rate": "Learning rate of the step.",
-        "skipped": "Optimizer updates left out for non-finite values so far.",
+        "skipped": "Optimizer updates left out for non-finite or spiking values so far.",
+        "skipped/*": "Updates this step left out: for values of its batch, or for its loss or gradient.",
         "trajectories": "Trajectories the step consumed.",
         "tokens": "Mean sampled tokens of a trajectory.",
         "tokens/trained": "Policy tokens in the step's loss.",
@@ -123,10 +126,10 @@ def read_rows(folder: Path) -> list[Row]:
     rows: dict[tuple[str, int], Row] = {}
     for line in path.read_bytes().splitlines() if path.exists() else []:
         try:
-            row = json.loads(line)
+            row = plain_json.parse(line)
         except ValueError:
             continue
-        if isinstance(row, dict) and isinstance(row.get("step"), int | float):
+        if isinstance(row, dict) and isinstance(row.get("step"), int | float) and math.isfinite(row["step"]):
             rows[str(row.get("kind", "train")), int(row["step"])] = row
     return sorted(rows.values(), key=lambda row: int(row["step"]))
 

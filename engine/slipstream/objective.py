@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from slipstream.config import ObjectiveConfig, RewardConfig
+from slipstream.guard import LARGEST
 from slipstream.rewards import reward
 from slipstream.types import Float32Array, Trajectory
 from slipstream_kernels import Objective, group_advantage
@@ -68,4 +69,5 @@ def advantages(
 
 
 def _or_nan(value: float | None) -> float:
-    return value if value is not None and math.isfinite(value) else math.nan
+    # A batch with a reward too large for float32 is refused by guard.batch_fault.
+    return value if value is not None and abs(value) <= LARGEST else math.nan

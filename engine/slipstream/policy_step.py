@@ -2,12 +2,20 @@
 
 trajectories ─▶ advantages ─▶ over-age tokens masked ─▶ packed micro-batches ─▶ frozen policy scores them (KL)
              ─▶ per minibatch: decoder ─▶ linear_policy_loss ─▶ AdamW
+
+A value in the batch that no optimizer may see skips the whole step. A loss or gradient that is not finite, or
+spikes, skips its own minibatch's update alone: minibatches are whole groups, so that the step is then the
+one of a batch without those groups. What was skipped is written down with its identities (guard.py).
 """
 
 from __future__ import annotations
 
+import functools
+import json
+import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -15,13 +23,29 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from slipstream.config import RunConfig
+from slipstream.errors import NumericsError
+from slipstream.flight_recorder import FLIGHT
+from slipstream.guard import batch_fault
 from slipstream.model import head
-from slipstream.objective import advantages, kernel_objective
+from slipstream.objective import Advantages, advantages, kernel_objective
 from slipstream.packing import pack
 from slipstream.rewards import components
-from slipstream.training import DeviceBatch, Optimizer, schedule, score, trained_hidden
-from slipstream.types import Float32Array, Int32Array, ToolStatus, Trajectory
+from slipstream.training import DeviceBatch, Optimizer, Update, schedule, score, trained_hidden
+from slipstream.types import Float32Array, Int32Array, ToolStatus, Trajectory, TrajectoryId
 from slipstream_kernels import PolicyMetrics, finish_metrics, linear_policy_loss, merge_metrics
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fault:
+    """An update that was left out."""
+
+    reason: str
+    trajectories: tuple[int, ...]
+    """Whose they would have been, as indices of the batch."""
+    of_batch: bool = False
+    """True when a value in the batch was at fault, False for the loss or its gradient."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -30,27 +54,48 @@ class StepResult:
 
     metrics: Mapping[str, float]
     tokens_trained: int
-    skipped: bool
-    """True when a non-finite value kept the weights as they were."""
+    faults: tuple[Fault, ...] = ()
+
+    @property
+    def skipped(self) -> bool:
+        """True when a value that is not finite, or a spike, kept an update from the weights."""
+        return bool(self.faults)
 
 
 class PolicyStep:
     """Moves a policy by decoupled PPO; holds the optimizer and the frozen reference policy."""
 
-    def __init__(self, model: PreTrainedModel, reference: PreTrainedModel | None, config: RunConfig) -> None:
-        """`reference` is needed while `objective.kl_coefficient` is positive."""
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        reference: PreTrainedModel | None,
+        config: RunConfig,
+        *,
+        quarantine: Path | None = None,
+    ) -> None:
+        """`reference` is needed while `objective.kl_coefficient` is positive.
+
+        Into the folder `quarantine` goes a file with the reason and the identities of each update left out.
+        """
         # Dropout would make the trained policy another than the one that sampled.
         self._model = model.eval()
         self._reference = reference.eval().requires_grad_(False) if reference is not None else None
         self._config = config
         self._device = head(model).device
         self._objective = kernel_objective(config.objective)
+        self._quarantine = quarantine
+        self._files: list[Path] = []
+        """Of the updates left out since the last one made."""
         self.optimizer = Optimizer(model, config.optim)
 
     def __call__(
         self, trajectories: Sequence[Trajectory], slips: Sequence[Int32Array], *, step: int
     ) -> StepResult:
-        """Train on whole groups after `step` steps; `slips` holds each trajectory's [T] slip."""
+        """Train on whole groups after `step` steps; `slips` holds each trajectory's [T] slip.
+
+        Raises NumericsError after `optim.max_skips` updates in a row that were left out, naming step, reason
+        and quarantine.
+        """
         config = self._config
         worth = advantages(trajectories, config.objective, config.rewards)
         fresh = [slip <= config.max_slip for slip in slips]
@@ -58,36 +103,87 @@ class PolicyStep:
             (t.loss_mask * young * np.isfinite(value)).astype(np.float32)
             for t, young, value in zip(trajectories, fresh, worth.rewards, strict=True)
         ]
-        parts = [
-            self._batches(trajectories, worth.advantages, weights, chosen)
-            for chosen in self._minibatches(trajectories)
-        ]
-        share = schedule(step, steps=config.steps, config=config.optim)
-        proximals = [self._proximals(part) for part in parts]
         kernel_metrics: list[PolicyMetrics] = []
-        updates = [
-            self.optimizer.step(self._losses(part, proximal, kernel_metrics), share=share)
-            for part, proximal in zip(parts, proximals, strict=True)
-            if part
-        ]
+        if reason := batch_fault(trajectories, worth.rewards, worth.advantages):
+            everything = range(len(trajectories))
+            moves = [self._guarded(lambda: self.optimizer.skip(reason), trajectories, everything, step)]
+        else:
+            moves = self._moves(trajectories, worth, weights, step, kernel_metrics)
+        faults = tuple(
+            Fault(reason=update.fault, trajectories=tuple(chosen), of_batch=bool(reason))
+            for chosen, update in moves
+            if update.fault
+        )
+        skipped = {index for fault in faults for index in fault.trajectories}
+        trained = sum(int(weight.sum()) for index, weight in enumerate(weights) if index not in skipped)
         sampled = sum(int(t.loss_mask.sum()) for t in trajectories)
         over_age = sum(int(t.loss_mask[~young].sum()) for t, young in zip(trajectories, fresh, strict=True))
-        trained = sum(int(weight.sum()) for weight in weights)
         read = _readable(kernel_metrics)
+        last = moves[-1][1] if moves else None
         metrics = {
             **read,
-            **(updates[-1] if updates else {}),
+            **({"grad_norm": last.grad_norm, "learning_rate": last.learning_rate} if last else {}),
             **describe(trajectories),
             "reward": float(np.nanmean(worth.rewards)) if np.isfinite(worth.rewards).any() else 0.0,
             "groups/zero_variance": worth.zero_variance_share,
             "masked": 1.0 - trained * (1.0 - read.get("masked/trust", 0.0)) / max(sampled, 1),
             "masked/over_age": over_age / max(sampled, 1),
+            "skipped/batch": float(sum(fault.of_batch for fault in faults)),
+            "skipped/update": float(sum(not fault.of_batch for fault in faults)),
         }
-        return StepResult(
-            metrics=metrics,
-            tokens_trained=trained,
-            skipped=any(update["skipped"] for update in updates),
+        return StepResult(metrics=metrics, tokens_trained=trained, faults=faults)
+
+    def _moves(
+        self,
+        trajectories: Sequence[Trajectory],
+        worth: Advantages,
+        weights: Sequence[Float32Array],
+        step: int,
+        sink: list[PolicyMetrics],
+    ) -> list[tuple[Sequence[int], Update]]:
+        """Make one update per minibatch that has trained tokens; return its trajectories and what it did."""
+        chosen = self._minibatches(trajectories)
+        parts = [self._batches(trajectories, worth.advantages, weights, indices) for indices in chosen]
+        share = schedule(step, steps=self._config.steps, config=self._config.optim)
+        proximals = [self._proximals(part) for part in parts]
+        moves: list[tuple[Sequence[int], Update]] = []
+        for indices, part, proximal in zip(chosen, parts, proximals, strict=True):
+            if part:
+                losses = self._losses(part, proximal, sink)
+                move = functools.partial(self.optimizer.step, losses, share=share)
+                moves.append(self._guarded(move, trajectories, indices, step))
+        return moves
+
+    def _guarded(
+        self, move: Callable[[], Update], trajectories: Sequence[Trajectory], chosen: Sequence[int], step: int
+    ) -> tuple[Sequence[int], Update]:
+        """Make an update; one that is left out goes into quarantine, also when it ends the run."""
+        identities = [trajectories[index].identity for index in chosen]
+        try:
+            update = move()
+        except NumericsError as error:
+            self._write_down(step, str(error), identities)
+            files = ", ".join(map(str, self._files)) or "nowhere"
+            raise NumericsError(f"step {step}: {error} (quarantined: {files})") from error
+        if update.fault:
+            self._write_down(step, update.fault, identities)
+        else:
+            self._files.clear()
+        return chosen, update
+
+    def _write_down(self, step: int, reason: str, identities: Sequence[TrajectoryId]) -> None:
+        log.warning(
+            "step %d: %s; weights unchanged, %d trajectories quarantined", step, reason, len(identities)
         )
+        FLIGHT.note(f"step {step} skipped: {reason}")
+        if self._quarantine is None:
+            return
+        self._quarantine.mkdir(parents=True, exist_ok=True)
+        same_step = len(list(self._quarantine.glob(f"step-{step:08d}*.json")))
+        suffix = f"-{same_step}" if same_step else ""
+        self._files.append(self._quarantine / f"step-{step:08d}{suffix}.json")
+        noted = {"step": step, "reason": reason, "identities": [asdict(identity) for identity in identities]}
+        self._files[-1].write_text(json.dumps(noted, indent=1), encoding="utf-8")
 
     def _minibatches(self, trajectories: Sequence[Trajectory]) -> list[list[int]]:
         """Split trajectory indices into whole groups, one list per optimizer update."""

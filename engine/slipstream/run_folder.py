@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from slipstream import config as configuration
+from slipstream import plain_json
 from slipstream.config import RunConfig
 from slipstream.errors import ConfigurationError, RunFolderError
 
@@ -88,7 +89,7 @@ def first_difference(old: RunConfig, new: RunConfig) -> tuple[str, Any, Any] | N
 def read_json(path: Path) -> dict[str, Any]:
     """Return a JSON object that a role keeps in the folder, or {} when there is none yet."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = plain_json.read(path)
     except (FileNotFoundError, ValueError):
         return {}
     return value if isinstance(value, dict) else {}

@@ -112,10 +112,16 @@ class Spool:
     def sync(self) -> None:
         """Make everything written so far as durable as was asked for; raises StorageError."""
         self._refuse_after_failure()
+        # Taken first: another thread may write meanwhile, and what it writes counts for the next sync.
+        segments, self._unsynced = self._unsynced, []
         with self._final():
-            while self._unsynced:
-                sync(self._unsynced[-1].file, self._unsynced[-1].path)
-                self._unsynced.pop()
+            for segment in segments:
+                sync(segment.file, segment.path)
+
+    @property
+    def must_sync(self) -> bool:
+        """Whether records are durable only after `sync`."""
+        return self._durability == "power"
 
     def has_room(self, payload_bytes: int) -> bool:
         """Return whether a record of this size fits beside the unacknowledged ones."""

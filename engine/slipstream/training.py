@@ -1,8 +1,8 @@
 """Floor 4. The optimizer step that learner and warm-up share.
 
 A step sees packed micro-batches (packing.py), runs the decoder once on each, hands hidden states and
-head to the kernels, and lets AdamW move the weights. Non-finite losses or gradients never reach the
-weights: the step is skipped and counted.
+head to the kernels, and lets AdamW move the weights. Losses and gradients that are not finite, or spike,
+never reach the weights: the update is skipped and counted, weights and AdamW's state keep every bit.
 
 Dimensions: T packed tokens, N trained tokens.
 """
@@ -25,6 +25,7 @@ from slipstream.attention import PackedSegments, run_decoder
 from slipstream.config import OptimConfig
 from slipstream.errors import CheckpointError, NumericsError
 from slipstream.flight_recorder import FLIGHT
+from slipstream.guard import LARGEST, SpikeGuard
 from slipstream.model import head
 from slipstream.packing import PackedBatch
 from slipstream_kernels import linear_logprob
@@ -91,8 +92,19 @@ def schedule(step: int, *, steps: int, config: OptimConfig) -> float:
     return rise * (1.0 - (1.0 - config.final_share) * progress)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Update:
+    """What one update did."""
+
+    grad_norm: float
+    """Before clipping; NaN when there was no gradient."""
+    learning_rate: float
+    fault: str = ""
+    """Why weights and AdamW's state were left as they are, or "" when they moved."""
+
+
 class Optimizer:
-    """AdamW over a model, with clipping and a guard against non-finite values."""
+    """AdamW over a model, with clipping and a guard against values that are not finite or spike."""
 
     def __init__(self, model: PreTrainedModel, config: OptimConfig) -> None:
         self._model = model
@@ -106,45 +118,82 @@ class Optimizer:
             weight_decay=config.weight_decay,
             foreach=True,
         )
+        self._guard = SpikeGuard(config.spike_factor)
         self.skipped_in_a_row = 0
         self.skipped = 0
 
-    def step(self, losses: Sequence[Callable[[], Tensor]], *, share: float) -> Mapping[str, float]:
+    def step(self, losses: Sequence[Callable[[], Tensor]], *, share: float) -> Update:
         """Add up the gradients of `losses`, clip, update.
 
         Each loss is a function so that one micro-batch's activations are freed before the next begins.
-        `share` scales the learning rate. Returns the gradient norm and whether the update was skipped.
-        Raises NumericsError after `max_skips` non-finite steps in a row.
+        `share` scales the learning rate. Raises NumericsError after `max_skips` skipped updates in a row,
+        and at once when the weights themselves are no numbers.
         """
-        self._adam.zero_grad(set_to_none=True)
-        finite = True
-        for loss in losses:
-            FLIGHT.beat()
-            value = loss()
-            finite = finite and bool(torch.isfinite(value))
-            if not finite:
-                break
-            value.backward()
-        norm = math.nan
-        if finite:
-            norm = float(torch.nn.utils.clip_grad_norm_(self._parameters, self._config.max_grad_norm))
-        if not math.isfinite(norm):
-            return self._skip(norm)
+        total, norm = self._gradient(losses)
+        fault = self._guard.fault(total, norm)
+        if fault:
+            return self.skip(fault, norm)
+        torch.nn.utils.clip_grads_with_norm_(
+            self._parameters, self._config.max_grad_norm, torch.tensor(norm), foreach=True
+        )
         for group in self._adam.param_groups:
             group["lr"] = self._config.learning_rate * share
         self._adam.step()
+        self._check_weights()
+        self._guard.accept(total, norm)
         self.skipped_in_a_row = 0
-        return {"grad_norm": norm, "learning_rate": self._config.learning_rate * share, "skipped": 0.0}
+        return Update(grad_norm=norm, learning_rate=self._config.learning_rate * share)
 
-    def _skip(self, norm: float) -> Mapping[str, float]:
+    def skip(self, fault: str, norm: float = math.nan) -> Update:
+        """Count an update that is left out because of `fault`; raises NumericsError as `step` does."""
+        self._adam.zero_grad(set_to_none=True)
+        self._check_weights()
         self.skipped += 1
         self.skipped_in_a_row += 1
         if self.skipped_in_a_row >= self._config.max_skips:
             raise NumericsError(
-                f"loss or gradient was not finite {self.skipped_in_a_row} steps in a row; "
+                f"{fault}, and {self.skipped_in_a_row} updates in a row were skipped; "
                 "lower optim.learning_rate or look at the quarantined batches"
             )
-        return {"grad_norm": norm, "learning_rate": 0.0, "skipped": 1.0}
+        return Update(grad_norm=norm, learning_rate=0.0, fault=fault)
+
+    def _gradient(self, losses: Sequence[Callable[[], Tensor]]) -> tuple[float, float]:
+        """Leave the gradient in the parameters; return the sum of the losses, and the gradient's norm."""
+        self._adam.zero_grad(set_to_none=True)
+        total = 0.0
+        for loss in losses:
+            FLIGHT.beat()
+            value = loss()
+            total += float(value.detach())
+            if not math.isfinite(total):
+                return total, math.nan
+            value.backward()
+        gradients = [p.grad for p in self._parameters if p.grad is not None]
+        return total, float(torch.nn.utils.get_total_norm(gradients))
+
+    def _check_weights(self) -> None:
+        """Raise NumericsError when a weight is no number, or absurd: nobody may publish these."""
+        with torch.no_grad():
+            largest = float(torch.nn.utils.get_total_norm(self._parameters, norm_type=math.inf))
+        if not largest <= LARGEST:
+            raise NumericsError(
+                f"the largest weight is {largest:g}: memory or AdamW's state is damaged; "
+                "continue from the last checkpoint with --resume"
+            )
+
+    def guard_state(self) -> dict[str, Any]:
+        """Return the guard's counters and history as plain data for a checkpoint."""
+        return {
+            "skipped": self.skipped,
+            "skipped_in_a_row": self.skipped_in_a_row,
+            "accepted": self._guard.state(),
+        }
+
+    def load_guard_state(self, state: Mapping[str, Any]) -> None:
+        """Restore what `guard_state` gave."""
+        self.skipped = int(state["skipped"])
+        self.skipped_in_a_row = int(state["skipped_in_a_row"])
+        self._guard.load_state(state["accepted"])
 
     def state_tensors(self) -> dict[str, Tensor]:
         """Return copies of AdamW's state as named tensors: exp_avg.NAME, exp_avg_sq.NAME, step.NAME.

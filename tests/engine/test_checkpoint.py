@@ -133,9 +133,22 @@ def test_tensors_and_state_come_back(tmp_path: Path) -> None:
     checkpoint.write_state(tmp_path / "s", {"cursor": 3})
     assert checkpoint.read_state(tmp_path / "s") == {"cursor": 3}
     (tmp_path / "t").write_bytes(b"\xff" * 20)
-    with pytest.raises(CheckpointError, match="expected a safetensors file, got damage"):
+    with pytest.raises(CheckpointError, match="expected a header of at most 12 bytes, got 1844"):
         checkpoint.read_tensors(tmp_path / "t")
     with pytest.raises(CheckpointError, match="the file is missing"):
         checkpoint.read_tensors(tmp_path / "none")
     with pytest.raises(ValueError, match="not JSON compliant"):
         checkpoint.write_state(tmp_path / "s", {"loss": float("nan")})
+
+
+@pytest.mark.parametrize("name", ["../other", "/etc/passwd", "a/../../b", "a//b", "", ".", "a\0b"])
+def test_a_manifest_names_no_file_outside_its_folder(tmp_path: Path, name: str) -> None:
+    """Publishing a copy would write where it says."""
+    source = tmp_path / "source"
+    source.mkdir()
+    (tmp_path / "other").write_text("")
+    entry = {"size": 0, "sha256": "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"}
+    (source / "manifest.json").write_text(json.dumps({"format": 1, "files": {name: entry}}))
+    with pytest.raises(CheckpointError, match="expected names of files beside it, got"):
+        checkpoint.publish_folder(source, tmp_path / "deep" / "target")
+    assert not (tmp_path / "deep").exists()

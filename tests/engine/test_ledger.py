@@ -278,40 +278,30 @@ def test_bad_trajectories_are_quarantined_and_acknowledged(rig: Rig, damage: str
     assert rig.ledger.books()["leased"] == 1
 
 
-@pytest.mark.parametrize("damage", ["bit", "frames"])
-def test_what_the_network_damaged_is_asked_for_again(rig: Rig, damage: str) -> None:
+@pytest.mark.parametrize("damage", ["bit", "frames", "short"])
+def test_a_record_damaged_on_its_way_is_asked_for_again(rig: Rig, damage: str) -> None:
+    """The actor still has it whole: an acknowledgement would lose it."""
     peer, announced = ready(rig)
     (lease,) = rig.want(peer, 1)
-    made = rig.made(peer, lease, announced.version.serial)
-    record = bytes(encode_trajectory(made))
-    bad = bytearray(record)
-    bad[40] ^= 1
-    frames = [record, b"more"] if damage == "frames" else [bad]
-    (reply,) = rig.say(peer, m.Deliver(seq=made.identity.seq), frames)
-    assert isinstance(reply, m.Refused)
-    assert reply.retry
-    assert rig.ledger.books()["made"] == 0
-    rig.deliver(peer, made)
-    assert rig.ledger.books()["buffered"] == 1
+    record = encode_trajectory(rig.made(peer, lease, announced.version.serial))
+    flipped = bytes(record[:40]) + bytes([record[40] ^ 1]) + bytes(record[41:])
+    damaged = {"bit": [flipped], "frames": [record, b"more"], "short": [b"x"]}[damage]
+    for _ in range(3):
+        (refused,) = rig.say(peer, m.Deliver(seq=rig.seq), damaged)
+        assert isinstance(refused, m.Refused)
+        assert refused.retry
+        assert f"record {rig.seq} was damaged" in refused.reason
     assert rig.ledger.books()["quarantined"] == 0
-
-
-def test_what_comes_damaged_every_time_is_quarantined_and_does_not_wedge_its_actor(rig: Rig) -> None:
-    peer, announced = ready(rig)
-    (lease,) = rig.want(peer, 1)
-    bad = encode_trajectory(rig.made(peer, lease, announced.version.serial))
-    bad[40] ^= 1
-    kinds = [[type(reply).__name__ for reply in rig.say(peer, m.Deliver(seq=7), [bad])] for _ in range(4)]
-    assert kinds == [["Refused"]] * 3 + [["Ack"]]
-    assert rig.bad == [bytes(bad)]
-
-
-def test_an_actor_that_was_away_at_the_end_is_told_to_stop(rig: Rig) -> None:
-    rig.learner()
-    rig.say(b"learner", m.Finish(reason="done"))
-    peer = b"late/s"
-    replies = rig.say(peer, hello("actor", "late", "s"))
-    assert [type(reply).__name__ for reply in replies] == ["Welcome", "Stop"]
+    if damage == "bit":
+        rig.say(peer, m.Deliver(seq=rig.seq), [record])
+        assert rig.ledger.books()["buffered"] == 1
+        return
+    # What is never whole is damaged where it lies, and must not wedge its actor.
+    assert [r.seqs for r in rig.say(peer, m.Deliver(seq=rig.seq), damaged) if isinstance(r, m.Ack)] == [
+        (rig.seq,)
+    ]
+    assert rig.ledger.books()["quarantined"] == 1
+    assert rig.bad == [b"".join(bytes(frame) for frame in damaged)]
 
 
 def test_groups_too_old_at_hand_out_are_dropped_and_make_room(rig: Rig) -> None:
@@ -519,6 +509,19 @@ def test_a_new_process_of_an_actor_takes_over_at_once(rig: Rig) -> None:
     assert [(x.attempt, x.issue) for x in rig.want(new, 1)] == [(unsent.attempt, 1)]
 
 
+@pytest.mark.parametrize("role", ["actor", "learner"])
+@pytest.mark.parametrize("restarted", [False, True])
+def test_a_process_that_was_replaced_never_comes_back(rig: Rig, role: str, restarted: bool) -> None:
+    """Neither over a new connection nor to a hub started again: a learner would roll the run back."""
+    for session in ("old", "new"):
+        assert [type(r) for r in rig.say(b"1" + session.encode(), hello(role, "x", session))] == [m.Welcome]
+    if restarted:
+        rig.restart()
+    (refused,) = rig.say(b"2old", hello(role, "x", "old"))
+    assert refused == m.Refused(reason="another process took this name")
+    assert [type(r) for r in rig.say(b"2new", hello(role, "x", "new"))] == [m.Welcome]
+
+
 def test_tokens_of_a_process_that_proved_nothing_do_not_count(rig: Rig) -> None:
     old, announced = ready(rig)
     (lease,) = rig.want(old, 1)
@@ -563,6 +566,15 @@ def test_an_evaluation_is_pinned_booked_apart_and_told(rig: Rig) -> None:
     assert rig.ledger.books()["evaluation_evaluated"] == 2
     rig.learner(step=0)
     assert [r.replayed for _, r, _ in rig.replies if isinstance(r, m.Evaluated)] == [False, True]
+
+
+def test_who_joins_after_the_end_is_told_to_stop(rig: Rig) -> None:
+    """An actor that was away when the learner finished would wait for ever."""
+    rig.learner()
+    assert rig.say(b"learner", m.Finish(reason="done")) == [m.Stop(reason="done")]
+    assert rig.say(b"late", hello("actor", "late", "s"))[1:] == [m.Stop(reason="done")]
+    rig.learner(session="resumed")
+    assert rig.say(b"late", hello("actor", "late", "s"))[1:] == []
 
 
 def test_an_unknown_peer_is_asked_to_say_hello(rig: Rig) -> None:
@@ -632,7 +644,8 @@ class Interleavings(RuleBasedStateMachine):
 
     @rule()
     def garbage(self) -> None:
-        self.rig.say(self.peers["a"], m.Deliver(seq=0), [b"x"] * 9)
+        for _ in range(3):
+            self.rig.say(self.peers["a"], m.Deliver(seq=0), [b"x"] * 9)
 
     @rule()
     def pull(self) -> None:

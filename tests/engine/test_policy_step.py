@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import math
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +19,7 @@ from slipstream.config import RunConfig, load_config
 from slipstream.errors import NumericsError
 from slipstream.metrics import undefined_names
 from slipstream.model import named_weights
-from slipstream.objective import advantages
+from slipstream.objective import Advantages, advantages
 from slipstream.policy_step import PolicyStep, StepResult, describe
 from slipstream.types import (
     Int32Array,
@@ -89,10 +93,10 @@ def slips_of(batch: Sequence[Trajectory], value: int = 1) -> list[Int32Array]:
 class Stepper:
     """A policy and a step whose gradient is read off AdamW's first moment."""
 
-    def __init__(self, make_model: ModelMaker, *overrides: str) -> None:
+    def __init__(self, make_model: ModelMaker, *overrides: str, quarantine: Path | None = None) -> None:
         self.config = config_of(*overrides)
         self.model = make_model(seed=0)
-        self.step = PolicyStep(self.model, make_model(seed=2), self.config)
+        self.step = PolicyStep(self.model, make_model(seed=2), self.config, quarantine=quarantine)
 
     def __call__(self, batch: list[Trajectory], slips: list[Int32Array] | None = None) -> StepResult:
         return self.step(batch, slips_of(batch) if slips is None else slips, step=0)
@@ -294,24 +298,140 @@ def test_a_nan_never_reaches_the_weights(make_model: ModelMaker, batch: list[Tra
     before, state = stepper.weights(), stepper.step.optimizer.state_tensors()
     for _ in range(2):
         assert stepper(damaged(batch)).skipped
-    with pytest.raises(NumericsError, match="not finite 3 steps in a row"):
+    with pytest.raises(NumericsError, match="3 updates in a row were skipped"):
         stepper(damaged(batch))
     assert all(torch.equal(before[name], tensor) for name, tensor in stepper.weights().items())
     after = stepper.step.optimizer.state_tensors()
     assert all(torch.equal(state[name], tensor) for name, tensor in after.items())
 
 
-def test_a_skip_in_any_minibatch_is_told(make_model: ModelMaker, batch: list[Trajectory]) -> None:
-    stepper = Stepper(make_model, "optim.minibatches=2", "batch.groups=2")
-    assert stepper(damaged(batch)).skipped
-    assert stepper.step.optimizer.skipped == 1
+HUGE = 1e30
 
 
-@pytest.mark.parametrize("value", [None, float("nan"), float("inf")])
-def test_a_reward_that_is_no_number_is_left_out(
-    make_model: ModelMaker, batch: list[Trajectory], value: float | None
+def with_logprob(t: Trajectory, value: float) -> Trajectory:
+    logprobs = t.behavior_logprobs.copy()
+    logprobs[np.flatnonzero(t.loss_mask)[-1]] = value
+    return dataclasses.replace(t, behavior_logprobs=logprobs)
+
+
+def with_score(t: Trajectory, value: float) -> Trajectory:
+    return dataclasses.replace(t, scores=(dataclasses.replace(t.scores[0], value=value),))
+
+
+def with_weight(t: Trajectory, value: float) -> Trajectory:
+    return dataclasses.replace(t, scores=(dataclasses.replace(t.scores[0], weight=value),))
+
+
+BAD = [math.nan, math.inf, -math.inf, HUGE, -HUGE, 1e39]
+FIELDS = {
+    "behavior log-probability": with_logprob,
+    "score outcome": with_score,
+    "score outcome ": with_weight,
+}
+
+
+@pytest.mark.parametrize("value", BAD)
+@pytest.mark.parametrize("field", FIELDS)
+def test_a_bad_value_in_a_batch_is_caught_before_any_update(
+    make_model: ModelMaker, batch: list[Trajectory], tmp_path: Path, field: str, value: float
 ) -> None:
-    lost = Score(name="outcome", kind=ScoreKind.OUTCOME, weight=1.0, value=value)
+    stepper = Stepper(make_model, "optim.minibatches=2", "batch.groups=2", quarantine=tmp_path / "q")
+    stepper(batch)
+    before, state = stepper.weights(), stepper.step.optimizer.state_tensors()
+    with np.errstate(over="ignore"):
+        poisoned = [*batch[:5], FIELDS[field](batch[5], value), *batch[6:]]
+    result = stepper(poisoned)
+    (fault,) = result.faults
+    assert fault.reason.startswith(f"{field.strip()} of trajectory a/5 is ")
+    assert (fault.of_batch, fault.trajectories) == (True, tuple(range(8)))
+    assert (result.tokens_trained, result.metrics["skipped/batch"], result.metrics["masked"]) == (0, 1.0, 1.0)
+    assert undefined_names(result.metrics) == []
+    assert all(torch.equal(before[name], tensor) for name, tensor in stepper.weights().items())
+    after = stepper.step.optimizer.state_tensors()
+    assert all(torch.equal(state[name], tensor) for name, tensor in after.items())
+    noted = json.loads((tmp_path / "q/step-00000000.json").read_text())
+    assert noted == {
+        "step": 0,
+        "reason": fault.reason,
+        "identities": [{"run": "r", "actor": "a", "epoch": 0, "seq": n} for n in range(8)],
+    }
+
+
+@pytest.mark.parametrize("value", BAD[:5])
+def test_a_bad_advantage_is_caught_before_any_update(
+    make_model: ModelMaker, batch: list[Trajectory], value: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def spoilt(*arguments: Any) -> Advantages:
+        worth = advantages(*arguments)
+        worth.advantages[3] = value
+        return worth
+
+    stepper = Stepper(make_model)
+    before = stepper.weights()
+    monkeypatch.setattr("slipstream.policy_step.advantages", spoilt)
+    assert stepper(batch).faults[0].reason == f"advantage of trajectory a/3 is {float(np.float32(value))}"
+    assert all(torch.equal(before[name], tensor) for name, tensor in stepper.weights().items())
+
+
+def test_a_skipped_minibatch_is_as_if_its_groups_had_not_been_there(
+    make_model: ModelMaker, batch: list[Trajectory], tmp_path: Path
+) -> None:
+    """The gradient of the first minibatch is spoilt; the second moves the weights from where they were."""
+    options = ("optim.minibatches=2", "batch.groups=2")
+    stepper, without = Stepper(make_model, *options, quarantine=tmp_path), Stepper(make_model, *options)
+    calls: list[None] = []
+
+    def spoil(gradient: Tensor) -> Tensor:
+        calls.append(None)
+        return gradient * math.nan if len(calls) == 1 else gradient
+
+    next(stepper.model.parameters()).register_hook(spoil)
+    result = stepper(batch)
+    (fault,) = result.faults
+    assert (fault.trajectories, fault.of_batch) == ((0, 1, 2, 3), False)
+    assert fault.reason == "gradient norm is nan"
+    assert result.tokens_trained == sum(int(t.loss_mask.sum()) for t in batch[4:])
+    without.step._minibatches = lambda _: [[4, 5, 6, 7]]
+    without(batch)
+    expected = without.weights()
+    assert all(torch.equal(expected[name], tensor) for name, tensor in stepper.weights().items())
+    noted = json.loads((tmp_path / "step-00000000.json").read_text())
+    assert [identity["seq"] for identity in noted["identities"]] == [0, 1, 2, 3]
+
+
+def test_the_last_skip_names_step_reason_and_all_quarantine_files(
+    make_model: ModelMaker, batch: list[Trajectory], tmp_path: Path
+) -> None:
+    stepper = Stepper(make_model, "optim.max_skips=2", quarantine=tmp_path)
+    slips = slips_of(batch)
+    stepper.step(damaged(batch), slips, step=6)
+    stepper.step(batch, slips, step=7)
+    stepper.step(damaged(batch), slips, step=8)
+    with pytest.raises(NumericsError) as raised:
+        stepper.step(damaged(batch), slips, step=9)
+    files = [f"{tmp_path}/step-{step:08d}.json" for step in (8, 9)]
+    assert str(raised.value) == (
+        "step 9: behavior log-probability of trajectory a/3 is nan, and 2 updates in a row were skipped; "
+        f"lower optim.learning_rate or look at the quarantined batches (quarantined: {', '.join(files)})"
+    )
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_spoilt_weight_of_the_frozen_policy_is_caught(
+    make_model: ModelMaker, batch: list[Trajectory], value: float
+) -> None:
+    stepper = Stepper(make_model)
+    assert stepper.step._reference is not None
+    with torch.no_grad():
+        next(stepper.step._reference.parameters())[3, 3] = value
+    before = stepper.weights()
+    assert stepper(batch).skipped
+    assert all(torch.equal(before[name], tensor) for name, tensor in stepper.weights().items())
+
+
+def test_a_trajectory_nobody_could_judge_is_left_out(make_model: ModelMaker, batch: list[Trajectory]) -> None:
+    lost = Score(name="outcome", kind=ScoreKind.OUTCOME, weight=1.0, value=None, invalid="grader died")
     judged = [dataclasses.replace(t, scores=(lost,)) if n == 2 else t for n, t in enumerate(batch)]
     stepper, without = Stepper(make_model, UNCLIPPED), Stepper(make_model, UNCLIPPED)
     result = stepper(judged)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Callable
 
 import pytest
@@ -9,10 +11,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from slipstream import guard
 from slipstream.config import OptimConfig
 from slipstream.errors import CheckpointError, NumericsError
 from slipstream.model import named_weights
-from slipstream.training import Optimizer, schedule
+from slipstream.training import Optimizer, Update, schedule
 
 ModelMaker = Callable[..., PreTrainedModel]
 
@@ -68,11 +71,7 @@ def test_a_step_is_that_of_adamw(make_model: ModelMaker) -> None:
     for parameter in plain.parameters():
         parameter.grad /= norm.float()
     adam.step()
-    assert notes == {
-        "grad_norm": pytest.approx(float(norm), rel=1e-5),
-        "learning_rate": 0.005,
-        "skipped": 0.0,
-    }
+    assert notes == Update(grad_norm=pytest.approx(float(norm), rel=1e-5), learning_rate=0.005)
     for name, tensor in named_weights(model).items():
         torch.testing.assert_close(tensor, named_weights(plain)[name], atol=1e-6, rtol=1e-5)
 
@@ -140,9 +139,9 @@ def test_non_finite_losses_leave_everything_as_it_was(
     losses = [loss_of(model, 1), loss_of(model, 2)]
     losses[place] = loss_of(model, 3, scale)
     for count in (1, 2):
-        assert optimizer.step(losses, share=1.0)["skipped"] == 1.0
+        assert optimizer.step(losses, share=1.0).fault
         assert (optimizer.skipped, optimizer.skipped_in_a_row) == (count, count)
-    with pytest.raises(NumericsError, match="not finite 3 steps in a row"):
+    with pytest.raises(NumericsError, match="3 updates in a row were skipped"):
         optimizer.step(losses, share=1.0)
     assert_equal(weights_of(model), weights)
     assert_equal(optimizer.state_tensors(), state)
@@ -155,7 +154,119 @@ def test_non_finite_gradients_of_a_finite_loss_are_skipped_too(make_model: Model
     # The root's slope at 0 is infinite.
     parameter = next(model.parameters())
     notes = optimizer.step([lambda: (parameter.flatten()[0] * 0).abs().sqrt()], share=1.0)
-    assert notes["skipped"] == 1.0
+    assert notes.fault
     assert_equal(weights_of(model), weights)
-    assert optimizer.step([loss_of(model, 1)], share=1.0)["skipped"] == 0.0
+    assert optimizer.step([loss_of(model, 1)], share=1.0).fault == ""
     assert (optimizer.skipped, optimizer.skipped_in_a_row) == (1, 0)
+
+
+def spiking(model: PreTrainedModel, seed: int, gradient: float) -> Callable[[], Tensor]:
+    """A usual loss whose gradient a hook multiplies."""
+    usual = loss_of(model, seed)
+
+    def loss() -> Tensor:
+        value = usual()
+        value.register_hook(lambda incoming: incoming * gradient)
+        return value
+
+    return loss
+
+
+def warmed_up(make_model: ModelMaker, **options: float) -> tuple[PreTrainedModel, Optimizer]:
+    model = make_model()
+    optimizer = Optimizer(model, CONFIG.model_copy(update=options))
+    for seed in range(guard.WARMUP):
+        assert not optimizer.step([loss_of(model, seed)], share=0.1).fault
+    return model, optimizer
+
+
+@pytest.mark.parametrize("size", [100.0, -100.0, 1e8, 1e30, -1e30, float("nan"), float("inf")])
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_spikes_leave_everything_as_it_was(make_model: ModelMaker, where: str, size: float) -> None:
+    model, optimizer = warmed_up(make_model)
+    weights, state = weights_of(model), optimizer.state_tensors()
+    accepted = optimizer.guard_state()["accepted"]
+    bad = loss_of(model, 9, size) if where == "loss" else spiking(model, 9, size)
+    update = optimizer.step([loss_of(model, 8), bad], share=1.0)
+    assert re.match(r"(loss|gradient norm) is \S+(, a spike: expected at most \d.*)?$", update.fault)
+    assert update.learning_rate == 0.0
+    assert_equal(weights_of(model), weights)
+    assert_equal(optimizer.state_tensors(), state)
+    assert optimizer.guard_state() == {"skipped": 1, "skipped_in_a_row": 1, "accepted": accepted}
+    assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("size", [1e8, 1e30])
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_absurd_values_are_caught_in_the_very_first_update(
+    make_model: ModelMaker, where: str, size: float
+) -> None:
+    model = make_model()
+    optimizer, weights = Optimizer(model, CONFIG), weights_of(model)
+    bad = loss_of(model, 9, size) if where == "loss" else spiking(model, 9, size)
+    fault = optimizer.step([bad], share=1.0).fault
+    # The norm of the largest gradients overflows.
+    assert "a spike: expected at most 1e+06" in fault or fault == "gradient norm is inf"
+    assert_equal(weights_of(model), weights)
+
+
+def test_a_factor_of_zero_lets_spikes_through_but_nothing_that_is_not_finite(make_model: ModelMaker) -> None:
+    model, optimizer = warmed_up(make_model, spike_factor=0.0)
+    assert not optimizer.step([spiking(model, 9, 1e8)], share=1.0).fault
+    assert optimizer.step([spiking(model, 9, float("nan"))], share=1.0).fault
+
+
+def test_spikes_in_a_row_end_the_run(make_model: ModelMaker) -> None:
+    model, optimizer = warmed_up(make_model)
+    for _ in range(2):
+        optimizer.step([spiking(model, 9, 1e4)], share=1.0)
+    with pytest.raises(
+        NumericsError, match=r"gradient norm is .*, a spike: .* 3 updates in a row were skipped"
+    ):
+        optimizer.step([spiking(model, 9, 1e4)], share=1.0)
+
+
+def test_a_resumed_guard_judges_as_the_first_would_have(make_model: ModelMaker) -> None:
+    model, optimizer = warmed_up(make_model)
+    optimizer.step([spiking(model, 9, 1e4)], share=1.0)
+    resumed = Optimizer(make_model(), CONFIG)
+    resumed.load_guard_state(json.loads(json.dumps(optimizer.guard_state())))
+    assert resumed.guard_state() == optimizer.guard_state()
+    assert (resumed.skipped, resumed.skipped_in_a_row) == (1, 1)
+    assert "a spike" in resumed.step([spiking(resumed._model, 9, 100.0)], share=1.0).fault
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e30])
+def test_a_spoilt_weight_ends_the_run_before_anybody_publishes_it(
+    make_model: ModelMaker, value: float
+) -> None:
+    model = make_model()
+    optimizer = Optimizer(model, CONFIG)
+    with torch.no_grad():
+        list(model.parameters())[3].flatten()[5] = value
+    with pytest.raises(
+        NumericsError, match=r"the largest weight is (nan|inf|1e\+30): memory or AdamW's state"
+    ):
+        optimizer.step([loss_of(model, 1)], share=1.0)
+
+
+@pytest.mark.parametrize("kind", ["exp_avg", "exp_avg_sq"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30])
+def test_a_spoilt_state_of_adamw_ends_the_run_or_moves_nothing_far(
+    make_model: ModelMaker, kind: str, value: float
+) -> None:
+    """A huge second moment only stops its weight from moving."""
+    model = make_model()
+    optimizer = Optimizer(model, CONFIG)
+    optimizer.step([loss_of(model, 1)], share=1.0)
+    state = optimizer.state_tensors()
+    name = next(name for name in state if name.startswith(f"{kind}."))
+    state[name].flatten()[0] = value
+    optimizer.load_state_tensors(state)
+    try:
+        optimizer.step([loss_of(model, 2)], share=1.0)
+    except NumericsError as error:
+        assert "the largest weight is" in str(error)
+    else:
+        assert kind == "exp_avg_sq" and value > 0
+        assert all(bool(torch.isfinite(p).all()) for p in model.parameters())

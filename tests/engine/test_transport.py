@@ -12,7 +12,7 @@ import pytest
 import zmq
 
 from slipstream import messages as m
-from slipstream import synthetic
+from slipstream import records, synthetic
 from slipstream.config import BatchConfig, EvaluationConfig, HubConfig, RunConfig
 from slipstream.deadlines import Deadlines
 from slipstream.errors import AddressError, DeadlineError, RefusedError
@@ -307,6 +307,56 @@ def test_sending_waits_for_credit(tmp_path: Path) -> None:
     spool = Spool(tmp_path / "a.spool")
     assert [seq for seq, _ in spool.pending()] == [0, 1]
     spool.close()
+
+
+async def polled(ready: Callable[[], bool]) -> None:
+    """Wait for what another thread or task does."""
+    async with asyncio.timeout(30):
+        while not ready():  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+
+
+def test_episodes_that_end_together_share_an_fdatasync_and_nothing_leaves_before_it(
+    serving: Serving, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    learner = LearnerClient(SyncDealerChannel(serving.server.address), "run", "learner", deadlines=QUICK)
+    learner.connect(0)
+    learner.publish(synthetic.update(0, step=0))
+    go, syncs = threading.Event(), []
+
+    def sync(file: int, path: object) -> None:
+        assert go.wait(60)
+        records.sync(file, path)
+        syncs.append(path)
+
+    monkeypatch.setattr("slipstream.spool.sync", sync)
+
+    async def deliver() -> None:
+        spool = Spool(tmp_path / "a.spool", durability="power")
+        client = ActorClient(DealerChannel(serving.server.address), spool, "run", "a", deadlines=QUICK)
+        welcome = await client.connect()
+        assert welcome.update is not None
+        await client.prove(synthetic.proof(welcome.update))
+        await client.want(8, 0)
+        leases: list[Lease] = []
+        while len(leases) < 8:
+            word = await client.receive()
+            leases += word.leases if isinstance(word, m.Grant) else ()
+        sending = [asyncio.create_task(client.send(synthetic.answer_to(one, serial=0))) for one in leases]
+        await polled(lambda: len(spool) == 8)
+        await client.report({"a": 1.0})
+        await polled(lambda: any(who.counters for who in serving.ledger._peers.values()))
+        # The hub has heard what was said after them, and none of them.
+        assert serving.ledger.books()["made"] == 0
+        go.set()
+        await asyncio.gather(*sending)
+        await client.drain()
+        await client.close()
+
+    asyncio.run(asyncio.wait_for(deliver(), 60))
+    learner.close()
+    assert serving.ledger.books()["made"] == 8
+    assert len(syncs) <= 2, "each episode had an fdatasync of its own"
 
 
 def test_a_stalled_actor_loses_no_acknowledgement(serving: Serving, tmp_path: Path) -> None:

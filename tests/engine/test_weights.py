@@ -13,7 +13,7 @@ from slipstream_kernels import checksum64_named
 
 
 def tensors(value: float) -> dict[str, torch.Tensor]:
-    return {"head": torch.full((4, 3), value).T, "norm": torch.full((5,), value, dtype=torch.bfloat16)}
+    return {"head": torch.full((4, 3), float(value)).T, "norm": torch.full((5,), value, dtype=torch.bfloat16)}
 
 
 def update(folder: str, serial: int, held: dict[str, torch.Tensor]) -> WeightUpdate:

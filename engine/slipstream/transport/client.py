@@ -9,6 +9,7 @@ pull         a whole batch                     Batch
 from __future__ import annotations
 
 from slipstream.transport.actor_client import UNASSIGNED, ActorClient
-from slipstream.transport.learner_client import LearnerClient, PulledBatch
+from slipstream.transport.learner_client import LearnerClient
+from slipstream.transport.learner_core import PulledBatch
 
 __all__ = ["ActorClient", "LearnerClient", "PulledBatch", "UNASSIGNED"]  # noqa: RUF022 - plainly sorted

@@ -1,52 +1,18 @@
-"""Floor 4. The learner's side of the protocol: synchronous, idempotent, and blind to a hub's restart."""
+"""Floor 4. The learner's client: the state machine of learner_core.py on a channel, synchronous."""
 
 from __future__ import annotations
 
 import secrets
+import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 from slipstream.deadlines import Deadline, Deadlines
-from slipstream.errors import ProtocolError, RefusedError
-from slipstream.flight_recorder import FLIGHT
+from slipstream.errors import DamageError
 from slipstream.history import START
-from slipstream.messages import (
-    PROTOCOL,
-    Batch,
-    Buffer,
-    Checkpointed,
-    Evaluated,
-    Finish,
-    Hello,
-    Message,
-    Ping,
-    Publish,
-    Pull,
-    Refused,
-    Report,
-    Stop,
-    Welcome,
-    decode_message,
-    encode_message,
-)
+from slipstream.messages import Buffer, Evaluated, Stop, Welcome, decode_message, encode_message
 from slipstream.transport.channel import SyncChannel
-from slipstream.types import Trajectory, Version, WeightUpdate
-from slipstream.wire import decode_trajectory, schema_hash
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class PulledBatch:
-    """The trajectories of one step."""
-
-    step: int
-    trajectories: tuple[Trajectory, ...]
-    """Sorted by group, attempts in order."""
-    counters: Mapping[str, float]
-    """The hub's books when the batch was handed out."""
-    versions: tuple[Version, ...] = ()
-    """What every serial among the trajectories' tokens stands for."""
-    history: str = START
-    """What the learner has been trained on after this batch, as the hub has it (history.py)."""
+from slipstream.transport.learner_core import LearnerCore, PulledBatch
+from slipstream.types import WeightUpdate
 
 
 class LearnerClient:
@@ -59,160 +25,98 @@ class LearnerClient:
         self, channel: SyncChannel, run: str, name: str, *, deadlines: Deadlines | None = None
     ) -> None:
         """Prepare; nothing is sent before `connect`."""
-        self._channel, self._run, self._name = channel, run, name
+        self._channel = channel
         self._limits = deadlines or Deadlines()
-        self._session = secrets.token_hex(8)
-        self._step, self._history = 0, START
-        self._welcome: Welcome | None = None
-        self._published: WeightUpdate | None = None
-        self._checkpointed: Checkpointed | None = None
-        self._pulling: int | None = None
-        self._waiting: Deadline | None = None
-        self._batch: PulledBatch | None = None
-        self._events: list[Evaluated | Stop] = []
-        self._silence = self._new_silence()
-        self._next_ping = self._deadline(self._limits.ping_s, "an answer")
+        self._hub = f"hub at {channel.address}"
+        self._core = LearnerCore(run, name, session=secrets.token_hex(8), hub=self._hub, limits=self._limits)
 
     def connect(self, step: int, history: str = START) -> Welcome:
         """Join the hub as the learner that resumes from the checkpoint of `step`, trained on `history`.
 
         Raises RefusedError and DeadlineError.
         """
-        self._step, self._history = step, history
-        self._send(self._hello())
-        deadline = self._deadline(self._limits.connect_s, "Welcome")
-        while self._welcome is None:
-            deadline.check()
-            self._pump(min(self._limits.ping_s, deadline.remaining()))
-        return self._welcome
+        self._core.join(step, time.monotonic(), history)
+        self._flush()
+        while self._core.welcome is None:
+            self._pump(self._limits.ping_s)
+        return self._core.welcome
 
     def publish(self, update: WeightUpdate) -> None:
         """Announce new weights."""
-        self._published = update
-        self._send(Publish(update=update))
+        self._core.publish(update)
+        self._flush()
 
     def pull(self, step: int, timeout_s: float | None = None) -> PulledBatch | None:
         """Return the batch of a step, or None when it is not there within `timeout_s`; then call again.
 
         Without a timeout it waits to the end. Raises DeadlineError `batch_s` after the first call for a step.
         """
-        if self._pulling != step:
-            self._pulling, self._batch = step, None
-            self._waiting = self._deadline(self._limits.batch_s, f"batch {step}")
-            FLIGHT.waits(f"batch {step} of the hub at {self._channel.address}", self._limits.batch_s)
-            self._send(Pull(step=step))
+        self._core.pull(step, time.monotonic())
+        self._flush()
         slice_s = self._limits.batch_s if timeout_s is None else timeout_s
-        turn = self._deadline(slice_s, f"batch {step}")
-        while self._batch is None:
-            got = self._pump(min(self._limits.ping_s, turn.remaining()))
-            if self._waiting is not None:
-                self._waiting.check()
-            if not got and turn.expired():
-                break
-        batch = self._batch
-        if batch is not None:
-            FLIGHT.goes_on()
-            self._pulling, self._batch, self._waiting = None, None, None
+        turn = Deadline(slice_s, self._core.who, f"batch {step}")
+        while (batch := self._core.take_batch()) is None:
+            if not self._pump(min(self._limits.ping_s, turn.remaining())) and turn.expired():
+                return self._core.take_batch()
         return batch
 
     def checkpointed(self, step: int, *, oldest: int) -> None:
         """Announce a published checkpoint, and the step of the oldest that is kept."""
-        self._checkpointed = Checkpointed(step=step, oldest=oldest)
-        self._send(self._checkpointed)
+        self._core.checkpointed(step, oldest=oldest)
+        self._flush()
 
     def report(self, about: str, metrics: Mapping[str, float | list[float]]) -> None:
         """Send one row of metrics about "train" or "evaluation"; "step" is among its keys."""
-        self._send(Report(about=about, metrics=dict(metrics)))
+        self._core.report(about, metrics)
+        self._flush()
 
     def finish(self, reason: str) -> None:
         """Tell the hub that training is over; it tells every peer to stop.
 
         Returns when its own Stop has come: `close` drops what is on its way. Raises DeadlineError.
         """
-        self._send(Finish(reason=reason))
-        deadline = self._deadline(self._limits.drain_s, "Stop")
-        while not any(isinstance(event, Stop) for event in self._events):
-            deadline.check()
-            self._pump(min(self._limits.ping_s, deadline.remaining()))
+        self._core.finish(reason, time.monotonic())
+        self._flush()
+        while not self._core.stopped:
+            self._pump(self._limits.ping_s)
 
     def events(self, timeout_s: float = 0.0) -> list[Evaluated | Stop]:
         """Return what else the hub said since the last call; waits up to `timeout_s` for the first of it."""
-        deadline = self._deadline(timeout_s, "an event")
-        while self._pump(0.0 if self._events else min(self._limits.ping_s, deadline.remaining())) or not (
-            self._events or deadline.expired()
+        turn, events = Deadline(timeout_s, self._core.who, "an event"), self._core.events
+        while self._pump(0.0 if events else min(self._limits.ping_s, turn.remaining())) or not (
+            events or turn.expired()
         ):
             pass
-        events, self._events = self._events, []
-        return events
+        heard = list(events)
+        events.clear()
+        return heard
 
     def close(self) -> None:
         """Drop the connection."""
         self._channel.close()
 
-    def _hello(self) -> Hello:
-        return Hello(role="learner", name=self._name, run=self._run, protocol=PROTOCOL, schema=schema_hash(),
-                     session=self._session, step=self._step, history=self._history)  # fmt: skip
-
-    def _deadline(self, seconds: float, what: str) -> Deadline:
-        return Deadline(seconds, f"learner {self._name}", f"{what} of the hub at {self._channel.address}")
-
-    def _new_silence(self) -> Deadline:
-        return self._deadline(self._limits.silence_s, "a sign of life")
-
-    def _send(self, message: Message) -> None:
-        if not self._channel.send([encode_message(message)], self._limits.send_s):
-            raise self._deadline(self._limits.send_s, f"{type(message).__name__} to be taken").error()
+    def _flush(self) -> None:
+        while (outgoing := self._core.next_message(time.monotonic())) is not None:
+            if not self._channel.send([encode_message(outgoing[0]), *outgoing[1]], self._limits.send_s):
+                taken = f"the {self._hub} to take {type(outgoing[0]).__name__}"
+                raise Deadline(self._limits.send_s, self._core.who, taken).error()
 
     def _pump(self, timeout_s: float) -> bool:
-        """Take one message if there is one in time; asks for a sign of life after silence."""
-        frames = self._channel.receive(timeout_s)
-        FLIGHT.beat()
+        """Take one message if there is one in time, and do what time demands if there is none."""
+        until_due = max(0.0, self._core.wakes_at - time.monotonic())
+        frames = self._channel.receive(min(timeout_s, until_due))
+        now = time.monotonic()
         if frames is not None:
-            self._silence = self._new_silence()
-            self._next_ping = self._deadline(self._limits.ping_s, "an answer")
-            self._take(frames)
-            return True
-        self._silence.check()
-        if self._next_ping.expired():
-            # A hub that was started again answers that it does not know this learner.
-            self._channel.send([encode_message(Ping())], self._limits.ping_s)
-            self._next_ping = self._deadline(self._limits.ping_s, "an answer")
-        return False
+            self._take(frames, now)
+        else:
+            self._core.tick(now)
+        self._flush()
+        return frames is not None
 
-    def _take(self, frames: Sequence[Buffer]) -> None:
-        message = decode_message(frames[0])
-        match message:
-            case Batch():
-                self._take_batch(message, frames[1:])
-            case Evaluated() | Stop():
-                self._events.append(message)
-            case Welcome():
-                self._welcomed(message)
-            case Refused(retry=True):
-                self._send(self._hello())
-            case Refused():
-                raise RefusedError(
-                    f"the hub at {self._channel.address} refused the learner: {message.reason}"
-                )
-            case Ping():
-                pass
-            case _:
-                raise ProtocolError(f"learner: expected a message for learners, got {type(message).__name__}")
-
-    def _take_batch(self, message: Batch, records: Sequence[Buffer]) -> None:
-        if message.step == self._pulling and self._batch is None:
-            trajectories = tuple(decode_trajectory(record) for record in records)
-            self._batch = PulledBatch(step=message.step, trajectories=trajectories, counters=message.counters,
-                                      versions=message.versions, history=message.history)  # fmt: skip
-
-    def _welcomed(self, message: Welcome) -> None:
-        again, self._welcome = self._welcome is not None, message
-        if not again:
-            return
-        # What a hub's death may have swallowed is said again; the hub knows what it has heard.
-        if self._published is not None:
-            self._send(Publish(update=self._published))
-        if self._checkpointed is not None:
-            self._send(self._checkpointed)
-        if self._pulling is not None and self._batch is None:
-            self._send(Pull(step=self._pulling))
+    def _take(self, frames: Sequence[Buffer], now: float) -> None:
+        try:
+            message = decode_message(frames[0])
+        except DamageError as error:
+            self._core.damaged(error, now)
+        else:
+            self._core.take(message, frames[1:], now)
