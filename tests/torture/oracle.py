@@ -83,14 +83,18 @@ class WitnessedSpool(Spool):
         """Write down what is about to be made durable, then do it."""
         key = content_of(record).key
         os.write(self._oracle, f"< {key}\n".encode())
-        self._keys.append(key)
-        return super().write(seq, record)
+        super().write(seq, record)
+        if self.must_sync:
+            self._keys.append(key)
+        else:
+            os.write(self._oracle, f"> {key}\n".encode())
+        return seq
 
     def sync(self) -> None:
-        """Do it, then write down what is durable now."""
+        """Do it, then write down what is durable now; another thread may write meanwhile."""
+        keys, self._keys = self._keys, []
         super().sync()
-        os.write(self._oracle, "".join(f"> {key}\n" for key in self._keys).encode())
-        self._keys.clear()
+        os.write(self._oracle, "".join(f"> {key}\n" for key in keys).encode())
 
 
 def read_oracle(path: Path) -> tuple[set[str], set[str]]:

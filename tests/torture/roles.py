@@ -128,7 +128,7 @@ async def _act(setting: Setting, name: str, spool_name: str) -> int:
     )
     channel = DealerChannel(setting.address)
     client = ActorClient(channel, spool, run_id(folder), name, deadlines=setting.deadlines)
-    oracle.note_session(setting.aside / "sessions", client._session, spool_name)
+    oracle.note_session(setting.aside / "sessions", client._core._session, spool_name)
     maker = Maker(setting, spool_name)
     try:
         welcome = await client.connect()
