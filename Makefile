@@ -3,8 +3,9 @@
 # make test-all   all tests that run without a GPU
 # make test-slow  the slow part of test-all
 # make check      ruff, mypy --strict, floors of the architecture
+# make torture    faults for about an hour (ARGS="--scale 0.1" for a tenth of it)
 # make bench      benchmarks (BENCH=dataflow runs one of them, ARGS="--rounds 3" passes on)
-.PHONY: train test test-all test-slow check bench clean
+.PHONY: train test test-all test-slow check torture bench clean
 .DELETE_ON_ERROR:
 
 PYTHON ?= python3
@@ -32,6 +33,9 @@ check: .venv/installed-check .venv/installed-test
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
 	@$(BIN)/python -m pytest -q tests/test_architecture.py
+
+torture: .venv/installed-test
+	@PYTHONPATH=engine:kernels $(BIN)/python tests/torture/campaign.py --json bench/results/torture/$(shell date -u +%F).json $(ARGS)
 
 bench: .venv/installed
 	@for name in $(BENCH); do $(BIN)/slipstream bench $$name -- $(ARGS) || exit 1; done

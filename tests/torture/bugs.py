@@ -5,11 +5,11 @@ Each is what somebody could write in good faith. `CAUGHT_BY` names the quick tes
 
 from __future__ import annotations
 
-import asyncio
 import itertools
 import json
 import os
 import sys
+from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from slipstream import (
 )
 from slipstream import messages as m
 from slipstream.errors import StorageError
+from slipstream.transport.actor_core import ActorCore
 
 CAUGHT_BY: dict[str, str] = {
     "acknowledged_before_the_flush": "hub_kills",
@@ -64,11 +65,11 @@ def plant(name: str) -> None:
 
 
 def acknowledged_before_the_flush() -> None:
-    """Answers go out before the log is written: every eighth turn writes it."""
+    """Answers go out before the log is written: every 32nd turn writes it."""
     flush, turns = ledger.Ledger.flush, itertools.count(1)
 
     def flushing(self: ledger.Ledger) -> None:
-        if next(turns) % 8 == 0:
+        if next(turns) % 32 == 0:
             flush(self)
 
     ledger.Ledger.flush = flushing
@@ -100,26 +101,26 @@ def no_check_of_the_bytes() -> None:
 
 def no_resending() -> None:
     """What was on the way when the hub died stays in the spool."""
+    real = ActorCore._take_welcome
 
-    async def resend(self: actor_client.ActorClient, _: Sequence[int]) -> None:
-        if self._wanted is not None:
-            await self.want(*self._wanted)
+    def take(self: ActorCore, message: m.Welcome) -> None:
+        sent = set(self._on_the_way)
+        real(self, message)
+        self._queue = deque(seq for seq in self._queue if seq not in sent)
 
-    actor_client.ActorClient._resend = resend
+    ActorCore._take_welcome = take
 
 
 def credit_leaks() -> None:
     """An acknowledgement gives no credit back."""
 
-    def acknowledged(self: actor_client.ActorClient, message: m.Ack) -> None:
-        self._spool.acknowledge(message.seqs)
-        for seq in message.seqs:
-            lease = self._sent_leases.pop(seq, None)
-            if lease is not None:
-                self._held.discard(lease)
-        self._changed.set()
+    def acknowledged(self: ActorCore, seqs: Sequence[int]) -> None:
+        self._spool.acknowledge(seqs)
+        for seq in seqs:
+            self._records.pop(seq, None)
+            self._held.discard(self._leases.pop(seq, None))
 
-    actor_client.ActorClient._acknowledged = acknowledged
+    ActorCore._acknowledged = acknowledged
 
 
 def unproven_weights_accepted() -> None:
@@ -190,14 +191,11 @@ def wait_without_a_deadline() -> None:
     """Nobody gives a silent hub up."""
     _always(deadlines.Deadline, "check", None)
     _always(deadlines.Deadline, "expired", False)
-
-    async def watch(_: Any) -> None:
-        await asyncio.Event().wait()
+    _always(deadlines.Waits, "check", None)
 
     async def within(awaitable: Any, *_: Any) -> Any:
         return await awaitable
 
-    actor_client.ActorClient._watch = watch
     actor_client.within = within
 
 

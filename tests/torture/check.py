@@ -103,14 +103,14 @@ class Verdict:
     counts: dict[str, int]
 
 
-def check(folder: Path, *, drained: bool = True) -> Verdict:
+def check(folder: Path, aside: Path, *, drained: bool = True) -> Verdict:
     """Compare the books of a run that has come to its end; `drained`: every spool must be empty."""
     log = Log()
-    spools = oracle.sessions(folder / "sessions")
+    spools = oracle.sessions(aside / "sessions")
     for event, record in oracle.read_log(folder / "log"):
         log.take(event, record, spools)
     begun, promised = set[str](), set[str]()
-    for path in (folder / "oracle").iterdir():
+    for path in (aside / "oracle").iterdir():
         some_begun, some_promised = oracle.read_oracle(path)
         begun |= some_begun
         promised |= some_promised
@@ -118,7 +118,7 @@ def check(folder: Path, *, drained: bool = True) -> Verdict:
     quarantined = _quarantined(folder, log, wrong)
     spooled = _spooled(folder)
     lost = promised - set(log.keys) - quarantined - spooled
-    wrong += [f"lost: {key} was promised by {_maker(folder, key)} and is nowhere" for key in sorted(lost)]
+    wrong += [f"lost: {key} was promised by {_maker(aside, key)} and is nowhere" for key in sorted(lost)]
     strange = (set(log.keys) | quarantined | spooled) - begun
     wrong += [f"from nowhere: {key}, {log.keys.get(key)}" for key in sorted(strange)]
     if drained:
@@ -217,9 +217,9 @@ def _spooled(folder: Path) -> set[str]:
     return keys
 
 
-def _maker(folder: Path, key: str) -> str:
+def _maker(aside: Path, key: str) -> str:
     return next(
-        (path.name for path in (folder / "oracle").iterdir() if f"> {key}\n" in path.read_text()), "nobody"
+        (path.name for path in (aside / "oracle").iterdir() if f"> {key}\n" in path.read_text()), "nobody"
     )
 
 

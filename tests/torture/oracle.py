@@ -53,24 +53,21 @@ def content_of(record: Buffer) -> Content:
 
 
 def read_log(folder: Path) -> Iterator[tuple[dict[str, Any], bytes]]:
-    """Yield (event, record) of a hub's log; a torn end is passed over, anything else that is wrong raises."""
+    """Yield (event, record) of the log of a hub that came to its own end; raises when something is wrong."""
     expected = 0
-    paths = sorted(folder.glob("*.log"))
-    for path in paths:
+    for path in sorted(folder.glob("*.log")):
         data, position = path.read_bytes(), 0
         while position < len(data):
-            if position + _HEAD.size > len(data):
-                break
+            assert position + _HEAD.size <= len(data), f"{path}: torn at {position}"
             length, check, seq = _HEAD.unpack_from(data, position)
             payload = data[position + _HEAD.size : position + _HEAD.size + length]
-            if len(payload) < length or google_crc32c.value(_SEQ.pack(seq) + payload) != check:
-                break
+            right = len(payload) == length and google_crc32c.value(_SEQ.pack(seq) + payload) == check
+            assert right, f"{path}: damaged at {position}"
             assert seq == expected, f"{path}: event {seq} stands where {expected} belongs"
             expected += 1
             (split,) = struct.unpack_from("<I", payload)
             yield msgpack.unpackb(payload[4 : 4 + split], strict_map_key=False), payload[4 + split :]
             position += _HEAD.size + length
-        assert position == len(data) or path == paths[-1], f"{path}: damaged at {position}"
 
 
 class WitnessedSpool(Spool):
@@ -86,14 +83,18 @@ class WitnessedSpool(Spool):
         """Write down what is about to be made durable, then do it."""
         key = content_of(record).key
         os.write(self._oracle, f"< {key}\n".encode())
-        self._keys.append(key)
-        return super().write(seq, record)
+        super().write(seq, record)
+        if self.must_sync:
+            self._keys.append(key)
+        else:
+            os.write(self._oracle, f"> {key}\n".encode())
+        return seq
 
     def sync(self) -> None:
-        """Do it, then write down what is durable now."""
+        """Do it, then write down what is durable now; another thread may write meanwhile."""
+        keys, self._keys = self._keys, []
         super().sync()
-        os.write(self._oracle, "".join(f"> {key}\n" for key in self._keys).encode())
-        self._keys.clear()
+        os.write(self._oracle, "".join(f"> {key}\n" for key in keys).encode())
 
 
 def read_oracle(path: Path) -> tuple[set[str], set[str]]:

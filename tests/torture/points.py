@@ -241,7 +241,7 @@ def every_point(
 ) -> Found:
     """Cut a script off at each of its system calls in every way, and recover."""
     found = Found(script=name)
-    code, words, found.calls = attempt(name, bug=bug, seed=seed)
+    code, _, found.calls = attempt(name, bug=bug, seed=seed)
     _, _, syncs = attempt(name, bug=bug, seed=seed, kinds=shim.SYNC)
     _, _, writes = attempt(name, bug=bug, seed=seed, kinds=shim.WRITE)
     if code:

@@ -194,7 +194,7 @@ class Disk:
 
 
 def record(name: str, seed: int, bug: str) -> tuple[str, list[tuple[int, int, str, bytes]], list[str]]:
-    """Run a script under the shim; return its folder, its calls, and the words that marks among them count."""
+    """Run a script under the shim; return its folder, its calls, and what it said, which marks count."""
     with points.Case(name) as folder:
         words: list[str] = []
         file = os.memfd_create("trace")

@@ -64,13 +64,19 @@ class Plan:
     """As in roles.Setting."""
     exits: tuple[int, ...] = (10, 11, 12, 13)
     """Exit codes that the faults may bring about."""
+    least: int = 60
+    """Trajectories that must be made: on a slow machine a run goes on for up to eight times as long."""
+    faults: int = 0
+    """Faults of all kinds that must be done, in the same way."""
     races: int = 0
     """Pairs of clones that compete for a name (scenarios.py)."""
     durability: str = "process"
     keep: bool = False
     """Keep the folder also when nothing is wrong."""
     disk: Path | None = None
-    """A small file system to put the run on; it is filled up now and then."""
+    """A folder to put the run in."""
+    fill: bool = False
+    """Fill its disk up now and then."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -141,14 +147,16 @@ class Rig:
         self.plan, self.folder = plan, folder
         self.random = random.Random(plan.seed)
         self.outcome = Outcome(seed=plan.seed, bug=plan.bug)
-        for name in ("spool", "oracle", "trajectories", "checkpoints", "log"):
+        for name in ("spool", "trajectories", "checkpoints", "log"):
             (folder / name).mkdir(parents=True)
+        self.aside = Path(tempfile.mkdtemp(prefix="slipstream-aside-")) if plan.disk else folder
+        (self.aside / "oracle").mkdir()
         self.board = proxy.Board()
         listener, address = proxy.listen()
         config = configuration(plan.durability, plan.seed)
         self.setting = setting = roles.Setting(
-            folder=folder, config=config, address=address, bug=plan.bug, patience=plan.patience,
-            odd_share=plan.odd_share,
+            folder=folder, aside=self.aside, config=config, address=address, bug=plan.bug,
+            patience=plan.patience, odd_share=plan.odd_share,
         )  # fmt: skip
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGCHLD])
         seed, rate, faults = self.random.getrandbits(32), plan.network_rate, plan.network_faults
@@ -191,7 +199,7 @@ class Rig:
     def _check(self) -> None:
         self._keep_log()
         try:
-            verdict = check.check(self.folder, drained=not self.outcome.hangs)
+            verdict = check.check(self.folder, self.aside, drained=not self.outcome.hangs)
         except AssertionError as error:
             self.outcome.wrong.append(str(error))
             return
@@ -203,22 +211,29 @@ class Rig:
         self.board["faulty"] = 1
         started = time.monotonic()
         next_fault = started + self.random.expovariate(1 / self.plan.kill_every_s)
-        while (now := time.monotonic()) < until:
+        while (now := time.monotonic()) < until or (
+            now < until + 7 * self.plan.seconds and self._too_little()
+        ):
             self.turn(now)
             if now >= next_fault:
                 next_fault = now + self.random.expovariate(1 / self.plan.kill_every_s)
                 # A third of the time nobody is hit, so that there is something to lose.
                 if (now - started) % 1.8 < 1.2:
                     self._harm(now)
-            self.rest(min(next_fault, until))
+            self.rest(next_fault)
         self.board["faulty"] = 0
+
+    def _too_little(self) -> bool:
+        written = sum(path.stat().st_size for path in (self.aside / "oracle").iterdir())
+        done = sum(self.outcome.faults.values()) + sum(self.board.counts().values())
+        return done < self.plan.faults or written < self.plan.least * 2 * len(f"> {'0' * 20}\n")
 
     def _harm(self, now: float) -> None:
         hub, learner, actors = self.plan.weights
         role = self.random.choices(
             self.roles, [hub, learner, *[actors / self.plan.actors] * self.plan.actors]
         )[0]
-        kind = self.random.choices(["kill", "stop", "fill"], [8, 2, 1 if self.plan.disk else 0])[0]
+        kind = self.random.choices(["kill", "stop", "fill"], [8, 2, 4 if self.plan.fill else 0])[0]
         pause = self.random.uniform(0.01, 0.4)
         if kind == "fill":
             self._fill()
@@ -310,7 +325,7 @@ class Rig:
             role.again_at = now + self.random.uniform(0.05, 0.2)
 
     def _last_words(self, name: str) -> str:
-        path = self.folder / f"{name}.err"
+        path = self.aside / f"{name}.err"
         return path.read_text()[-2500:] if path.exists() else ""
 
     def _settle(self) -> None:

@@ -51,6 +51,8 @@ class Setting:
     """What the roles of one run share."""
 
     folder: Path
+    aside: Path
+    """What the oracle and the roles write down, on a disk that is never full."""
     config: RunConfig
     address: str
     """Where clients find the hub: the proxy's."""
@@ -70,8 +72,8 @@ class Setting:
         """Return the longest waits of clients."""
         longest = self.patience * LONGEST_S
         return Deadlines(
-            connect_s=longest / 2, send_s=longest / 2, credit_s=longest, batch_s=longest, drain_s=longest * 3 / 4,
-            ping_s=0.25, silence_s=longest * 3 / 8,
+            connect_s=longest / 2, send_s=longest / 2, credit_s=longest, batch_s=longest,
+            drain_s=longest * 3 / 4, ping_s=0.25, silence_s=longest * 3 / 8,
         )  # fmt: skip
 
     @property
@@ -84,7 +86,7 @@ def run_role(setting: Setting, name: str, work: Callable[[], int]) -> None:
     """Be a role: in a forked child, from which this never returns."""
     code = CRASHED
     try:
-        log = os.open(setting.folder / f"{name}.err", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        log = os.open(setting.aside / f"{name}.err", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         os.dup2(log, 2)
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
         faulthandler.register(signal.SIGUSR1, file=2, all_threads=True)
@@ -98,9 +100,9 @@ def run_role(setting: Setting, name: str, work: Callable[[], int]) -> None:
         code = 12 if error.errno in (errno.EIO, errno.ENOSPC) else CRASHED
         if code == CRASHED:
             traceback.print_exc()
-    except BaseException:
-        traceback.print_exc()
     finally:
+        if sys.exc_info()[0] is not None:
+            traceback.print_exc()
         with contextlib.suppress(OSError):
             sys.stderr.flush()
         os._exit(code)
@@ -120,13 +122,13 @@ async def _act(setting: Setting, name: str, spool_name: str) -> int:
     folder = setting.folder
     spool = oracle.WitnessedSpool(
         folder / "spool" / spool_name,
-        folder / "oracle" / spool_name,
+        setting.aside / "oracle" / spool_name,
         durability=setting.config.hub.durability,
         limit_bytes=2 << 20,
     )
     channel = DealerChannel(setting.address)
     client = ActorClient(channel, spool, run_id(folder), name, deadlines=setting.deadlines)
-    oracle.note_session(folder / "sessions", client._session, spool_name)
+    oracle.note_session(setting.aside / "sessions", client._core._session, spool_name)
     maker = Maker(setting, spool_name)
     try:
         welcome = await client.connect()

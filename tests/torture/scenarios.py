@@ -11,6 +11,7 @@ import json
 import os
 import signal
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -96,18 +97,41 @@ SCENARIOS: dict[str, tuple[type[Rig], Plan]] = {
     "calm": (Rig, dataclasses.replace(CALM, exits=(), odd_share=0.1)),
     "hub_kills": (
         Rig,
-        dataclasses.replace(CALM, seconds=5.0, armed_share=1.0, armed_calls=15.0, armed_roles=("hub",)),
+        dataclasses.replace(
+            CALM,
+            seconds=5.0,
+            kill_every_s=0.25,
+            weights=(1, 0, 0),
+            armed_share=0.4,
+            armed_roles=("hub",),
+            least=200,
+        ),
     ),
-    "learner_kills": (Rig, dataclasses.replace(CALM, seconds=4.0, kill_every_s=0.3, weights=(0, 1, 0))),
+    "learner_kills": (
+        Rig,
+        dataclasses.replace(CALM, seconds=4.0, kill_every_s=0.3, weights=(0, 1, 0), exits=()),
+    ),
     "actor_kills": (
         Rig,
-        dataclasses.replace(CALM, seconds=3.0, kill_every_s=0.1, weights=(0, 0, 1), odd_share=0.12),
+        dataclasses.replace(
+            CALM, seconds=3.0, kill_every_s=0.1, weights=(0, 0, 1), odd_share=0.12, exits=(), least=30
+        ),
     ),
     "cuts": (Rig, dataclasses.replace(CALM, seconds=4.0, network_rate=12.0, network_faults=("cut",))),
-    "flips": (Rig, dataclasses.replace(CALM, seconds=5.0, network_rate=25.0, network_faults=("flip",))),
+    "flips": (
+        Rig,
+        dataclasses.replace(CALM, seconds=5.0, network_rate=8.0, network_faults=("flip",), least=150),
+    ),
     "clones": (Clones, dataclasses.replace(CALM, races=6)),
     "silence": (Silence, dataclasses.replace(CALM, seconds=1.0)),
-    "storm": (Rig, Plan(seed=0, seconds=15.0)),
+    "weather": (
+        Rig,
+        dataclasses.replace(
+            CALM, seconds=10.0, network_rate=60.0, network_faults=("delay", "duplicate", "cut")
+        ),
+    ),
+    "disk_full": (Rig, Plan(seed=0, seconds=10.0, fill=True, network_rate=0.0, armed_share=0.0)),
+    "storm": (Rig, Plan(seed=0, seconds=15.0, least=20)),
 }
 
 
@@ -115,6 +139,14 @@ def play(name: str, **changes: object) -> Outcome:
     """Run a scenario, with some of its plan changed."""
     kind, plan = SCENARIOS[name]
     return torture(dataclasses.replace(plan, **changes), kind)  # type: ignore[arg-type]
+
+
+def on_a_small_disk() -> None:
+    """Start this program again with 12 MB of memory as its disk, in a mount namespace of its own."""
+    folder = tempfile.mkdtemp(prefix="slipstream-disk-")
+    mount = 'mount -t tmpfs -o size=12m none "$0" && exec "$@"'
+    program = [sys.executable, *sys.orig_argv[1:], "--disk", folder]
+    os.execvp("unshare", ["unshare", "-rm", "sh", "-c", mount, folder, *program])
 
 
 def main() -> int:
@@ -128,11 +160,14 @@ def main() -> int:
     parser.add_argument("--seconds", type=float)
     parser.add_argument("--patience", type=float)
     parser.add_argument("--races", type=int)
+    parser.add_argument("--faults", type=int)
     parser.add_argument("--durability", choices=("process", "power"))
     parser.add_argument("--bug")
     parser.add_argument("--disk", type=Path)
     parser.add_argument("--keep", action="store_true", default=None)
     options = vars(parser.parse_args())
+    if options["name"] == "disk_full" and options["disk"] is None:
+        on_a_small_disk()
     outcome = play(options.pop("name"), **{key: value for key, value in options.items() if value is not None})
     print(json.dumps(outcome.as_json(), indent=1))
     return 1 if outcome.wrong else 0

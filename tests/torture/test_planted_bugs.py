@@ -1,4 +1,4 @@
-"""The rig catches bugs: each of these, planted into the processes of a run, fails the quick test named for it."""
+"""The rig catches bugs: each, planted into the processes of a run, fails the quick test named for it."""
 
 from __future__ import annotations
 

@@ -1,0 +1,191 @@
+"""The whole torture, for about an hour, or a share of it; writes one JSON file.
+
+    python tests/torture/campaign.py [--scale 1.0] [--seed N] [--json FILE]
+
+Two processes share what there is to do. Every part is replayable by its name and seed: `again` in the
+result is the command.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import platform
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import quick
+import zmq
+
+import slipstream
+
+SIGKILLS, NETWORK_FAULTS, RACES, STATES, DISK_FULL = 10_000, 20_000, 1_000, 1_000_000, 200
+"""What a campaign of scale 1 reaches."""
+LANES = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One test with its seed."""
+
+    name: str
+    seed: int
+    options: tuple[str, ...] = ()
+
+    def command(self) -> str:
+        """Return how to run it again."""
+        program = quick.COMMANDS.get(self.name, ["scenarios.py", self.name])
+        return " ".join(
+            ["python", f"tests/torture/{program[0]}", *program[1:], "--seed", str(self.seed), *self.options]
+        )
+
+
+@dataclass(kw_only=True)
+class Total:
+    """What all parts came to."""
+
+    scale: float
+    seed: int
+    parts: Counter[str] = field(default_factory=Counter)
+    faults: Counter[str] = field(default_factory=Counter)
+    exits: Counter[str] = field(default_factory=Counter)
+    books: Counter[str] = field(default_factory=Counter)
+    points: Counter[str] = field(default_factory=Counter)
+    states: Counter[str] = field(default_factory=Counter)
+    hangs: int = 0
+    longest_settle_s: float = 0.0
+    wrong: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def network(self) -> int:
+        """Faults of the network so far."""
+        return sum(count for name, count in self.faults.items() if name.startswith("network_"))
+
+    @property
+    def sigkills(self) -> int:
+        """Roles killed so far."""
+        return self.faults["sigkill"] + self.faults["syscall_kill"]
+
+    def take(self, part: Part, found: dict[str, Any]) -> None:
+        """Add one part."""
+        self.parts[part.name] += 1
+        if "faults" in found:
+            self.faults.update(found["faults"])
+            self.exits.update(found["exits"])
+            self.books.update(found["books"])
+            self.hangs += found["hangs"]
+            self.longest_settle_s = max(self.longest_settle_s, found["settle_s"])
+        elif "counts" in found:
+            self.points.update(found["counts"])
+        else:
+            self.states.update({"states": found["states"], "different": found["different"]})
+        if found["wrong"]:
+            self.wrong.append({"again": part.command(), "wrong": found["wrong"][:10]})
+
+
+def parts_of(total: Total) -> Iterator[Part]:
+    """Yield what is to do until everything is reached."""
+    seed, scale = total.seed, total.scale
+    for number in range(max(1, round(3 * scale))):
+        for name in quick.COMMANDS:
+            if not name.startswith("power"):
+                yield Part(name, seed + number)
+    for name in ("calm", "silence"):
+        yield Part(name, seed)
+    yield Part("clones", seed, ("--races", str(max(6, round(RACES * scale)))))
+    states = max(500, round(STATES * scale / 30))
+    for number in range(10):
+        for name in ("spool", "log", "checkpoint"):
+            yield Part(f"power_of_the_{name}", seed + 1000 * number, ("--states", str(states)))
+    number = 0
+    while total.sigkills < SIGKILLS * scale or total.network < NETWORK_FAULTS * scale:
+        number += 1
+        durability = ("process", "power")[number % 2]
+        yield Part("storm", seed + number, ("--seconds", "20", "--durability", durability))
+        if number % 4 == 0:
+            yield Part("weather", seed + number, ("--seconds", "20"))
+        if number % 4 == 1:
+            yield Part("disk_full", seed + number)
+
+
+def run(scale: float, seed: int) -> Total:
+    """Run everything and say how it goes."""
+    total = Total(scale=scale, seed=seed)
+    todo, running = parts_of(total), list[tuple[Part, Any, float]]()
+    while True:
+        while len(running) < LANES and (part := next(todo, None)) is not None:
+            running.append(
+                (part, quick.start(part.name, seed=part.seed, options=part.options), time.monotonic())
+            )
+        if not running:
+            return total
+        for entry in list(running):
+            part, process, since = entry
+            longest_s = 3600.0 if part.options else quick.LONGEST_S * 5
+            if process.poll() is None and time.monotonic() - since < longest_s:
+                continue
+            running.remove(entry)
+            try:
+                total.take(part, quick.finish(process, 10.0))
+            except (AssertionError, ValueError, quick.subprocess.TimeoutExpired) as error:
+                total.wrong.append({"again": part.command(), "wrong": [repr(error)[-3000:]]})
+            _say(total, part)
+        time.sleep(0.05)
+
+
+def _say(total: Total, part: Part) -> None:
+    sys.stderr.write(
+        f"{time.strftime('%H:%M:%S')} {part.name} {part.seed}: {total.sigkills} kills, "
+        f"{total.network} faults of the network, {sum(total.points.values())} points, "
+        f"{total.states['states']} states, {len(total.wrong)} wrong\n"
+    )
+
+
+def main() -> int:
+    """Run from the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--scale", type=float, default=1.0)
+    parser.add_argument("--seed", type=int, default=int(time.time()))
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    started, clock = datetime.datetime.now(datetime.UTC), time.monotonic()
+    total = run(options.scale, options.seed)
+    seconds = time.monotonic() - clock
+    result = {
+        "date": started.isoformat(timespec="seconds"),
+        "seconds": round(seconds),
+        "versions": {
+            "slipstream": slipstream.__version__,
+            "python": platform.python_version(),
+            "pyzmq": zmq.__version__,
+            "libzmq": zmq.zmq_version(),
+            "kernel": platform.release(),
+        },
+        "sigkills": total.sigkills,
+        "network_faults": total.network,
+        "faults_per_second": round(sum(total.faults.values()) / seconds, 1),
+        "lost": total.books["lost"],
+        "doubled": sum("doubled" in line for entry in total.wrong for line in entry["wrong"]),
+        **{
+            name: dict(value) if isinstance(value, Counter) else value
+            for name, value in total.__dict__.items()
+        },
+    }
+    text = json.dumps(result, indent=1)
+    print(text)
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(text + "\n")
+    return 1 if total.wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
