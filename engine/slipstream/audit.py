@@ -7,8 +7,8 @@ An independent reading: it follows identities and numbers, and uses nothing of t
     an attempt    is trained once in the living line, which a rollback cuts
     an actor      numbers what one process of it makes one by one: a hole is a trajectory that vanished
 
-Numbers below the oldest that a sender is known by are no holes: segments of the log that a checkpoint
-covers may have been removed.
+Segments of the log that a checkpoint covers may have been removed: then the reading begins with the State
+that the first segment opens with, and what was received before it is known by number only.
 """
 
 from __future__ import annotations
@@ -78,14 +78,20 @@ class History:
     sessions: dict[tuple[str, int], str] = field(default_factory=dict)
     quarantined: Counter[str] = field(default_factory=Counter)
     """Actor -> records of it that were none; they may have had any number."""
+    before: dict[tuple[str, int], tuple[tuple[int, int], ...]] = field(default_factory=dict)
+    """(actor, epoch) -> intervals of the numbers received before the first event."""
+    begun: bool = False
 
     def take(self, event: events.AnyEvent) -> None:
         """Follow one event."""
+        first, self.begun = not self.begun, True
         match event:
+            case events.State() if first:
+                self._begin(event)
             case events.Epoch(actor=actor, epoch=epoch, session=session):
                 self.sessions[actor, epoch] = session
             case events.Received(identity=identity):
-                if identity in self.received:
+                if identity in self.received or self._came_before(identity):
                     self.twice[identity] += 1
                 self.received[identity] = event
                 if event.evaluation < 0 and event.verdict == "buffered":
@@ -104,6 +110,20 @@ class History:
             case events.Quarantined(actor=actor):
                 self.quarantined[actor] += 1
 
+    def _begin(self, state: events.State) -> None:
+        """Take what a shortened log says of the segments that are gone."""
+        self.sessions = {(actor, epoch): session for actor, epoch, session in state.sessions}
+        self.before = {(actor, epoch): intervals for actor, epoch, intervals in state.seen}
+        self.received = {kept.received.identity: kept.received for kept in state.items}
+        self.held = {
+            kept.received.slot: kept.received.identity for kept in state.items if kept.fate == "buffered"
+        }
+        self.batches = dict(enumerate(state.batches, state.first_batch))
+
+    def _came_before(self, identity: TrajectoryId) -> bool:
+        intervals = self.before.get((identity.actor, identity.epoch), ())
+        return any(start <= identity.seq < stop for start, stop in intervals)
+
     def trained(self) -> list[TrajectoryId]:
         """Return what the living line has trained, in order."""
         return [identity for step in sorted(self.batches) for identity in self.batches[step]]
@@ -114,6 +134,11 @@ class History:
         for identity in {*self.received, *kept}:
             session = self.sessions.get((identity.actor, identity.epoch), f"epoch {identity.epoch}")
             numbers.setdefault((identity.actor, session), set()).add(identity.seq)
+        for (actor, epoch), intervals in self.before.items():
+            known = numbers.setdefault((actor, self.sessions.get((actor, epoch), f"epoch {epoch}")), set())
+            # Below its end the first interval has no holes, and may be long.
+            known.add(intervals[0][1] - 1)
+            known.update(seq for start, stop in intervals[1:] for seq in range(start, stop))
         missing = Counter[Sender]()
         for sender, known in numbers.items():
             missing[sender] = max(known) - min(known) + 1 - len(known)

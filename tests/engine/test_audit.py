@@ -10,10 +10,13 @@ import pytest
 
 from slipstream import events, synthetic
 from slipstream.audit import audit
+from slipstream.config import BatchConfig, RunConfig
 from slipstream.ingest import IngestLog
+from slipstream.ledger_snapshot import snapshot
+from slipstream.ledger_state import LedgerState
 from slipstream.receiving import Verdict, describe
 from slipstream.spool import Spool
-from slipstream.types import TaskAttempt, Trajectory, TrajectoryId
+from slipstream.types import Split, TaskAttempt, Trajectory, TrajectoryId
 from slipstream.wire import encode_trajectory, inspect_trajectory
 
 GROUP = 4
@@ -138,6 +141,38 @@ def test_numbers_below_the_oldest_that_the_log_still_has_are_not_lost(log: Log) 
     log.say(events.RolledBack(step=0))
     log.train(0, [identity(seq) for seq in range(4)])
     assert counts(log) == (0, 0)
+
+
+def buffered(known: TrajectoryId) -> events.Received:
+    return describe(inspect_trajectory(encode_trajectory(made(known, known.seq))), "buffered")
+
+
+def test_a_shortened_log_is_read_from_the_state_it_opens_with(tmp_path: Path) -> None:
+    """What was trained before is known by number: it is neither lost nor may it come again."""
+    config = RunConfig(batch=BatchConfig(groups=1, group_size=GROUP))
+    state = LedgerState(config)
+    with Log(tmp_path) as log:
+        log._log.opening = lambda: snapshot(state)
+        said: list[events.AnyEvent] = [events.Epoch(actor="a", epoch=0, session="s")]
+        said += [events.GroupOpened(group=group, task=group, split=Split.TRAIN) for group in range(3)]
+        for step in range(2):
+            known = tuple(identity(seq) for seq in range(step * GROUP, (step + 1) * GROUP))
+            said += [buffered(one) for one in known]
+            said.append(events.Trained(step=step, identities=known))
+        said += [buffered(identity(9)), events.CheckpointPublished(step=2, oldest=2)]
+        log.say(*said)
+        for event in said:
+            state.apply(event, 0)
+        log._log._next_segment()
+        log._log.append(events.RolledBack(step=2))
+        log._log.flush()
+        assert log._log.shorten(None, retain_bytes=0) == 1
+        # 8 is missing between what was trained and 9.
+        assert counts(log) == (1, 0)
+        log.receive(identity(8))
+        assert counts(log) == (0, 0)
+        log.receive(identity(3), 11)
+        assert counts(log) == (0, 1)
 
 
 def test_a_batch_that_vanishes_without_a_rollback_is_lost(log: Log) -> None:
