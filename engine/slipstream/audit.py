@@ -132,6 +132,8 @@ class History:
         """Return how many numbers each sender misses between the known ones; `kept` are in spools."""
         numbers: dict[Sender, set[int]] = {}
         for identity in {*self.received, *kept}:
+            if self._came_before(identity):
+                continue
             session = self.sessions.get((identity.actor, identity.epoch), f"epoch {identity.epoch}")
             numbers.setdefault((identity.actor, session), set()).add(identity.seq)
         for (actor, epoch), intervals in self.before.items():

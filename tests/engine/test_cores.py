@@ -192,10 +192,15 @@ def test_the_learner_says_again_what_a_hub_may_have_lost_in_its_order() -> None:
     core = learner()
     announced = synthetic.update(0, step=0)
     core.publish(announced)
-    core.checkpointed(0)
+    core.checkpointed(0, oldest=0)
     core.pull(0, 0.0)
     core.finish("done", 0.0)
-    said = [m.Publish(update=announced), m.Checkpointed(step=0), m.Pull(step=0), m.Finish(reason="done")]
+    said = [
+        m.Publish(update=announced),
+        m.Checkpointed(step=0, oldest=0),
+        m.Pull(step=0),
+        m.Finish(reason="done"),
+    ]
     assert sent(core) == said
     core.take(AGAIN, (), 3.0)
     core.report("train", {"step": 1.0})
@@ -214,7 +219,7 @@ def test_a_batch_damaged_on_its_way_is_asked_for_again() -> None:
     core.pull(0, 0.0)
     sent(core)
     record: Any = encode_trajectory(synthetic.trajectory(8))
-    batch = m.Batch(step=0, counters={}, versions=())
+    batch = m.Batch(step=0, counters={}, versions=(), history="h")
     core.take(batch, [record[:-1]], 0.0)
     assert core.take_batch() is None
     assert sent(core) == [m.Pull(step=0)]

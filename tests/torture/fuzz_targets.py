@@ -85,10 +85,10 @@ def message_samples() -> list[bytes]:
         messages.Stop(reason="over"),
         messages.Publish(update=update),
         messages.Pull(step=3),
-        messages.Checkpointed(step=4),
+        messages.Checkpointed(step=4, oldest=2),
         messages.Report(about="train", metrics={"loss": 0.5, "slip/histogram": [1.0, 2.0]}),
         messages.Finish(reason="over"),
-        messages.Batch(step=3, counters={"buffered": 3.0}, versions=(update.version,) * 3),
+        messages.Batch(step=3, counters={"buffered": 3.0}, versions=(update.version,) * 3, history="h"),
         messages.Evaluated(serial=3, step=2, success=0.5, count=256, metrics={"turns": 3.0}),
     ]
     bombs = [
