@@ -17,6 +17,7 @@ import asyncio
 import logging
 import os
 import secrets
+import shutil
 import socket
 import subprocess
 import weakref
@@ -30,7 +31,7 @@ from slipstream.config import SandboxConfig
 from slipstream.errors import ConfigurationError, FrameError, InfrastructureError, ToolError
 from slipstream.flight_recorder import FLIGHT
 from slipstream.messages import decode_struct
-from slipstream.tools.bubblewrap import Backend, command, scratch_folder
+from slipstream.tools.bubblewrap import SCRATCH, Backend, command, scratch_folder
 from slipstream.tools.confinement import Confinement, Limits
 from slipstream.tools.frames import (
     LENGTH,
@@ -155,7 +156,7 @@ class Sandbox:
             control.close()
             os.close(said)
             raise
-        self._close = weakref.finalize(self, _end, control, server)
+        self._close = weakref.finalize(self, _end, control, server, self._scratch)
         try:
             self.confinement = self._greeted(control)
         except InfrastructureError as error:
@@ -352,10 +353,13 @@ def why_not_bubblewrap() -> str:
     return "" if sandbox.confinement.namespaces else "user namespaces cannot be nested"
 
 
-def _end(control: socket.socket, server: subprocess.Popen[bytes]) -> None:
+def _end(control: socket.socket, server: subprocess.Popen[bytes], scratch: str) -> None:
     control.close()
     try:
         server.wait(_GRACE_S)
     except subprocess.TimeoutExpired:
         server.kill()
         server.wait()
+    # A fork server that came to its own end has removed it already; inside bubblewrap it is not the host's.
+    if scratch != SCRATCH:
+        shutil.rmtree(scratch, ignore_errors=True)
