@@ -360,6 +360,7 @@ def _blocks(node: ast.AST) -> bool:
 PERMITTED_WAITS = {
     # Ends when the run does: the role's main wait. Its peers watch it by pings, the supervisor by its ring.
     "slipstream.actor": {
+        "_serve: await serving",
         "Actor.serve: self._stopping.wait()",
         "Actor.serve: asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)",
         # Tasks just cancelled.
@@ -385,8 +386,22 @@ PERMITTED_WAITS = {
         "_run: await serving",
         "_run: asyncio.gather(serving, return_exceptions=True)",
     },
-    # After SIGKILL.
-    "slipstream.supervisor": {"Supervisor._stop: process.wait()"},
+    # A child that calls one function of the kernel and ends.
+    "slipstream.tools.confinement": {"namespaces_work: os.waitpid(child, 0)"},
+    "slipstream.tools.forkserver": {
+        # The sandbox's own processes: each ends with its worker or its leash, and a call's deadline is the caller's.
+        "main: os.wait()",
+        "Keeper._keep: select.select([self.leash.fileno(), os.pidfd_open(worker)], [], [])",
+        "Keeper._keep: os.waitpid(worker, 0)",
+        "_answer: asyncio.wait({call})",
+        "end_descendants: os.waitpid(-1, os.WNOHANG)",
+    },
+    "slipstream.tools.sandbox": {
+        # Asks a process, waits for nothing.
+        "Sandbox.worker: server.poll()",
+        # After SIGKILL.
+        "_end: server.wait()",
+    },
     "slipstream.transport.actor_client": {
         # The core's timer ends the connection after `silence_s`, which puts None into the inbox.
         "ActorClient.receive: self._inbox.get()",

@@ -24,6 +24,7 @@ import uvloop
 from slipstream.config import RunConfig
 from slipstream.environments import environment_factory
 from slipstream.episodes import EpisodeRunner
+from slipstream.errors import CheckpointError, DeadlineError, StorageError
 from slipstream.flight_recorder import FLIGHT
 from slipstream.inference.embedded import EmbeddedBackend
 from slipstream.inference.trial import lease_key
@@ -31,11 +32,14 @@ from slipstream.keys import client_keys
 from slipstream.messages import Grant, Stop, Weights
 from slipstream.model import choose_device, load_policy
 from slipstream.process import keep_freed_memory
-from slipstream.rendezvous import hub_address, run_id
+from slipstream.redaction import Redactor, guard_logs
+from slipstream.rendezvous import await_hub, run_id
+from slipstream.retries import Backoff, Brake
 from slipstream.spool import Spool
+from slipstream.stop_signals import STOPPED, end_when_asked
 from slipstream.transport.client import ActorClient
 from slipstream.transport.zeromq import DealerChannel
-from slipstream.types import Lease, Sampling, WeightUpdate
+from slipstream.types import Lease, Outcome, Sampling, WeightUpdate
 from slipstream.weights.filesystem import FilesystemSubscriber
 
 REPORT_EVERY_S = 1.0
@@ -44,23 +48,47 @@ log = logging.getLogger(__name__)
 
 
 def main(config: RunConfig, folder: Path, name: str) -> int:
-    """Serve a run as actor `name` until the hub stops it; returns 0."""
+    """Serve a run as actor `name` until the hub stops it and return 0, or until a signal and return STOPPED.
+
+    Raises AddressError without a hub to wait for, RefusedError, DeadlineError.
+    """
+    end_when_asked()  # nothing is sampled yet, and a spool keeps what it has
     torch.set_num_threads(config.actor.threads)
     keep_freed_memory()
-    uvloop.run(_serve(config, folder, name))
-    return 0
+    address = await_hub(folder, f"actor {name}")
+    return uvloop.run(_serve(config, folder, name, address))
 
 
-async def _serve(config: RunConfig, folder: Path, name: str) -> None:
+async def _serve(config: RunConfig, folder: Path, name: str, address: str) -> int:
     spool = Spool(folder / "spool" / name, durability=config.hub.durability)
     for note in spool.notes:
         log.warning("%s", note)
-    channel = DealerChannel(hub_address(folder), client_keys(config.hub.keys, name))
+    channel = DealerChannel(address, client_keys(config.hub.keys, name))
     client = ActorClient(channel, spool, run_id(folder), name)
     actor = Actor(config, folder, client)
+    serving, asked = asyncio.create_task(actor.serve()), False
+
+    def stop() -> None:
+        nonlocal asked
+        asked = True
+        actor.stop()
+        if client.epoch < 0:  # not let in yet: it has nothing to deliver but its spool
+            serving.cancel()
+
     for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, actor.stop)
-    await actor.serve()
+        asyncio.get_running_loop().add_signal_handler(number, stop)
+    try:
+        await serving
+    except asyncio.CancelledError:
+        return STOPPED
+    except CheckpointError as error:
+        # Weights that were announced and are gone or damaged: another try gets newer ones.
+        raise StorageError(str(error)) from error
+    except DeadlineError as error:
+        if not asked:
+            raise
+        log.warning("%s; %d trajectories stay in the spool", error, len(spool))
+    return STOPPED if asked else 0
 
 
 class Actor:
@@ -79,7 +107,10 @@ class Actor:
             chat=policy.chat,
             environment=config.environment,
             rewards=config.rewards,
+            redactor=Redactor.of_process(config.environment.canaries),
         )
+        guard_logs(self._runner.redactor)
+        self._brake = Brake(Backoff(first_s=config.environment.backoff_s))
         self._train = self._backend(config.actor.concurrency)
         self._pinned: EmbeddedBackend | None = None
         self._free = [config.actor.concurrency, config.actor.concurrency]
@@ -119,6 +150,7 @@ class Actor:
             self._failed.result()
         await self._client.drain()
         await self._client.close()
+        self._runner.factory.close()
 
     def _backend(self, rows: int) -> EmbeddedBackend:
         config = self._config
@@ -188,11 +220,16 @@ class Actor:
             max_tokens=config.sampling.max_tokens,
         )
         trajectory = await self._runner.sampled(lease, backend, sampling, rollout_id=lease_key(lease))
+        failure = trajectory.note if trajectory.outcome is Outcome.INFRASTRUCTURE_FAILURE else ""
+        if pause_s := self._brake.wait_s(lease.attempt.task, lease.issue, failure):
+            await self._client.send(trajectory)
+            await asyncio.sleep(pause_s)
         # The place is free before delivery: waiting for credit must not idle the backend.
         self._free[evaluation] += 1
         self.episodes += not evaluation
         self._changed.set()
-        await self._client.send(trajectory)
+        if not pause_s:
+            await self._client.send(trajectory)
 
     async def _ask(self) -> None:
         """Tell the hub of free places, once per turn of the loop whatever number became free."""

@@ -46,7 +46,11 @@ class Command:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code: 0, 2 for a mistake the user can mend, 1, or 130."""
+    """Run one command and return its exit code.
+
+    0 done, 1 failed, 2 a mistake the user can mend, 3 numbers that stay non-finite, 75 a role that a signal
+    stopped before its work was done (start it again), 130 any other command stopped by a signal.
+    """
     try:
         return _dispatch(list(sys.argv[1:] if arguments is None else arguments))
     except SlipstreamError as error:
@@ -160,6 +164,7 @@ def _eval_args(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tasks", type=int, help="default: evaluation.final_tasks")
     parser.add_argument("--temperature", type=float, help="default: evaluation.temperature")
     parser.add_argument("--output", type=Path, help="JSON file for the result")
+    parser.add_argument("--flight", type=Path, help=argparse.SUPPRESS)
 
 
 def _folder_args(parser: argparse.ArgumentParser) -> None:
@@ -201,14 +206,17 @@ def _eval(chosen: argparse.Namespace) -> int:
         raise ConfigurationError(f"--temperature must be at least 0, got {temperature}")
     from slipstream import evaluate
 
-    return evaluate.main(
-        config,
-        chosen.checkpoint,
-        split=Split(chosen.split),
-        tasks=tasks,
-        temperature=temperature,
-        output=chosen.output,
-    )
+    def run() -> int:
+        return evaluate.main(
+            config,
+            chosen.checkpoint,
+            split=Split(chosen.split),
+            tasks=tasks,
+            temperature=temperature,
+            output=chosen.output,
+        )
+
+    return run() if chosen.flight is None else _recorded(chosen.flight, run)
 
 
 def _plot(chosen: argparse.Namespace) -> int:
@@ -244,14 +252,14 @@ def _warmup(chosen: argparse.Namespace) -> int:
     config, folder = _role_folder(chosen)
     from slipstream import warmup
 
-    return _recorded(folder, "warmup-0", lambda: warmup.main(config, folder))
+    return _recorded(_ring(folder, "warmup-0"), lambda: warmup.main(config, folder))
 
 
 def _hub(chosen: argparse.Namespace) -> int:
     config, folder = _role_folder(chosen)
     from slipstream import hub
 
-    return _recorded(folder, "hub-0", lambda: hub.main(config, folder))
+    return _recorded(_ring(folder, "hub-0"), lambda: hub.main(config, folder))
 
 
 def _actor(chosen: argparse.Namespace) -> int:
@@ -259,7 +267,7 @@ def _actor(chosen: argparse.Namespace) -> int:
     _note_hub(folder, chosen.hub, chosen.run)
     from slipstream import actor
 
-    return _recorded(folder, chosen.name, lambda: actor.main(config, folder, chosen.name))
+    return _recorded(_ring(folder, chosen.name), lambda: actor.main(config, folder, chosen.name))
 
 
 def _learner(chosen: argparse.Namespace) -> int:
@@ -267,7 +275,7 @@ def _learner(chosen: argparse.Namespace) -> int:
     _note_hub(folder, chosen.hub, chosen.run)
     from slipstream import learner
 
-    return _recorded(folder, "learner-0", lambda: learner.main(config, folder))
+    return _recorded(_ring(folder, "learner-0"), lambda: learner.main(config, folder))
 
 
 def _keys(chosen: argparse.Namespace) -> int:
@@ -279,18 +287,26 @@ def _keys(chosen: argparse.Namespace) -> int:
     return 0
 
 
-def _recorded(folder: Path, name: str, run: Callable[[], int]) -> int:
+def _recorded(ring: Path, run: Callable[[], int]) -> int:
     """Run a role with its flight recorder on (flight_recorder.py)."""
-    FLIGHT.start(folder / FOLDER / f"{name}.ring")
+    FLIGHT.start(ring)
     try:
         code = run()
     except (SlipstreamError, OSError) as error:
         FLIGHT.note(f"failed: {error}")
         FLIGHT.end()
         raise
+    except SystemExit as end:
+        FLIGHT.note(f"stopped with exit code {end.code}")
+        FLIGHT.end()
+        raise
     FLIGHT.note(f"done with exit code {code}")
     FLIGHT.end()
     return code
+
+
+def _ring(folder: Path, name: str) -> Path:
+    return folder / FOLDER / f"{name}.ring"
 
 
 def _version(chosen: argparse.Namespace) -> int:

@@ -35,6 +35,8 @@ from slipstream.config_parts import (
     Part,
     RewardConfig,
     SamplingConfig,
+    SandboxConfig,
+    SupervisionConfig,
     WarmupConfig,
     check_outcome_dominates,
 )
@@ -55,6 +57,8 @@ __all__ = [
     "RewardConfig",
     "RunConfig",
     "SamplingConfig",
+    "SandboxConfig",
+    "SupervisionConfig",
     "WarmupConfig",
     "dump",
     "load_config",
@@ -91,6 +95,7 @@ class RunConfig(Part):
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     hub: HubConfig = HubConfig()
+    supervision: SupervisionConfig = SupervisionConfig()
 
     @model_validator(mode="after")
     def _check_combinations(self) -> Self:

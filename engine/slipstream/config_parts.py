@@ -23,6 +23,26 @@ class Part(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
+class SandboxConfig(Part):
+    """What one worker of a sandbox may use, and how long one call of it may take."""
+
+    call_timeout_s: float = Field(default=10.0, gt=0.0)
+    """A call that takes longer is killed with all it started; the policy is told."""
+    memory_bytes: int = Field(default=1 << 30, ge=256 << 20)
+    """Address space of each process of a worker."""
+    scratch_bytes: int = Field(default=64 << 20, ge=1 << 20)
+    """The worker's only writable folder."""
+    processes: int = Field(default=32, ge=1)
+    """Processes and threads of one worker."""
+    open_files: int = Field(default=256, ge=16)
+    cpu_s: int = Field(default=60, ge=1)
+    """CPU time of each process of a worker."""
+    answer_bytes: int = Field(default=1 << 20, ge=1 << 12)
+    """Most bytes of one answer; larger ones are refused before they are read."""
+    observation_chars: int = Field(default=16384, ge=64)
+    """A longer observation is cut, and says so."""
+
+
 class EnvironmentConfig(Part):
     """The world the policy acts in."""
 
@@ -41,6 +61,15 @@ class EnvironmentConfig(Part):
     max_tokens: int = Field(default=256, ge=16)
     """Most tokens of one episode, prompt and observations included."""
     timeout_s: float = Field(default=60.0, gt=0.0)
+    retries: int = Field(default=2, ge=0)
+    """How often a failure of the environment's ground is tried again before the episode fails."""
+    backoff_s: float = Field(default=0.1, ge=0.0)
+    """Longest wait before the first retry; it doubles with each, and is drawn from 0 to there."""
+    sandbox: Literal["none", "process", "bubblewrap", "auto"] = "none"
+    """Where tools run: in the actor, or in workers of their own, judged in a worker no tool ran in."""
+    limits: SandboxConfig = SandboxConfig()
+    canaries: tuple[str, ...] = ()
+    """Planted secrets: they are cut out of whatever the policy is shown, and out of records and logs."""
 
 
 class ModelConfig(Part):
@@ -192,6 +221,8 @@ class HubConfig(Part):
     """Lets anyone who reaches the address join, and whoever is on the way read and change everything."""
     max_connections: int = Field(default=4096, ge=16)
     """Beyond so many the oldest that have not joined are cut."""
+    hello_timeout_s: float = Field(default=30.0, gt=0.0)
+    """A connection without keys that has not joined by then is cut; a client tries again by itself."""
     credit_bytes: int = Field(default=8 << 20, ge=1 << 16)
     """Bytes an actor may have on the way before the hub's acknowledgement."""
     lease_timeout_s: float = Field(default=120.0, gt=0.0)
@@ -205,6 +236,19 @@ class HubConfig(Part):
     """Bytes of the log that are kept for reading, beyond what a restart needs."""
     reserve_bytes: int = Field(default=256 << 20, ge=0)
     """With less room than this on the disk no episode begins; those that run still reach the log."""
+
+
+class SupervisionConfig(Part):
+    """How the launcher keeps its processes going, and how it ends them."""
+
+    restarts: int = Field(default=5, ge=0)
+    """Most deaths of the hub, of the learner and of each process of the other stages within an hour."""
+    actor_restarts: int = Field(default=5, ge=0)
+    """Most deaths of each actor within an hour."""
+    backoff_s: float = Field(default=0.5, ge=0.0)
+    """Pause before the first restart of a process; doubles with each death, up to a minute."""
+    grace_s: float = Field(default=30.0, gt=0.0)
+    """From SIGTERM to SIGKILL: the learner saves a checkpoint, actors deliver what they have."""
 
 
 def check_outcome_dominates(rewards: RewardConfig, objective: ObjectiveConfig, group_size: int) -> None:

@@ -21,8 +21,10 @@ T = TypeVar("T")
 class Deadlines:
     """Longest waits of a peer, in seconds."""
 
+    start_s: float = 600.0
+    """A hub that was started and does not listen yet: it replays its log first."""
     connect_s: float = 60.0
-    """Hello to Welcome; the hub may still be replaying its log."""
+    """Hello to Welcome."""
     send_s: float = 60.0
     """Handing one message to the transport."""
     credit_s: float = 300.0

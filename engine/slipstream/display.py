@@ -191,6 +191,8 @@ def result_lines(summary: Mapping[str, Any], folder: Path) -> list[str]:
         f"{_fixed(summary.get('success_best'))} best{span}, {_fixed(summary.get('success_final'))} last",
         f"{summary.get('steps', 0):,} steps, {summary.get('trajectories', 0):,} trajectories, "
         f"{summary.get('tokens_trained', 0):,} trained tokens in {clock(summary.get('wall_seconds'))}",
+        f"{summary.get('lost', 0):,} trajectories lost, {summary.get('doubled', 0):,} doubled, "
+        f"{summary.get('restarts', 0):,} processes started again",
         f"see {folder / 'summary.json'} and {folder / 'learning_curve.png'}",
     ]
 

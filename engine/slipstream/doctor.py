@@ -19,6 +19,7 @@ import psutil
 from slipstream.errors import RunFolderError
 from slipstream.flight_recorder import FOLDER, STACKS, Flight, birth_of, boot_id, read_flights
 from slipstream.run_folder import read_json
+from slipstream.snapshot import actors_of, waits_of
 
 QUIET_S: Final = 60.0
 """A living process that says nothing for so long counts as stalled."""
@@ -51,7 +52,7 @@ def examine(folder: Path, *, now: float | None = None, stalled: str = "") -> tup
     findings = [*_findings(patients, moment), *_disk(folder)]
     lines = [f"run {folder}, {time.strftime('%Y-%m-%d %H:%M:%S')}", ""]
     lines += [_line(patient, moment) for patient in patients]
-    lines += ["", *_books(folder)]
+    lines += ["", *_queues(folder)]
     lines += ["findings:", *(f"  {finding}" for finding in findings or ["nothing is wrong"])]
     silent = [
         p for p in patients if p.state == "running" and (_stalled(p, moment) or p.flight.role == stalled)
@@ -135,15 +136,22 @@ def _line(patient: Patient, now: float) -> str:
     return f"  {flight.role:<12} pid {flight.pid:<8} {patient.state:<8} {ago}{waits}"
 
 
-def _books(folder: Path) -> Iterator[str]:
+def _queues(folder: Path) -> Iterator[str]:
+    """Say what waits where, and who for whom, as the hub saw it last."""
     status = read_json(folder / "status.json")
-    if status:
-        status.pop("time", None)
-        shown = ", ".join(
-            f"{key} {value}" for key, value in sorted(status.items()) if isinstance(value, int | float)
-        )
-        yield f"hub's last status: {shown}"
-        yield ""
+    if not status:
+        return
+    age = time.time() - float(status.pop("time", time.time()))
+    depths = {name: status.get(name, 0) for name in ("groups_buffered", "groups_open", "gate_room")}
+    books = status.get("books", {})
+    depths |= {name: books.get(name, 0) for name in ("leased", "waiting", "buffered", "evaluation_leased")}
+    yield f"hub's last status, {age:.1f} s ago:"
+    yield "  queues: " + ", ".join(f"{name} {depth}" for name, depth in depths.items())
+    if running := status.get("evaluation"):
+        yield f"  evaluation of step {running['step']}: {running['returned']} episodes returned"
+    yield from (f"  {line}" for line in [*waits_of(status), *actors_of(status)])
+    yield "  books: " + ", ".join(f"{name} {count}" for name, count in books.items() if count)
+    yield ""
 
 
 def _stacks(folder: Path, stalled: Sequence[Patient]) -> Iterator[str]:

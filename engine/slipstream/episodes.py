@@ -10,7 +10,7 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import TypedDict
 
 import numpy as np
@@ -20,7 +20,10 @@ from slipstream.config import EnvironmentConfig, RewardConfig
 from slipstream.environments import EnvironmentFactory
 from slipstream.errors import InfrastructureError
 from slipstream.flight_recorder import FLIGHT
-from slipstream.interfaces import Environment, InferenceBackend, Transition
+from slipstream.ground import Ground
+from slipstream.interfaces import Environment, InferenceBackend, Observation, Transition
+from slipstream.redaction import Redactor
+from slipstream.retries import Backoff
 from slipstream.rewards import turn_rewards
 from slipstream.tools.hermes import parse_call
 from slipstream.types import (
@@ -62,7 +65,8 @@ class TokenArrays(TypedDict):
 class Recorder:
     """Grows one rollout's tokens and books what happens; holds exactly what a trajectory needs."""
 
-    def __init__(self) -> None:
+    def __init__(self, redactor: Redactor) -> None:
+        self._redactor = redactor
         self._tokens: list[Int32Array] = [np.zeros(0, dtype=np.int32)]
         self._completions: list[tuple[int, Completion]] = []
         self._earned: list[float] = []
@@ -94,7 +98,8 @@ class Recorder:
         """Note what the last message led to."""
         self._earned.append(transition.reward)
         if transition.call is not None:
-            self.calls.append(transition.call)
+            arguments = self._redactor.data(transition.call.arguments)
+            self.calls.append(replace(transition.call, arguments=arguments))
 
     def earned(self) -> list[float]:
         """Return what each turn earned; one that was cut before its result earned nothing."""
@@ -153,6 +158,10 @@ class EpisodeRunner:
     chat: Chat
     environment: EnvironmentConfig
     rewards: RewardConfig
+    redactor: Redactor = field(default_factory=Redactor.of_process)
+    """What the policy is shown and what is recorded goes through it."""
+    backoff: Backoff | None = None
+    """Between retries; as configured when None."""
 
     async def sampled(
         self, lease: Lease, backend: InferenceBackend, sampling: Sampling, *, rollout_id: int
@@ -179,22 +188,33 @@ class EpisodeRunner:
                 token_ids=said, logprobs=blank, versions=np.full(len(said), -1, np.int32), stopped=True
             )
 
-        return await self.run(lease, speak, Sampling(max_tokens=self.environment.max_tokens))
+        sampling = Sampling(max_tokens=self.environment.max_tokens)
+        return await self.run(lease, speak, sampling, make=self.factory.rehearse)
 
-    async def run(self, lease: Lease, speak: Speaker, sampling: Sampling) -> Trajectory:
-        """Run one episode with any speaker.
+    async def run(
+        self,
+        lease: Lease,
+        speak: Speaker,
+        sampling: Sampling,
+        *,
+        make: Callable[[], Environment] | None = None,
+    ) -> Trajectory:
+        """Run one episode with any speaker, in an environment of `make`, or else of the factory's.
 
         When the environment's ground fails (InfrastructureError, OSError) the trajectory holds what
         happened until then and no scores: a failure that says nothing about the policy is no reward.
         """
         FLIGHT.beat()
-        clock, recorder, environment = _Clock(), Recorder(), self.factory.make()
+        clock, recorder = _Clock(), Recorder(self.redactor)
+        ground = Ground((make or self.factory.make)(), self.environment, self.backoff)
         scores: Sequence[Score] = ()
         try:
-            outcome, note = await self._played(lease, environment, recorder, speak, clock)
-            scores = await self._scored(environment)
+            outcome, note = await self._played(lease, ground, recorder, speak, clock)
+            scores = await ground.score()
         except InfrastructureError as error:
             outcome, note = Outcome.INFRASTRUCTURE_FAILURE, one_line(error)
+        finally:
+            await ground.close()
         return Trajectory(
             identity=UNSENT,
             attempt=lease.attempt,
@@ -208,36 +228,30 @@ class EpisodeRunner:
             tool_calls=recorder.calls,
             sampling=sampling,
             timings=clock.timings(),
-            note=note,
+            note=self.redactor.text(note),
         )
 
     async def _played(
-        self, lease: Lease, environment: Environment, recorder: Recorder, speak: Speaker, clock: _Clock
+        self, lease: Lease, ground: Ground, recorder: Recorder, speak: Speaker, clock: _Clock
     ) -> tuple[Outcome, str]:
         """Play an episode to its end or its time-out; return the outcome and a note on it."""
         limit_s = self.environment.timeout_s
         try:
             async with asyncio.timeout(limit_s):
                 task = self.factory.tasks.task(lease.split, lease.attempt.task)
-                with _failing_as_infrastructure("reset"):
-                    opening = await environment.reset(task, lease.attempt)
-                recorder.show(self.chat.prompt(opening, environment.tools))
-                return await self._converse(environment, recorder, speak, clock), ""
+                opening = await ground.reset(task, lease.attempt)
+                shown = Observation(
+                    system=self.redactor.text(opening.system), user=self.redactor.text(opening.user)
+                )
+                recorder.show(self.chat.prompt(shown, ground.tools))
+                return await self._converse(ground, recorder, speak, clock), ""
         except TimeoutError as error:
             note = f"no end within environment.timeout_s = {limit_s:g} s, {recorder.turns} turns done"
             if not recorder.length:
                 raise InfrastructureError(f"reset: {note}") from error
             return Outcome.TIMED_OUT, note
 
-    async def _scored(self, environment: Environment) -> Sequence[Score]:
-        limit_s = self.environment.timeout_s
-        with _failing_as_infrastructure("score"):
-            async with asyncio.timeout(limit_s):
-                return await environment.score()
-
-    async def _converse(
-        self, environment: Environment, recorder: Recorder, speak: Speaker, clock: _Clock
-    ) -> Outcome:
+    async def _converse(self, ground: Ground, recorder: Recorder, speak: Speaker, clock: _Clock) -> Outcome:
         """Alternate messages and tool results until the episode ends."""
         invalid, observation = 0, ""
         # A message needs room for at least one token beside the stop token.
@@ -245,9 +259,9 @@ class EpisodeRunner:
             with clock.spending("generate"):
                 completion = await speak(recorder.tokens(), observation)
             recorder.say(completion)
-            message = parse_call(self.chat.text(completion.token_ids), environment.tools)
-            with clock.spending("tools"), _failing_as_infrastructure("step"):
-                transition = await environment.step(message)
+            message = parse_call(self.chat.text(completion.token_ids), ground.tools)
+            with clock.spending("tools"):
+                transition = await ground.step(message, recorder.turns - 1)
             recorder.book(transition)
             invalid += bool(message.error)
             if transition.done:
@@ -256,7 +270,7 @@ class EpisodeRunner:
                 return Outcome.INVALID_ACTION
             if recorder.turns >= self.environment.max_turns:
                 return Outcome.TRUNCATED
-            observation = transition.observation
+            observation = self.redactor.text(transition.observation)
             bridge = self.chat.bridge(observation)
             if not completion.stopped:
                 bridge = np.concatenate([np.array([self.chat.stop_token], np.int32), bridge])
@@ -264,17 +278,6 @@ class EpisodeRunner:
                 return Outcome.TRUNCATED
             recorder.show(bridge)
         return Outcome.TRUNCATED
-
-
-@contextmanager
-def _failing_as_infrastructure(what: str) -> Iterator[None]:
-    """Name what failed; a tool's own time-out is an OSError too, the episode's ends outside of here."""
-    try:
-        yield
-    except InfrastructureError as error:
-        raise InfrastructureError(f"{what}: {error}") from error
-    except OSError as error:
-        raise InfrastructureError(f"{what}: {type(error).__name__} {error}") from error
 
 
 def one_line(error: Exception) -> str:

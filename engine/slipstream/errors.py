@@ -13,8 +13,9 @@ SlipstreamError                 exit code 1 unless said otherwise
 │   └── RefusedError            the hub refused this peer (version, schema, run, epoch)
 ├── StorageError                a log, spool or disk that failed
 ├── InfrastructureError         what an environment stands on failed: its episode is masked, not judged
+├── ToolError                   what a tool refuses and the policy is meant to read: an observation
 ├── DeadlineError               a wait ran out; names who waited for whom and since when
-├── NumericsError               non-finite values several steps in a row
+├── NumericsError               non-finite values several steps in a row; exit code 3: nobody tries again
 └── RoleError                   a supervised process ended unexpectedly
 """
 
@@ -88,12 +89,18 @@ class InfrastructureError(SlipstreamError):
     """What an environment stands on failed (a database, a server); says nothing about the policy."""
 
 
+class ToolError(SlipstreamError):
+    """A tool refuses a call; the message is shown to the policy, and the call is not made again."""
+
+
 class DeadlineError(SlipstreamError):
     """A wait ran out."""
 
 
 class NumericsError(SlipstreamError):
-    """Non-finite values several steps in a row."""
+    """Non-finite values several steps in a row; the same checkpoint and data would give them again."""
+
+    exit_code = 3
 
 
 class RoleError(SlipstreamError):

@@ -7,11 +7,10 @@ learner's rows and its own counters).
 
 from __future__ import annotations
 
-import os
+import math
 import resource
 import secrets
 import shutil
-import signal
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Final
 
 from slipstream.config import HubConfig, RunConfig
+from slipstream.deadlines import Deadline
 from slipstream.errors import AddressError, RunFolderError, StorageError
 from slipstream.flight_recorder import FLIGHT
 from slipstream.ingest import IngestLog
@@ -29,38 +29,51 @@ from slipstream.messages import Buffer
 from slipstream.metrics import FILE as METRICS
 from slipstream.metrics import append_row
 from slipstream.process import keep_freed_memory
-from slipstream.rendezvous import run_id
-from slipstream.run_folder import read_json, write_json
+from slipstream.rendezvous import announce_address, announce_end, announce_start, run_id
+from slipstream.run_folder import write_json
+from slipstream.stop_signals import STOPPED, end_when_asked, note_when_asked
 from slipstream.transport.guard import Limits
 from slipstream.transport.zeromq import MAX_FRAME_BYTES, RouterServer
 
 _STATUS_EVERY_S: Final = 0.5
+_REBIND_S: Final = 2.0
 _SLACK_BYTES: Final = 8 << 20
 """Control messages on the way beside a peer's records."""
 
 
 def main(config: RunConfig, folder: Path) -> int:
-    """Serve a run until SIGTERM or SIGINT; returns 0.
+    """Serve a run until SIGTERM or SIGINT; returns 0 when the run is done, else STOPPED.
 
     Raises AddressError (port in use), RunFolderError (another hub, a damaged log).
     """
-    stopping = _stop_signals()
+    end_when_asked()  # replaying a log changes nothing
     _limit_memory(config.hub.memory_limit_bytes)
     keep_freed_memory()
     run = run_id(folder)
+    before = announce_start(folder)
     log, ledger = open_ledger(config, folder, run)
     for note in log.notes:
         sys.stderr.write(note + "\n")
-    server = _serve(ledger, config, folder / "hub.json")
-    write_json(folder / "hub.json", {"address": server.address, "pid": os.getpid(), "run": run})
+    server = _serve(ledger, config, before)
+    asked = note_when_asked()
+    announce_address(folder, server.address, run)
     books = Bookkeeper(ledger, log, folder, config.hub, server.counters)
     try:
-        server.run(stopping, each_turn=books.turn)
+        server.run(asked, each_turn=books.turn)
     finally:
         books.finish()
         log.close()
         server.close()
+    if not is_done(config, ledger):
+        return STOPPED
+    announce_end(folder, run)
     return 0
+
+
+def is_done(config: RunConfig, ledger: Ledger) -> bool:
+    """Return whether the last step of a run is trained, evaluated and in a checkpoint."""
+    evaluated = any(done.step >= config.steps for done in ledger.state.evaluations)
+    return evaluated and ledger.state.checkpoint_step >= config.steps
 
 
 def open_ledger(config: RunConfig, folder: Path, run: str) -> tuple[IngestLog, Ledger]:
@@ -73,6 +86,17 @@ def open_ledger(config: RunConfig, folder: Path, run: str) -> tuple[IngestLog, L
         return log, ledger
     except StorageError as error:
         raise RunFolderError(str(error)) from error
+
+
+def settle(config: RunConfig, folder: Path) -> None:
+    """Write what the log adds up to for a hub that died after its run was done; raises RunFolderError."""
+    run = run_id(folder)
+    log, ledger = open_ledger(config, folder, run)
+    try:
+        Bookkeeper(ledger, log, folder, config.hub).finish()
+    finally:
+        log.close()
+    announce_end(folder, run)
 
 
 class Bookkeeper:
@@ -142,18 +166,27 @@ def quarantine_in(folder: Path) -> Callable[[Sequence[Buffer]], str]:
     return keep
 
 
-def _serve(ledger: Ledger, config: RunConfig, known: Path) -> RouterServer:
-    """Bind; a hub that takes any free port first tries the one its clients know."""
+def _serve(ledger: Ledger, config: RunConfig, before: str) -> RouterServer:
+    """Bind where the hub before listened, since its clients ask there, or else where the configuration says.
+
+    The kernel may still hold the address of a process that has just died.
+    """
     address, keys, limits = config.hub.address, hub_keys(config.hub.keys), _limits(config.hub)
     if config.hub.insecure:
         _warn(f"hub.insecure = true: anyone who reaches {address} can join this run, read and change it")
-    before = read_json(known).get("address")
-    if address.endswith(":*") and isinstance(before, str) and before.startswith(address[:-1]):
-        try:
-            return RouterServer(ledger, before, lost=ledger.lost, keys=keys, limits=limits)
-        except AddressError:
-            pass
-    return RouterServer(ledger, address, lost=ledger.lost, keys=keys, limits=limits)
+
+    def bound(where: str) -> RouterServer:
+        return RouterServer(ledger, where, lost=ledger.lost, keys=keys, limits=limits)
+
+    if before == address or (address.endswith(":*") and before.startswith(address[:-1])):
+        deadline = Deadline(_REBIND_S, "hub", f"{before} to be free")
+        while not deadline.expired():
+            try:
+                return bound(before)
+            except AddressError:
+                FLIGHT.beat()
+                time.sleep(_REBIND_S / 20)
+    return bound(address)
 
 
 def _limits(hub: HubConfig) -> Limits:
@@ -164,6 +197,8 @@ def _limits(hub: HubConfig) -> Limits:
         outstanding_bytes=hub.credit_bytes + MAX_FRAME_BYTES + _SLACK_BYTES,
         # A quarter of the files stays for the log, and for those who come before others are cut.
         connections=min(hub.max_connections, most_files * 3 // 4),
+        # With keys, nobody stands longer in the handshake than HANDSHAKE_IVL, and who passed it is known.
+        hello_s=math.inf if hub.keys else hub.hello_timeout_s,
         stranger_memory_bytes=hub.memory_limit_bytes // 2,
         memory_bytes=hub.memory_limit_bytes * 3 // 4,
     )
@@ -173,13 +208,6 @@ def _warn(sentence: str) -> None:
     """Say something where whoever started the hub and whoever examines it will find it."""
     FLIGHT.note(sentence)
     sys.stderr.write(f"hub: warning: {sentence}\n")
-
-
-def _stop_signals() -> Callable[[], bool]:
-    seen: list[int] = []
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda received, _frame: seen.append(received))
-    return lambda: bool(seen)
 
 
 def _limit_memory(limit_bytes: int) -> None:

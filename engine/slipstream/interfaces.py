@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -71,13 +71,31 @@ class Environment(Protocol):
     tools: Sequence[ToolSpec]
 
     async def reset(self, task: Task, attempt: TaskAttempt) -> Observation:
-        """Start an episode; all randomness is keyed by `attempt`."""
+        """Start an episode; all randomness is keyed by `attempt`. Called again when the ground failed."""
 
     async def step(self, message: AssistantMessage) -> Transition:
         """Carry one message out."""
 
     async def score(self) -> Sequence[Score]:
-        """Judge the episode so far; called once, after its end."""
+        """Judge the episode so far, after its end; called again when the ground failed."""
+
+
+@runtime_checkable
+class Resumable(Environment, Protocol):
+    """An environment whose episode can go on in another object, or another process.
+
+    A sandbox needs it to outlive a worker that a tool brought down and to judge where no tool ran; the
+    engine needs it to try a step again whose ground failed.
+    """
+
+    secrets: Collection[str]
+    """Keys of `Task.data` that only `score` reads: what plays the episode in a sandbox never gets them."""
+
+    def state(self) -> dict[str, Any]:
+        """Return all that has happened, as plain data; what is returned does not change later."""
+
+    async def restore(self, task: Task, attempt: TaskAttempt, state: dict[str, Any]) -> None:
+        """Be where the object was that gave `state` for this attempt."""
 
 
 class TaskSource(Protocol):

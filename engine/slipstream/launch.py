@@ -4,6 +4,9 @@
 2 training      hub, actors, learner         or everything in this process with `serial`
 3 final         eval best, eval last         both at once, on fresh tasks
 4 summary       summary.json, learning_curve.png
+
+Whichever of its processes dies, the run goes on (supervisor.py). Exit codes: 0 done, 1 failed, 2 a mistake
+of the user, 3 numbers that stay non-finite, 130 stopped by a signal.
 """
 
 from __future__ import annotations
@@ -16,18 +19,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from slipstream import doctor, run_folder, summary
+from slipstream import hub as hub_role
+from slipstream.audit import audit
 from slipstream.checkpoint import load_latest, verify
 from slipstream.config import RunConfig
 from slipstream.errors import CheckpointError, RoleError, StorageError, disk_failure
 from slipstream.flight_recorder import FOLDER
-from slipstream.supervisor import Patience, RoleSpec, StoppedBySignal, Supervisor, raising_signals
+from slipstream.metrics import FILE as METRICS
+from slipstream.rendezvous import expect_hub, known_address
+from slipstream.restarts import count_restart
+from slipstream.stop_signals import StoppedBySignal, raising_signals
+from slipstream.supervisor import Patience, RoleSpec, Supervisor
 from slipstream.types import Split
 
 if TYPE_CHECKING:
     from slipstream.display import Screen
 
 PROGRAM = (sys.executable, "-m", "slipstream")
-ACTOR_RESTARTS = 5
 BOOK_S = 5.0
 """Seconds between two bookings of a stage's time."""
 INTERRUPTED = 130
@@ -48,8 +56,8 @@ def train(
 
     `program` is the command that understands `hub`, `actor`, `learner`, `warmup` and `eval`.
 
-    Raises: RunFolderError when the folder cannot be used; UserError or RoleError when a role ended the
-    run, the latter saying how to go on.
+    Raises: RunFolderError when the folder cannot be used; UserError, NumericsError or RoleError when a
+    role ended the run, the latter saying how to go on.
     """
     with raising_signals(), run_folder.opened(folder, config, resume=resume), screen:
         run = _Run(config, folder, screen)
@@ -59,7 +67,9 @@ def train(
             on_event=screen.event,
             on_tick=run.tick,
             on_stall=run.examine_stall,
-            patience=patience or Patience(stall_s=config.stall_timeout_s),
+            on_restart=lambda role: count_restart(folder, role),
+            progress=run.progress,
+            patience=patience or patience_of(config),
         )
         try:
             run.stages(serial=serial)
@@ -76,6 +86,15 @@ def train(
     return 0
 
 
+def patience_of(config: RunConfig) -> Patience:
+    """Return the deadlines and pauses that a configuration asks for."""
+    return Patience(
+        stall_s=config.stall_timeout_s,
+        stop_s=config.supervision.grace_s,
+        backoff_s=config.supervision.backoff_s,
+    )
+
+
 class _Run:
     """The stages of one run, with the seconds each has taken over all resumes."""
 
@@ -84,6 +103,8 @@ class _Run:
     def __init__(self, config: RunConfig, folder: Path, screen: Screen) -> None:
         self._config, self._folder, self._screen = config, folder, screen
         self._name, self._since = "", 0.0
+        self._hub = ""
+        """Where the hub listened when its clients were last started."""
 
     def stages(self, *, serial: bool) -> None:
         """Run what is still to be done."""
@@ -94,12 +115,17 @@ class _Run:
             self._train_serially() if serial else self._train()
         with self._stage("final evaluation"):
             self._evaluate()
-        summary.write_summary(self._config, self._folder)
         with self._stage("learning curve"):
+            audited = audit(self._folder)
+            for finding in audited.findings:
+                self._screen.event(
+                    f"the books do not balance: {finding}; keep the run folder and report this"
+                )
+            summary.write_summary(self._config, self._folder, audited)
             from slipstream.plots import learning_curve
 
             learning_curve(self._folder)
-        result = summary.write_summary(self._config, self._folder)
+        result = summary.write_summary(self._config, self._folder, audited)
         self._screen.finish(result)
 
     def _warm_start(self) -> None:
@@ -129,18 +155,20 @@ class _Run:
             self._screen.event(f"{newest} is damaged; going on from {found.name}")
 
     def _train(self) -> None:
-        (self._folder / "hub.json").unlink(missing_ok=True)  # an old address must find nobody
-        config = self._config
+        expect_hub(self._folder)  # an old address would find nobody
+        config, self._hub = self._config, ""
         actors = [
             self._spec(
                 "actor", "--name", f"actor-{index}", index=index, threads=config.actor.threads,
-                restarts=ACTOR_RESTARTS, awaited=False, resends=True,
+                restarts=config.supervision.actor_restarts, awaited=False, resends=True,
             )
             for index in range(config.actor.count)
         ]  # fmt: skip
         hub = self._spec("hub", awaited=False, outlives=True)
         learner = self._spec("learner", threads=config.learner.threads)
         self.supervisor.supervise([hub, *actors, learner])
+        if known_address(self._folder):  # the hub died behind the learner's end: its status is not its last
+            hub_role.settle(config, self._folder)
 
     def _train_serially(self) -> None:
         from slipstream import serial
@@ -159,6 +187,7 @@ class _Run:
                 role="eval",
                 index=index,
                 threads=threads,
+                restarts=config.supervision.restarts,
                 arguments=(
                     "eval", str(path),
                     "--recipe", str(self._folder / run_folder.CONFIG),
@@ -166,6 +195,7 @@ class _Run:
                     "--tasks", str(config.evaluation.final_tasks),
                     "--temperature", str(config.evaluation.temperature),
                     "--output", str(self._folder / file),
+                    "--flight", str(self._folder / FOLDER / f"eval-{index}.ring"),
                 ),
             )
             for index, (path, file, threads) in enumerate(targets)
@@ -178,7 +208,7 @@ class _Run:
         *more: str,
         index: int = 0,
         threads: int = 1,
-        restarts: int = 0,
+        restarts: int | None = None,
         awaited: bool = True,
         outlives: bool = False,
         resends: bool = False,
@@ -188,7 +218,7 @@ class _Run:
             index=index,
             arguments=(role, "--output", str(self._folder), *more),
             threads=threads,
-            restarts=restarts,
+            restarts=self._config.supervision.restarts if restarts is None else restarts,
             awaited=awaited,
             outlives=outlives,
             resends=resends,
@@ -201,11 +231,26 @@ class _Run:
         path.write_text(report, encoding="utf-8")
         return f"what it was doing: {path}"
 
+    def progress(self) -> tuple[str, object, int]:
+        """Return what differs once the run has got on: stage, optimizer steps, rows of metrics."""
+        rows = self._folder / METRICS
+        version = run_folder.read_json(self._folder / "status.json").get("version")
+        return self._name, version, rows.stat().st_size if rows.exists() else 0
+
     def tick(self) -> None:
-        """Refresh the screen; book the seconds every now and then, so that kill -9 loses few."""
+        """Refresh the screen, look after the hub's clients; book the seconds, so that kill -9 loses few."""
         self._screen.refresh()
+        self._follow_hub()
         if time.monotonic() - self._since > BOOK_S:
             self._book_seconds()
+
+    def _follow_hub(self) -> None:
+        """Start the hub's clients again when it came back elsewhere: they would ask a dead address."""
+        address = known_address(self._folder)
+        if address and self._hub and address != self._hub:
+            for role in ("actor", "learner"):
+                self.supervisor.renew(role, f"the hub has moved to {address}")
+        self._hub = address or self._hub
 
     @contextmanager
     def _stage(self, name: str) -> Iterator[None]:

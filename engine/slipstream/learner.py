@@ -8,10 +8,9 @@ last events     the evaluation of the last step  its last episode, or DeadlineEr
 from __future__ import annotations
 
 import logging
-import signal
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -26,8 +25,8 @@ from slipstream.errors import CheckpointError, ProtocolError, StorageError
 from slipstream.flight_recorder import FLIGHT
 from slipstream.history import START, extend
 from slipstream.keys import client_keys
-from slipstream.messages import Evaluated, Stop
-from slipstream.metrics import read_rows, slip_statistics
+from slipstream.messages import Buffer, Evaluated, Stop, Welcome
+from slipstream.metrics import Row, read_rows, rows_of, slip_statistics
 from slipstream.model import (
     WEIGHTS,
     Policy,
@@ -41,8 +40,9 @@ from slipstream.model import (
     write_policy,
 )
 from slipstream.policy_step import PolicyStep
-from slipstream.rendezvous import hub_address, run_id
+from slipstream.rendezvous import await_hub, run_id
 from slipstream.staleness import VersionTable
+from slipstream.stop_signals import STOPPED, end_when_asked, note_when_asked
 from slipstream.transport.client import LearnerClient, PulledBatch
 from slipstream.transport.zeromq import SyncDealerChannel
 from slipstream.types import Int32Array, Trajectory, Version, WeightUpdate
@@ -56,6 +56,7 @@ OPTIMIZER = "optimizer.safetensors"
 RANDOM = "random.safetensors"
 STATE = "state.json"
 LAST_EVALUATION_S = 600.0
+_LOOK_S = 0.2
 KEPT_ROWS = 8
 """Rows of metrics kept in a checkpoint, for a hub that died before it wrote them."""
 
@@ -63,22 +64,45 @@ log = logging.getLogger(__name__)
 
 
 def main(config: RunConfig, folder: Path) -> int:
-    """Train a run to its last step; on SIGTERM or SIGINT save a checkpoint and return 0."""
+    """Train a run to its last step and return 0; on SIGTERM or SIGINT save a checkpoint and return STOPPED.
+
+    Raises AddressError without a hub to wait for, RefusedError, CheckpointError, NumericsError,
+    DeadlineError.
+    """
+    end_when_asked()  # nothing is trained yet
     torch.set_num_threads(config.learner.threads)
-    stopping: list[int] = []
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda received, _frame: stopping.append(received))
-    channel = SyncDealerChannel(hub_address(folder), client_keys(config.hub.keys, NAME))
+    channel = _PartingChannel(await_hub(folder, NAME), client_keys(config.hub.keys, NAME))
     client = LearnerClient(channel, run_id(folder), NAME)
     learner = Learner(config, folder, client)
     learner.start()
-    while not learner.done and not stopping:
+    channel.parting = asked = note_when_asked()
+    while not learner.done and not asked():
         learner.advance(timeout_s=0.5)
-    if stopping:
+    if not learner.done:
         # The hub may be gone; whoever resumes says Hello with this step.
         learner.save_at_once()
     client.close()
-    return 0
+    return 0 if learner.done else STOPPED
+
+
+class _PartingChannel(SyncDealerChannel):
+    """Lets a learner that was asked to stop not wait for a hub that does not answer.
+
+    What it would have said then, whoever resumes from its checkpoint says.
+    """
+
+    parting: Callable[[], bool] = staticmethod(lambda: False)
+
+    def send(self, frames: Sequence[Buffer], timeout_s: float) -> bool:
+        """Hand one message over; returns False when no hub was connected in time."""
+        end = time.monotonic() + timeout_s
+        while not super().send(frames, max(0.0, min(_LOOK_S, end - time.monotonic()))):
+            FLIGHT.beat()
+            if self.parting():
+                return True
+            if time.monotonic() >= end:
+                return False
+        return True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,16 +142,15 @@ class Learner:
         self._rows: deque[dict[str, float | list[float]]] = deque(maxlen=KEPT_ROWS)
         self._starved_s = 0.0
         self._save_due = False
-        torch.manual_seed(
-            config.seed
-        )  # before anything is restored: nothing may hang on how this process began
+        self._last_wait: Deadline | None = None
+        self._written: list[Row] = []
+        """What metrics.jsonl held when it was last read."""
+        self.done = False
+        """True after the last step, its evaluation, and the hub's word that all have been told."""
+        # Before anything is restored: nothing may hang on how this process began.
+        torch.manual_seed(config.seed)
         if newest is not None:
             self._restore(newest)
-
-    @property
-    def done(self) -> bool:
-        """True after the last step and its evaluation."""
-        return self.step >= self._config.steps and self._last_evaluated >= self._config.steps
 
     def start(self) -> None:
         """Join the hub and publish the current weights as a new serial."""
@@ -137,11 +160,7 @@ class Learner:
         self._next_serial = max(welcome.next_serial, self._publisher.newest_serial() + 1)
         self._publish()
         self._row_began = time.monotonic()
-        # A hub that died may have taken rows with it.
-        self._written = {(row.get("kind"), int(row["step"])) for row in read_rows(self._folder)}
-        for row in self._rows:
-            if ("train", row["step"]) not in self._written:
-                self._client.report("train", row)
+        self._report_again()
 
     def advance(self, *, timeout_s: float) -> None:
         """Hear what the hub has to say, then take one batch if it is there within `timeout_s`."""
@@ -151,7 +170,7 @@ class Learner:
         if self._save_due:
             self.save()
         if self.step >= self._config.steps:
-            self._await_last_evaluation(timeout_s)
+            self._end(timeout_s)
             return
         began = time.monotonic()
         batch = self._client.pull(self.step, timeout_s)
@@ -235,6 +254,21 @@ class Learner:
         self._rows.append({"step": float(self.step), "time": time.time(), **row, **rates})
         self._client.report("train", self._rows[-1])
 
+    def _report_again(self) -> None:
+        """Say the rows once more that a hub which died has taken with it."""
+        self._written = read_rows(self._folder)
+        for row in self._unwritten():
+            self._client.report("train", row)
+
+    def _unwritten(self) -> list[dict[str, float | list[float]]]:
+        """Return the rows that metrics.jsonl lacks; steps repeat after a rollback, times do not."""
+        times = {row["time"] for row in rows_of(self._written, "train")}
+        return [row for row in self._rows if row["time"] not in times]
+
+    def _is_evaluated(self, step: int) -> bool:
+        """Return whether metrics.jsonl has a step's evaluation."""
+        return any(row["step"] == step for row in rows_of(self._written, "evaluation"))
+
     def _publish(self) -> None:
         """Write the weights under the next serial and announce them with a canary."""
         weights = {name: tensor.cpu() for name, tensor in named_weights(self._policy.model).items()}
@@ -262,8 +296,10 @@ class Learner:
             )
         )
 
-    def _hear(self, event: Evaluated | Stop) -> None:
+    def _hear(self, event: Evaluated | Stop | Welcome) -> None:
         match event:
+            case Welcome():
+                self._report_again()
             case Evaluated():
                 self._judge(event)
             case Stop(reason=reason):
@@ -273,7 +309,7 @@ class Learner:
         """Keep the evaluated version if it is the best so far, by held-out success."""
         self._last_evaluated = max(self._last_evaluated, event.step)
         better = event.success > self.best.success
-        if not event.replayed or ("evaluation", event.step) not in self._written:
+        if not event.replayed or not self._is_evaluated(event.step):
             row = {"step": float(event.step), "serial": float(event.serial), "success": event.success,
                    "tasks": float(event.count), "best": float(better), **event.metrics}  # fmt: skip
             self._client.report("evaluation", row)
@@ -289,22 +325,25 @@ class Learner:
         # Evaluations run in the order of their serials: nobody asks for an older one any more.
         self._publisher.unpin_up_to(event.serial)
 
-    def _await_last_evaluation(self, timeout_s: float) -> None:
-        """Wait for the evaluation of the last step; then end the run for everybody."""
-        what = f"the held-out evaluation of step {self.step}"
-        deadline = Deadline(LAST_EVALUATION_S, "learner", what)
-        FLIGHT.waits(f"{what} from the hub", LAST_EVALUATION_S)
-        while not self.done:
-            deadline.check()
-            events = self._client.events(timeout_s)
-            for event in events:
-                self._hear(event)
-            if not events and timeout_s == 0.0:
-                return
+    def _end(self, timeout_s: float) -> None:
+        """Wait up to `timeout_s` for the last evaluation and all rows; then end the run for everybody."""
+        if self._last_wait is None:
+            what = f"the held-out evaluation of step {self.step}"
+            self._last_wait = Deadline(LAST_EVALUATION_S, "learner", what)
+            FLIGHT.waits(f"{what} from the hub", LAST_EVALUATION_S)
+        self._last_wait.check()
+        for event in self._client.events(timeout_s):
+            self._hear(event)
+        if self._last_evaluated < self.step:
+            return
+        self._written = read_rows(self._folder)
+        if self._unwritten() or not self._is_evaluated(self.step):
+            return
         self._announce(self._writer.settle())
         self._write_or_raise()
         self._announce(self._writer.settle())
         self._client.finish("training is over")
+        self.done = True
 
     def _write_checkpoint(self) -> bool:
         """Copy the state and begin to write it; return False when the disk has no room."""

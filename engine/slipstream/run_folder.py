@@ -1,6 +1,6 @@
 """Floor 3. The run folder: who may use it, which configuration it belongs to, where things are.
 
-config.toml  lock  run.json  hub.json  status.json  metrics.jsonl  baselines.json  times.json
+config.toml  lock  run.json  hub.json  status.json  metrics.jsonl  baselines.json  times.json  restarts.json
 checkpoints/  weights/  trajectories/  logs/<role>-<n>.log  learning_curve.png  summary.json
 """
 

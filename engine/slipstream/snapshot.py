@@ -72,8 +72,8 @@ def take_snapshot(config: RunConfig, folder: Path, stage: str) -> Snapshot:
         generated_per_s=_mean(recent, "actors/tokens_per_s"),
         trained_per_s=_mean(recent, "tokens/trained_per_s"),
         starved=_mean(recent, "wait/learner_starved"),
-        waiting=_waiting(status),
-        actors=_actors(status),
+        waiting=waits_of(status),
+        actors=actors_of(status),
         books=status.get("books", {}),
     )
 
@@ -105,8 +105,8 @@ def _evaluations(rows: Sequence[Row], status: Mapping[str, Any]) -> list[tuple[i
     return sorted(held_out.items())
 
 
-def _waiting(status: Mapping[str, Any]) -> list[str]:
-    """Say who waits for whom."""
+def waits_of(status: Mapping[str, Any]) -> list[str]:
+    """Say who waits for whom, as the hub's status has it."""
     lines: list[str] = []
     if learner := status.get("learner_waits"):
         lines.append(f"learner waits for batch {learner['batch']} since {learner['seconds']:.1f} s")
@@ -114,8 +114,8 @@ def _waiting(status: Mapping[str, Any]) -> list[str]:
     return lines + [f"{name} waits for the learner: max_slip allows no new episodes" for name in blocked]
 
 
-def _actors(status: Mapping[str, Any]) -> list[str]:
-    """Return one line per actor."""
+def actors_of(status: Mapping[str, Any]) -> list[str]:
+    """Return one line per actor of the hub's status."""
     return [
         f"{name}  {actor.get('leased', 0)} episodes, heard {actor.get('silent_s', 0.0):.1f} s ago"
         for name, actor in sorted(status.get("actors", {}).items())

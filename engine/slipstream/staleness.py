@@ -60,7 +60,7 @@ class VersionTable:
 
     def keep(self, serials: Collection[int]) -> None:
         """Forget all serials but these."""
-        self._versions = {serial: self._versions[serial] for serial in sorted(serials)}
+        self._versions = {serial: known for serial, known in self._versions.items() if serial in serials}
 
     def __iter__(self) -> Iterator[Version]:
         """Yield every version by serial."""

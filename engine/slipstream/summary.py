@@ -1,7 +1,7 @@
 """Floor 4. The summary of a finished run, drawn from the files in its folder alone.
 
-Reads metrics.jsonl, status.json, baselines.json, times.json and the final evaluations, each a JSON
-object with `success` and `tasks`.
+Reads metrics.jsonl, status.json, baselines.json, times.json, restarts.json, the final evaluations, each a
+JSON object with `success` and `tasks`, and, for what is lost or doubled, log and spools (audit.py).
 """
 
 from __future__ import annotations
@@ -12,8 +12,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from slipstream.audit import Audit, audit
 from slipstream.config import RunConfig
 from slipstream.metrics import Row, read_rows, rows_of, wilson_interval
+from slipstream.restarts import restarts_of
 from slipstream.run_folder import read_json, write_json
 
 BASELINES = "baselines.json"
@@ -24,19 +26,21 @@ TIMES = "times.json"
 _PACKAGES = ("slipstream", "torch", "numpy", "pyzmq", "transformers", "msgspec")
 
 
-def write_summary(config: RunConfig, folder: Path) -> dict[str, Any]:
-    """Write summary.json and return it.
+def write_summary(config: RunConfig, folder: Path, audited: Audit | None = None) -> dict[str, Any]:
+    """Write summary.json and return it; `audited` saves another reading of the log.
 
-    Keys ending in _seconds, `stage_seconds` and `learner_starved_share` depend on the clock; all
-    others are equal for two serial runs of one configuration.
+    Keys ending in _seconds, `stage_seconds`, `learner_starved_share` and restarts depend on the clock and
+    on what died; all others are equal for two serial runs of one configuration. Raises StorageError when
+    the log is damaged.
     """
-    summary = summarise(config, folder)
+    summary = summarise(config, folder, audited)
     write_json(folder / SUMMARY, summary)
     return summary
 
 
-def summarise(config: RunConfig, folder: Path) -> dict[str, Any]:
-    """Return the summary of the run in `folder`."""
+def summarise(config: RunConfig, folder: Path, audited: Audit | None = None) -> dict[str, Any]:
+    """Return the summary of the run in `folder`; raises StorageError when its log is damaged."""
+    found, restarts = audited or audit(folder), restarts_of(folder)
     rows = read_rows(folder)
     train, status = rows_of(rows, "train"), read_json(folder / "status.json")
     books = dict(status.get("books", {}))
@@ -53,6 +57,10 @@ def summarise(config: RunConfig, folder: Path) -> dict[str, Any]:
         "slip_mean": weighted_mean(train, "slip/mean", "tokens/trained"),
         "slip_max": max((int(row.get("slip/max") or 0) for row in train), default=0),
         "dropped": int(books.get("dropped_by_slip", 0)),
+        "lost": found.lost,
+        "doubled": found.doubled,
+        "restarts": sum(restarts.values()),
+        "restarts_by_role": restarts,
         "learner_starved_share": weighted_mean(train, "wait/learner_starved", "seconds/step"),
         "seed": config.seed,
         "sampling": {

@@ -1,42 +1,51 @@
-"""Floor 4. Starts role processes, watches them, restarts those that may be, and stops all at the end.
+"""Floor 4. Starts role processes, watches them, restarts those that end too early, and stops all at the end.
 
     loop            waits for                     released by
-    supervise       awaited roles to end with 0   their exit, another role's failure, a signal, `finish_s`
-    stop            roles to end after SIGTERM    their exit, or SIGKILL after `stop_s`
+    supervise       awaited roles to end with 0   their exit, a failure that no restart mends, a signal,
+                                                  `finish_s`
+    a dead role     its next start                its back-off (restarts.py)
+    stop            roles to end after SIGTERM    their exit, or SIGKILL within `stop_s`
+
+What an end of a role means:
+
+    0                        its work is done
+    2, 3                     no restart would mend it: the run ends with the role's own sentence
+    75, SIGTERM              it was asked to stop: it is started again, and that counts for nothing
+    anything else            it failed: it is started again while its budget lasts
 
 A role gets `--parent PID` and ends by itself when this process is gone (process.guard_parent).
 """
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
+from typing import Final
 
-from slipstream.errors import DeadlineError, RoleError, RunFolderError, UserError
+from slipstream.errors import DeadlineError, NumericsError, RoleError, RunFolderError, UserError
 from slipstream.flight_recorder import FOLDER, read_flight
+from slipstream.restarts import RestartBudget
+from slipstream.stop_signals import STOPPED, StoppedBySignal, collected_signals
 
-POLL_S = 0.1
-FULL_BYTES = 1 << 20
+POLL_S: Final = 0.1
+FULL_BYTES: Final = 1 << 20
 """A disk with less than this left is called full."""
-SENTENCE = "slipstream: "
+SENTENCE: Final = "slipstream: "
 """How a role's last words begin on stderr; the command line writes them so."""
-
-
-class StoppedBySignal(KeyboardInterrupt):
-    """The user or the system asked this process to end; nothing on the way takes it for a failure."""
-
-    def __init__(self, number: int) -> None:
-        """Keep which signal it was."""
-        super().__init__(signal.Signals(number).name)
-        self.number = number
+_REAP_S: Final = 10.0
+"""From SIGKILL to the end; only a process that waits for a broken disk takes longer."""
+_FINAL: Final[dict[int, type[UserError | NumericsError]]] = {
+    UserError.exit_code: UserError,
+    NumericsError.exit_code: NumericsError,
+}
+"""Exit codes after which a restart would only fail again."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,7 +64,7 @@ class RoleSpec:
     awaited: bool = True
     """The stage ends when all awaited roles have ended with 0."""
     outlives: bool = False
-    """Stopped only after all others have ended, because they hand it their last work."""
+    """All others need it. It has no end of its own and is stopped only after they have ended."""
     resends: bool = False
     """Keeps on disk what it could not hand over: killed at once when nobody is left to take it."""
 
@@ -69,36 +78,45 @@ class RoleSpec:
 class Patience:
     """Deadlines and pauses of a supervisor, in seconds."""
 
-    stop_s: float = 20.0
-    """From SIGTERM to SIGKILL."""
+    stop_s: float = 30.0
+    """From the first SIGTERM to the last SIGKILL."""
+    renew_s: float = 5.0
+    """The same for a role that is stopped only to be started again."""
     finish_s: float = 900.0
     """From the first awaited role's end to the last one's."""
-    backoff_s: float = 1.0
-    """Pause before the first restart; doubles with each."""
+    backoff_s: float = 0.5
+    """Pause before a first restart (restarts.RestartBudget)."""
     window_s: float = 3600.0
-    """A death longer ago is forgotten: a long run may lose an actor now and then."""
-    stall_s: float = 300.0
-    """A role that records its flight and gave no sign of life for so long is killed."""
+    """A death longer ago is forgotten: a long run may lose a process now and then."""
+    stall_s: float = 600.0
+    """A role that gave no sign of life for so long is killed."""
+    start_s: float = 120.0
+    """The same, at least, for one that has given none since its start: large libraries load slowly."""
+    blame_s: float = 20.0
+    """What a role died of that failed by itself, if one it needs gave no sign of life for so long."""
 
 
 @dataclass(slots=True, kw_only=True)
 class _Running:
-    """A role with its process; `process` is None while a restart is due at `restart_at`."""
+    """A role with its process; `process` is None while a start is due at `start_at`."""
 
     spec: RoleSpec
-    process: subprocess.Popen[bytes] | None
-    died_at: list[float] = field(default_factory=list)
-    """On the monotonic clock, those within the window."""
+    budget: RestartBudget
+    process: subprocess.Popen[bytes] | None = None
+    started: float = 0.0
     log_start: int = 0
     """Where in its log this process began: what stands before is of earlier ones."""
-    restart_at: float = 0.0
+    start_at: float = 0.0
+    renewing: bool = False
+    """It was stopped by this supervisor, to be started again."""
+    kill_at: float = math.inf
+    """When it gets SIGKILL unless it has ended."""
     finished: bool = False
 
-    def count_death(self, window_s: float) -> int:
-        """Note a death and return how many there were within the window."""
-        now = time.monotonic()
-        self.died_at = [*(at for at in self.died_at if now - at < window_s), now]
-        return len(self.died_at)
+    @property
+    def alive(self) -> bool:
+        """True while its process runs."""
+        return self.process is not None and self.process.poll() is None
 
 
 @dataclass(slots=True, kw_only=True)
@@ -114,47 +132,115 @@ class Supervisor:
     patience: Patience = field(default_factory=Patience)
     on_stall: Callable[[str], str] = str
     """Given the name of a stalled role before it is killed; returns what to tell of it."""
+    on_restart: Callable[[str], object] = str
+    """Told the role, such as "actor", whenever a process is started again."""
+    progress: Callable[[], object] = object
+    """Returns what differs once the run has got on; failures without any progress are not forgotten."""
+    _roles: list[_Running] = field(default_factory=list)
     _next_look: float = 0.0
 
     def supervise(self, specs: Sequence[RoleSpec]) -> None:
         """Run the roles until all awaited ones have ended with 0, then stop the others.
 
-        Raises: UserError with a role's own sentence when it ended with 2; RoleError naming the role, its
-        exit and its last lines when it died otherwise; StoppedBySignal; DeadlineError. On all of
-        them every role has ended.
+        Raises: UserError or NumericsError with a role's own sentence when it ended so; RoleError naming
+        the role, its exit and its last lines when it died too often; StoppedBySignal; DeadlineError. On
+        all of them every role has ended.
         """
-        roles: list[_Running] = []
-        with _signals() as received:
+        self._roles = [self._prepare(spec) for spec in specs]
+        with collected_signals() as received:
             try:
-                for spec in specs:
-                    roles.append(role := _Running(spec=spec, process=None))
-                    self._start(role)
-                self._watch(roles, received)
+                self._watch(received)
             finally:
-                self._stop_all(roles)
+                self._stop_all()
             if received:  # while the others were stopped
                 raise StoppedBySignal(received[0])
 
-    def _watch(self, roles: Sequence[_Running], received: Sequence[int]) -> None:
-        finish_at: float | None = None
+    def renew(self, role: str, why: str) -> None:
+        """Stop all processes of a role that run, and start them again; that counts for nothing."""
+        for running in self._roles:
+            if running.spec.role == role and running.process is not None and not running.renewing:
+                running.renewing, running.kill_at = True, time.monotonic() + self.patience.renew_s
+                running.process.terminate()
+                self.on_event(f"{running.spec.name} is started again: {why}")
+
+    def _prepare(self, spec: RoleSpec) -> _Running:
+        patience = self.patience
+        budget = RestartBudget(
+            restarts=spec.restarts, window_s=patience.window_s, backoff_s=patience.backoff_s
+        )
+        return _Running(spec=spec, budget=budget)
+
+    def _watch(self, received: Sequence[int]) -> None:
+        finish_at = math.inf
         while True:
-            for role in roles:
+            for role in self._roles:
                 self._look_after(role)
             if received:
                 raise StoppedBySignal(received[0])
-            awaited = [role for role in roles if role.spec.awaited]
+            awaited = [role for role in self._roles if role.spec.awaited]
             waiting = [role.spec.name for role in awaited if not role.finished]
             if not waiting:
                 return
-            if finish_at is None and len(waiting) < len(awaited):
-                finish_at = time.monotonic() + self.patience.finish_s
-            if finish_at is not None and time.monotonic() > finish_at:
+            if len(waiting) < len(awaited):
+                finish_at = min(finish_at, time.monotonic() + self.patience.finish_s)
+            if time.monotonic() > finish_at:
                 raise DeadlineError(f"launcher: waited {self.patience.finish_s:g} s for {waiting[0]} to end")
-            self._end_stalls(roles)
+            self._end_stalls()
             self.on_tick()
             time.sleep(POLL_S)
 
-    def _end_stalls(self, roles: Sequence[_Running]) -> None:
+    def _look_after(self, role: _Running) -> None:
+        """Start a role when that is due; note its end, plan its restart or raise its failure."""
+        if role.finished:
+            return
+        if role.process is None:
+            if time.monotonic() >= role.start_at:
+                self._start(role)
+            return
+        code = role.process.poll()
+        if code is None:
+            if time.monotonic() > role.kill_at:
+                role.process.kill()
+            return
+        # Nobody else may go on without a role that outlives them, whatever it says of itself.
+        role.finished = code == 0 and not role.spec.outlives
+        if not role.finished:
+            self._plan_restart(role, code)
+
+    def _plan_restart(self, role: _Running, code: int) -> None:
+        role.process = None
+        if code in _FINAL:
+            raise self._failure(role, code)
+        uncounted = role.renewing or self._is_innocent(role, code)
+        pause = role.budget.backoff_s
+        if not uncounted:
+            budgeted = role.budget.spend(now=time.monotonic(), progress=self.progress())
+            if budgeted is None:
+                raise self._failure(role, code)
+            pause = budgeted
+        role.start_at = time.monotonic() + pause
+        if not role.renewing:
+            number = "" if uncounted else f" {role.budget.deaths} of {role.spec.restarts}"
+            self.on_event(f"{role.spec.name} {_ending(code)}; restart{number} in {pause:.2g} s")
+        self.on_restart(role.spec.role)
+
+    def _is_innocent(self, role: _Running, code: int) -> bool:
+        """Return whether a role was asked to stop, or failed for want of another that it needs."""
+        if code in (0, STOPPED, -signal.SIGTERM):
+            return True
+        if code < 0 or role.spec.outlives:
+            return False
+        for needed in self._roles:
+            if not needed.spec.outlives:
+                continue
+            silence, _ = self._silence(needed, time.monotonic())
+            if silence > self.patience.blame_s:
+                self._kill_silent(needed, silence)
+            if not needed.alive or silence > self.patience.blame_s:
+                return True
+        return False
+
+    def _end_stalls(self) -> None:
         """Kill roles that are alive and do not get on: a restart, or an end with a reason, beats a hang."""
         now = time.monotonic()
         if now < self._next_look:
@@ -163,42 +249,30 @@ class Supervisor:
         self._next_look = now + self.patience.stall_s / 8
         if late:
             return  # this process itself stood still, as all do on a paused machine: let them speak first
-        for role in roles:
-            if role.process is None or role.process.poll() is not None:
-                continue
-            try:
-                flight = read_flight(self.folder / FOLDER / f"{role.spec.name}.ring")
-            except (OSError, RunFolderError):
-                continue  # it records none, or has not begun
-            silence = now - flight.heard
-            if flight.pid == role.process.pid and silence > self.patience.stall_s:
-                told = self.on_stall(role.spec.name)
-                role.process.kill()
-                self.on_event(f"{role.spec.name} gave no sign of life for {silence:.0f} s: killed; {told}")
+        for role in self._roles:
+            silence, spoke = self._silence(role, now)
+            if silence > (
+                self.patience.stall_s if spoke else max(self.patience.start_s, self.patience.stall_s)
+            ):
+                self._kill_silent(role, silence)
 
-    def _look_after(self, role: _Running) -> None:
-        """Note a role's end, start it again when that is due, or raise its failure."""
-        if role.finished:
-            return
+    def _kill_silent(self, role: _Running, silence: float) -> None:
         if role.process is None:
-            if time.monotonic() >= role.restart_at:
-                self._start(role)
             return
-        code = role.process.poll()
-        if code is None:
-            return
-        role.finished = code == 0
-        if role.finished:
-            return
-        role.process = None
-        deaths = role.count_death(self.patience.window_s)
-        if code == UserError.exit_code or deaths > role.spec.restarts:
-            raise self._failure(role, code)
-        pause = self.patience.backoff_s * 2 ** (deaths - 1)
-        role.restart_at = time.monotonic() + pause
-        self.on_event(
-            f"{role.spec.name} {_ending(code)}; restart {deaths} of {role.spec.restarts} in {pause:g} s"
-        )
+        told = self.on_stall(role.spec.name)
+        role.process.kill()
+        self.on_event(f"{role.spec.name} gave no sign of life for {silence:.0f} s: killed; {told}")
+
+    def _silence(self, role: _Running, now: float) -> tuple[float, bool]:
+        """Return the seconds since a living role's last sign of life, or since its start without any."""
+        if role.process is None or role.process.poll() is not None:
+            return 0.0, False
+        try:
+            flight = read_flight(self.folder / FOLDER / f"{role.spec.name}.ring")
+        except (OSError, RunFolderError):
+            return now - role.started, False
+        spoke = flight.pid == role.process.pid
+        return now - (flight.heard if spoke else role.started), spoke
 
     def _start(self, role: _Running) -> None:
         spec, threads = role.spec, str(role.spec.threads)
@@ -215,39 +289,56 @@ class Supervisor:
                 env={**os.environ, **dict.fromkeys(names, threads)},
                 start_new_session=True,  # Ctrl-C reaches the launcher alone, which stops roles in order
             )
+        role.renewing, role.kill_at, again = False, math.inf, role.started > 0.0
+        role.started = time.monotonic()
+        if again and spec.awaited:
+            self._call_back()
 
-    def _stop_all(self, roles: Sequence[_Running]) -> None:
-        """End every role, those that outlive others last."""
-        takers = [role for role in roles if role.spec.outlives]
-        orphaned = bool(takers) and not any(_alive(role) for role in takers)
-        for role in roles:
-            if orphaned and role.spec.resends and role.process is not None:
-                role.process.kill()
-        for last in (False, True):
-            self._stop([role for role in roles if role.spec.outlives is last])
+    def _call_back(self) -> None:
+        """Start roles again that took themselves for done: an awaited one has work for them again."""
+        for role in self._roles:
+            if role.finished and not role.spec.awaited:
+                role.finished, role.process, role.start_at = False, None, 0.0
 
-    def _stop(self, roles: Sequence[_Running]) -> None:
+    def _stop_all(self) -> None:
+        """End every role within `stop_s`, those that outlive others last and with a fifth of it to go."""
+        takers = [role for role in self._roles if role.spec.outlives]
+        if takers and not any(role.alive for role in takers):
+            for role in self._roles:
+                if role.spec.resends and role.process is not None:
+                    role.process.kill()
+        end = time.monotonic() + self.patience.stop_s
+        self._stop([role for role in self._roles if not role.spec.outlives], end - self.patience.stop_s / 5)
+        self._stop(takers, end)
+
+    def _stop(self, roles: Sequence[_Running], end: float) -> None:
         stopping = [(role.spec.name, role.process) for role in roles if role.process is not None]
         for _, process in stopping:
             process.terminate()
-        end = time.monotonic() + self.patience.stop_s
+            process.send_signal(signal.SIGCONT)  # whoever was stopped by hand hears it, too
+        began = time.monotonic()
         for name, process in stopping:
             try:
                 process.wait(timeout=max(0.0, end - time.monotonic()))
             except subprocess.TimeoutExpired:
                 process.kill()
-                process.wait()
-                self.on_event(f"{name} ignored SIGTERM for {self.patience.stop_s:g} s: killed")
+                self.on_event(f"{name} ignored SIGTERM for {time.monotonic() - began:.2g} s: killed")
+                self._reap(name, process)
 
-    def _failure(self, role: _Running, code: int) -> UserError | RoleError:
+    def _reap(self, name: str, process: subprocess.Popen[bytes]) -> None:
+        try:
+            process.wait(timeout=_REAP_S)
+        except subprocess.TimeoutExpired:
+            self.on_event(f"{name} (pid {process.pid}) does not even end by SIGKILL: is its disk broken?")
+
+    def _failure(self, role: _Running, code: int) -> UserError | NumericsError | RoleError:
         log = self._log(role.spec)
         lines = last_lines(log, 12, start=role.log_start)
-        if code == UserError.exit_code:
-            own = [line for line in lines if line.startswith(SENTENCE)]
-            if own:
-                return UserError(own[-1].removeprefix(SENTENCE))
+        own = [line for line in lines if line.startswith(SENTENCE)]
+        if code in _FINAL and own:
+            return _FINAL[code](own[-1].removeprefix(SENTENCE))
         died = f"{role.spec.name} {_ending(code)}"
-        died += f" {len(role.died_at)} times" if len(role.died_at) > 1 else ""
+        died += f" {role.budget.deaths} times" if role.budget.deaths > 1 else ""
         said = f"last lines of {log}:" if lines else f"it wrote nothing into {log}"
         if shutil.disk_usage(self.folder).free < FULL_BYTES:  # last words may be lost
             said = f"the disk of {self.folder} is full, free some space; {said}"
@@ -265,51 +356,12 @@ def last_lines(path: Path, count: int, *, start: int = 0) -> list[str]:
     return [line for line in text.splitlines() if line.strip()][-count:]
 
 
-def _alive(role: _Running) -> bool:
-    return role.process is not None and role.process.poll() is None
-
-
 def _ending(code: int) -> str:
     """Say how a process ended: by a signal's name or an exit code."""
     if code == -signal.SIGKILL:
         return "was killed by SIGKILL (by hand, or by the system for want of memory)"
     if code < 0:
         return f"was killed by {signal.Signals(-code).name}"
+    if code in (0, STOPPED):
+        return "was asked to stop"
     return f"ended with exit code {code}"
-
-
-@contextmanager
-def raising_signals() -> Iterator[None]:
-    """Raise StoppedBySignal for SIGTERM and SIGHUP, as Python does KeyboardInterrupt for SIGINT."""
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        raise StoppedBySignal(number)
-
-    with _handled((signal.SIGTERM, signal.SIGHUP), stop):
-        yield
-
-
-@contextmanager
-def _signals() -> Iterator[list[int]]:
-    """Collect SIGINT, SIGTERM and SIGHUP instead of dying of them; those ignored stay ignored."""
-    received: list[int] = []
-
-    def note(number: int, frame: FrameType | None) -> None:
-        received.append(number)
-
-    with _handled((signal.SIGINT, signal.SIGTERM, signal.SIGHUP), note):
-        yield received
-
-
-@contextmanager
-def _handled(
-    numbers: Sequence[signal.Signals], handler: Callable[[int, FrameType | None], None]
-) -> Iterator[None]:
-    """Handle signals that are not ignored with `handler`, and as before afterwards."""
-    wanted = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
-    before = {number: signal.signal(number, handler) for number in wanted}
-    try:
-        yield
-    finally:
-        for number, earlier in before.items():
-            signal.signal(number, earlier)

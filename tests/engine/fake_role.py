@@ -5,14 +5,17 @@ import os
 import re
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 
 from slipstream import checkpoint
-from slipstream.flight_recorder import FLIGHT, FOLDER
+from slipstream.flight_recorder import FLIGHT, FOLDER, read_flight
 from slipstream.metrics import append_row
 from slipstream.process import guard_parent
+from slipstream.rendezvous import announce_address
 from slipstream.run_folder import write_json
+from slipstream.stop_signals import STOPPED
 
 
 def argument(name: str) -> str:
@@ -34,11 +37,27 @@ def running(started: Path, role: str) -> list[str]:
     return [pid for pid in pids if Path(f"/proc/{pid}").exists()]
 
 
-def wait_for_others(folder: Path, actors: int) -> None:
-    """Wait until the hub does its work and the actor was started this often; the test holds the deadline."""
-    ready = folder / "ready"
-    while not (running(ready, "hub") and running(ready, "actor")) or starts(folder, "actor") < actors:
-        time.sleep(0.02)
+def wait_for_others(folder: Path) -> None:
+    """Wait until hub and actor work and were started as often as the test wants; it holds the deadline."""
+    path = folder / "wanted.json"
+    wanted = json.loads(path.read_text()) if path.exists() else {}
+    for role in ("hub", "actor"):
+        while starts(folder, role) < wanted.get(role, 1) or not running(folder / "ready", role):
+            time.sleep(0.02)
+
+
+def beat() -> None:
+    while True:
+        FLIGHT.beat()
+        time.sleep(0.05)
+
+
+def record(role: str, output: Path, *, alive: bool) -> None:
+    """Record a flight as a role does, and show signs of life."""
+    ring = Path(argument("--flight")) if role == "eval" else output / FOLDER / f"{role}-0.ring"
+    FLIGHT.start(ring)
+    if alive:
+        threading.Thread(target=beat, daemon=True).start()
 
 
 def starts(folder: Path, role: str) -> int:
@@ -78,19 +97,23 @@ def main() -> None:
     role, output = sys.argv[1], Path(argument("--output"))
     folder = (output.parent if role == "eval" else output).parent
     (folder / "pids").mkdir(exist_ok=True)
-    (folder / "pids" / f"{role}-{os.getpid()}").write_text(os.environ["OMP_NUM_THREADS"])
+    # Of the two evaluations that run at once, one is counted under a name of its own.
+    known = "evalbest" if role == "eval" and "best" in sys.argv[2] else role
+    (folder / "pids" / f"{known}-{os.getpid()}").write_text(os.environ["OMP_NUM_THREADS"])
     plan = json.loads((folder / "plan.json").read_text()).get(role, "work")
     if plan == "ignore SIGTERM":
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if (role, plan) == ("hub", "work"):
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # until it is waited for
     guard_parent(int(argument("--parent")), every_s=0.05)
-    times = re.fullmatch(r"die (\d+) times", plan)
-    if times:
-        plan = "die" if starts(folder, role) <= int(times[1]) else "work"
+    times = re.fullmatch(r"(.*) (\d+) times", plan)
+    if times and known != role:
+        plan = "work"
+    elif times:
+        plan = times[1] if starts(folder, role) <= int(times[2]) else "work"
+    record(role, output, alive=plan != "fall silent")
     if plan == "work" and role == "learner":
-        wanted = folder / "actors wanted"
-        wait_for_others(folder, int(wanted.read_text()) if wanted.exists() else 1)
+        wait_for_others(folder)
     if plan == "work":
         work(role, output)
     (folder / "ready").mkdir(exist_ok=True)
@@ -108,7 +131,32 @@ def play(plan: str, role: str, folder: Path) -> None:
             wait_for_signal()
         case "die":
             sys.stderr.write("first line\nthe disk is on fire\n")
+            sys.exit(4)
+        case "end":
+            pass
+        case "be asked to stop":
+            sys.exit(STOPPED)
+        case "find no numbers":
+            sys.stderr.write("slipstream: loss was not finite 5 steps in a row\n")
             sys.exit(3)
+        case "die when the actor has ended":
+            while not (starts(folder, "actor") and not running(folder / "pids", "actor")):
+                time.sleep(0.02)
+            sys.exit(4)
+        case "give a silent hub up":
+            ring = Path(argument("--output")) / FOLDER / "hub-0.ring"
+            while not ring.exists() or time.monotonic() - read_flight(ring).heard < 1.5:
+                time.sleep(0.05)
+            sys.exit(1)
+        case "listen elsewhere each time":
+            announce_address(Path(argument("--output")), f"tcp://127.0.0.1:{starts(folder, role)}", "run")
+            while starts(folder, role) == 1 and not (
+                running(folder / "ready", "actor") and running(folder / "ready", "learner")
+            ):
+                time.sleep(0.02)
+            if starts(folder, role) == 1:
+                os.kill(os.getpid(), signal.SIGKILL)
+            wait_for_signal()
         case "refuse":
             sys.stderr.write("noise\nslipstream: model.path: no such folder /models/none; give another\n")
             sys.exit(2)
@@ -121,7 +169,6 @@ def play(plan: str, role: str, folder: Path) -> None:
         case "wait" | "ignore SIGTERM":
             wait_for_signal()
         case "fall silent":
-            FLIGHT.start(Path(argument("--output")) / FOLDER / f"{role}-0.ring")
             FLIGHT.note("the last thing it did")
             FLIGHT.waits("a word that never comes", 1.0)
             wait_for_signal()

@@ -16,8 +16,9 @@ from slipstream.config import RunConfig, load_config
 from slipstream.environments import EnvironmentFactory, environment_factory
 from slipstream.environments.research import TOOLS, ResearchEnvironment, ResearchTasks
 from slipstream.episodes import EpisodeRunner
-from slipstream.errors import InfrastructureError
+from slipstream.errors import InfrastructureError, ToolError
 from slipstream.interfaces import AssistantMessage, Observation, ToolSpec, Transition
+from slipstream.redaction import Redactor
 from slipstream.rewards import reward
 from slipstream.tools.hermes import format_call
 from slipstream.types import (
@@ -30,6 +31,7 @@ from slipstream.types import (
     Split,
     Task,
     TaskAttempt,
+    ToolCall,
     ToolStatus,
     Trajectory,
 )
@@ -75,8 +77,11 @@ def config_of(*overrides: str) -> RunConfig:
     return load_config("research", [NO_FAULTS, *overrides])
 
 
-def runner_of(chat: Chat, config: RunConfig, factory: EnvironmentFactory | None = None) -> EpisodeRunner:
+def runner_of(
+    chat: Chat, config: RunConfig, factory: EnvironmentFactory | None = None, redactor: Redactor | None = None
+) -> EpisodeRunner:
     return EpisodeRunner(
+        redactor=redactor or Redactor(),
         factory=factory or environment_factory(config.environment, config.rewards),
         chat=chat,
         environment=config.environment,
@@ -331,6 +336,119 @@ def test_a_broken_database_is_one(chat: Chat) -> None:
     trajectory, _ = run(chat, [SEARCH], factory=factory)
     assert trajectory.outcome is Outcome.INFRASTRUCTURE_FAILURE
     assert trajectory.note == "step: document store: Cannot operate on a closed database."
+
+
+class Recovering(ResearchEnvironment):
+    """A research environment whose ground fails for a while, once it has done its work."""
+
+    def __init__(self, where: str, failures: int, *rest: Any) -> None:
+        super().__init__(*rest)
+        self._where, self._failures, self.refused = where, failures, False
+
+    def _fail(self, where: str) -> None:
+        if where == self._where and self._failures:
+            self._failures -= 1
+            raise InfrastructureError("down")
+
+    async def reset(self, task: Task, attempt: TaskAttempt) -> Observation:
+        opening = await super().reset(task, attempt)
+        self._fail("reset")
+        return opening
+
+    async def step(self, message: AssistantMessage) -> Transition:
+        moved = await super().step(message)
+        self._fail("step")
+        return moved
+
+    async def score(self) -> Sequence[Score]:
+        self._fail("score")
+        return await super().score()
+
+
+def recovering_factory(config: RunConfig, where: str, failures: int) -> EnvironmentFactory:
+    tasks = ResearchTasks(config.environment)
+    return dataclasses.replace(
+        environment_factory(config.environment, config.rewards),
+        make=lambda: Recovering(where, failures, tasks, config.environment, config.rewards),
+    )
+
+
+@pytest.mark.parametrize("where", ["reset", "step", "score"])
+def test_a_ground_that_comes_back_changes_nothing(chat: Chat, where: str) -> None:
+    """Not even the environment's own random numbers and counters, which a failed step had moved on."""
+    config = load_config("research", ["environment.tool_failure_rate=0.5"])
+    texts = [SEARCH, "I wonder", SEARCH, SEARCH, right_answer(config)]
+    rate = "environment.tool_failure_rate=0.5"
+    plain, _ = run(chat, texts, rate)
+    again, _ = run(chat, texts, rate, factory=recovering_factory(config, where, 2))
+    np.testing.assert_array_equal(plain.token_ids, again.token_ids)
+    np.testing.assert_array_equal(plain.turn_rewards, again.turn_rewards)
+    assert tuple(plain.scores) == tuple(again.scores) and again.outcome is Outcome.COMPLETED
+    assert [c.status for c in plain.tool_calls] == [c.status for c in again.tool_calls]
+
+
+@pytest.mark.parametrize("where", ["reset", "step", "score"])
+def test_a_ground_that_stays_away_is_asked_so_often_and_no_more(chat: Chat, where: str) -> None:
+    texts = [SEARCH, right_answer(config_of())]
+    for retries, outcome in ((2, Outcome.INFRASTRUCTURE_FAILURE), (3, Outcome.COMPLETED)):
+        trajectory, _ = run(
+            chat,
+            texts,
+            f"environment.retries={retries}",
+            factory=recovering_factory(config_of(f"environment.retries={retries}"), where, 3),
+        )
+        assert trajectory.outcome is outcome
+
+
+class Refusing(Broken):
+    """An environment whose tools say no."""
+
+    asked = 0
+
+    async def step(self, message: AssistantMessage) -> Transition:
+        Refusing.asked += 1
+        if message.name == "answer":
+            return Transition(observation="", done=True)
+        raise ToolError("no such library")
+
+
+def test_a_refusal_is_shown_and_never_tried_again(chat: Chat) -> None:
+    Refusing.asked = 0
+    factory = dataclasses.replace(broken_factory("", None), make=lambda: Refusing("", None))
+    trajectory, puppet = run(chat, [SEARCH, format_call("answer", {"text": "Oslo"})], factory=factory)
+    assert trajectory.outcome is Outcome.COMPLETED and Refusing.asked == 2
+    (call,) = trajectory.tool_calls
+    assert (call.turn, call.name, call.status) == (0, "search", ToolStatus.ERROR)
+    assert "error: no such library" in chat.text(puppet.heard[1][len(puppet.heard[0]) :])
+
+
+class Leaking(Broken):
+    """An environment that tells secrets."""
+
+    async def reset(self, task: Task, attempt: TaskAttempt) -> Observation:
+        return Observation(system="", user=f"use {CANARY}")
+
+    async def step(self, message: AssistantMessage) -> Transition:
+        if message.name == "answer":
+            raise InfrastructureError(f"login with {CANARY} failed")
+        call = ToolCall(
+            turn=0, name="search", arguments={"query": CANARY}, status=ToolStatus.OK, latency_s=0.0
+        )
+        return Transition(observation=f"the key is {CANARY}", done=False, call=call)
+
+
+CANARY = "canary-5d41402abc4b"
+
+
+def test_no_secret_reaches_the_policy_or_the_record(chat: Chat) -> None:
+    factory = dataclasses.replace(broken_factory("", None), make=lambda: Leaking("", None))
+    texts = [SEARCH, format_call("answer", {"text": "Oslo"})]
+    trajectory, _ = run(chat, texts, factory=factory, redactor=Redactor([CANARY]))
+    assert "the key is [redacted]" in chat.text(trajectory.token_ids)
+    assert CANARY not in chat.text(trajectory.token_ids)
+    assert trajectory.tool_calls[0].arguments == {"query": "[redacted]"}
+    assert trajectory.note == "step: login with [redacted] failed"
+    assert CANARY.encode() not in b"".join(map(bytes, wire.encode_trajectory(trajectory)))
 
 
 def test_a_programmers_error_is_not_hidden(chat: Chat) -> None:

@@ -19,9 +19,11 @@ from slipstream import events, hub, synthetic
 from slipstream import messages as m
 from slipstream.config import BatchConfig, EvaluationConfig, HubConfig, RunConfig
 from slipstream.deadlines import Deadline, Deadlines
+from slipstream.errors import AddressError
 from slipstream.ingest import read_events
 from slipstream.rendezvous import hub_address, run_id
 from slipstream.spool import Spool
+from slipstream.stop_signals import STOPPED
 from slipstream.transport.client import ActorClient, LearnerClient
 from slipstream.transport.zeromq import DealerChannel, SyncDealerChannel
 from slipstream.wire import decode_trajectory
@@ -32,6 +34,7 @@ CONFIG = RunConfig(
     batch=BatchConfig(groups=8, group_size=4),
     evaluation=EvaluationConfig(every=100, tasks=1),
 )
+LOG = "trajectories"
 HANGS_S = 100.0
 """Far above what anything takes: it only ends tests that hang."""
 QUICK = Deadlines(ping_s=0.1, silence_s=HANGS_S, credit_s=HANGS_S, drain_s=HANGS_S)
@@ -61,7 +64,7 @@ def hub_process(folder: Path) -> Iterator[subprocess.Popen[bytes]]:
 
 def listening_pid(folder: Path) -> int:
     try:
-        return int(json.loads((folder / "hub.json").read_text())["pid"])
+        return int(json.loads((folder / "hub.json").read_text()).get("pid", -1))
     except FileNotFoundError:
         return -1
 
@@ -77,7 +80,7 @@ def test_stops_cleanly_and_writes_what_it_knows(tmp_path: Path) -> None:
             assert learner.pull(0, 0.05) is None
         learner.close()
         process.send_signal(signal.SIGTERM)
-        assert process.wait(HANGS_S) == 0
+        assert process.wait(HANGS_S) == STOPPED, "the run is not done"
     (row,) = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert (row["step"], row["loss"], row["hub/made"]) == (3, 0.5, 0)
     assert row["time"] > 0
@@ -99,6 +102,24 @@ def test_a_disk_that_is_nearly_full_pauses_the_leases_until_there_is_room(tmp_pa
     books.turn()
     assert not ledger.paused
     log.close()
+
+
+def test_the_status_of_a_hub_that_died_behind_the_end_is_that_of_its_log(tmp_path: Path) -> None:
+    with hub_process(tmp_path) as process:
+        channel = SyncDealerChannel(hub_address(tmp_path))
+        learner = LearnerClient(channel, run_id(tmp_path), "learner", deadlines=QUICK)
+        learner.connect(0)
+        learner.publish(synthetic.update(0, step=7))
+        assert learner.pull(0, 0.0) is None
+        while not any(isinstance(entry.event, events.Published) for entry in read_events(tmp_path / LOG)):
+            assert learner.pull(0, 0.05) is None
+        learner.close()
+        process.kill()
+    (tmp_path / "status.json").unlink()
+    hub.settle(CONFIG, tmp_path)
+    assert json.loads((tmp_path / "status.json").read_text())["version"] == 7
+    with pytest.raises(AddressError, match="the run is done"):
+        hub_address(tmp_path)
 
 
 def test_never_imports_torch(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,14 +20,18 @@ import pytest
 from slipstream import launch, supervisor
 from slipstream.config import RunConfig, load_config
 from slipstream.display import PlainScreen
-from slipstream.errors import RoleError, RunFolderError, StorageError, UserError
+from slipstream.errors import NumericsError, RoleError, RunFolderError, StorageError, UserError
+from slipstream.restarts import RestartBudget, restarts_of
 from slipstream.supervisor import Patience
 
 ROLE = Path(__file__).with_name("fake_role.py")
 PROGRAM = (sys.executable, str(ROLE))
 HANGS_S = 100.0
 """Far above what anything takes: it only ends tests that hang."""
-PATIENCE = Patience(stop_s=HANGS_S, finish_s=HANGS_S, backoff_s=0.01)
+STALL_S = 3.0
+"""Longer than a busy machine lets a process that beats twenty times a second wait."""
+NO_RESTARTS = ("supervision.restarts=0", "supervision.actor_restarts=0")
+PATIENCE = Patience(stop_s=HANGS_S, finish_s=HANGS_S, stall_s=HANGS_S, backoff_s=0.01)
 
 DRIVER = f"""
 import signal, sys
@@ -50,22 +54,28 @@ def plan(tmp_path: Path, **roles: str) -> Path:
     return tmp_path / "run"
 
 
+def want(tmp_path: Path, **starts: int) -> None:
+    """Let the learner wait until these roles were started so often."""
+    (tmp_path / "wanted.json").write_text(json.dumps(starts))
+
+
 def train(
     folder: Path,
     *,
     resume: bool = False,
+    settings: Sequence[str] = (),
     config: RunConfig | None = None,
     patience: Patience = PATIENCE,
 ) -> str:
     """Run the launcher here and return what it showed."""
-    config = config or load_config("research", ["actor.count=1"])
+    config = config or load_config("research", ["actor.count=1", *settings])
     stream = io.StringIO()
     screen = PlainScreen(config, folder, stream)
     try:
         code = launch.train(
             config, folder, resume=resume, serial=False, screen=screen, program=PROGRAM, patience=patience
         )
-    except (RoleError, UserError) as error:
+    except (RoleError, UserError, NumericsError) as error:
         error.add_note(stream.getvalue())
         raise
     assert code == 0, stream.getvalue()
@@ -132,14 +142,14 @@ def test_a_run_leaves_summary_curve_configuration_and_logs(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("role", ["hub", "learner", "warmup", "eval"])
-def test_a_dead_role_ends_the_run_with_its_last_words(tmp_path: Path, role: str) -> None:
+def test_a_role_that_may_die_no_more_ends_the_run_with_its_last_words(tmp_path: Path, role: str) -> None:
     # Whoever might end before the dead role is noticed has to wait; of two evaluations either dies first.
     others = {"hub": {"learner": "wait"}, "eval": {}}.get(role, {"hub": "wait"})
     folder = plan(tmp_path, **{**others, role: "die"})
     with pytest.raises(RoleError) as caught:
-        train(folder)
+        train(folder, settings=NO_RESTARTS)
     message = str(caught.value)
-    pattern = rf"({role}-\d) ended with exit code 3; last lines of {folder}/logs/\1\.log:"
+    pattern = rf"({role}-\d) ended with exit code 4; last lines of {folder}/logs/\1\.log:"
     assert re.search(pattern, message)
     assert "the disk is on fire" in message
     assert message.endswith(f"continue with: slipstream train --output {folder} --resume")
@@ -153,28 +163,28 @@ def test_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(launch.run_folder, "write_json", Mock(side_effect=full))
     folder = plan(tmp_path, learner="kill -9", hub="wait")
     with pytest.raises(RoleError, match=f"the disk of {folder} is full, free some space; it wrote nothing"):
-        train(folder)
+        train(folder, settings=NO_RESTARTS)
     monkeypatch.setattr(launch.summary, "write_summary", Mock(side_effect=full))
     plan(tmp_path)
     with pytest.raises(StorageError, match=r"No space left on device; free space .*\ncontinue with: "):
-        train(folder, resume=True)
+        train(folder, resume=True, settings=NO_RESTARTS)
 
 
 def test_a_killed_learner_is_named_with_its_signal(tmp_path: Path) -> None:
     folder = plan(tmp_path, learner="kill -9", hub="wait")
     log = folder / "logs" / "learner-0.log"
     with pytest.raises(RoleError, match=f"learner-0 was killed by SIGKILL .*; it wrote nothing into {log}\n"):
-        train(folder)
+        train(folder, settings=NO_RESTARTS)
     assert not alive(tmp_path)
 
 
 def test_last_words_are_not_those_of_an_earlier_process(tmp_path: Path) -> None:
     folder = plan(tmp_path, learner="die", hub="wait")
     with pytest.raises(RoleError, match="the disk is on fire"):
-        train(folder)
+        train(folder, settings=NO_RESTARTS)
     plan(tmp_path, learner="kill -9", hub="wait")
     with pytest.raises(RoleError, match="it wrote nothing into"):
-        train(folder, resume=True)
+        train(folder, resume=True, settings=NO_RESTARTS)
 
 
 @pytest.mark.parametrize("role", ["actor", "learner", "warmup"])
@@ -187,41 +197,134 @@ def test_a_users_mistake_found_by_a_role_stays_one_sentence(tmp_path: Path, role
     assert not alive(tmp_path)
 
 
-def test_a_dead_actor_is_started_again(tmp_path: Path) -> None:
-    folder = plan(tmp_path, actor="die 1 times")
-    (tmp_path / "actors wanted").write_text("2")
+@pytest.mark.parametrize("role", ["hub", "learner", "actor", "warmup", "eval"])
+def test_a_dead_role_is_started_again(tmp_path: Path, role: str) -> None:
+    folder = plan(tmp_path, **{role: "die 1 times"})
+    want(tmp_path, **{role: 2})
     shown = train(folder)
-    assert "actor-0 ended with exit code 3; restart 1 of 5 in 0.01 s" in shown
-    assert starts(tmp_path, "actor") == 2
+    assert re.search(rf"{role}-\d ended with exit code 4; restart 1 of 5 in 0.01\d* s", shown)
+    assert starts(tmp_path, role) == 2
+    summary = json.loads((folder / "summary.json").read_text())
+    assert (summary["restarts"], summary["restarts_by_role"]) == (1, {role: 1})
 
 
-def test_an_actor_that_keeps_dying_ends_the_run_after_five_restarts(tmp_path: Path) -> None:
-    folder = plan(tmp_path, actor="die", learner="wait", hub="wait")
-    with pytest.raises(RoleError, match="actor-0 ended with exit code 3 6 times"):
+@pytest.mark.parametrize(
+    "role",
+    [
+        "learner",
+        pytest.param("hub", marks=pytest.mark.slow),
+        pytest.param("actor", marks=pytest.mark.slow),
+        pytest.param("warmup", marks=pytest.mark.slow),
+    ],
+)
+def test_a_role_that_keeps_dying_ends_the_run_after_five_restarts(tmp_path: Path, role: str) -> None:
+    folder = plan(tmp_path, **{"learner": "wait", "hub": "wait", role: "die"})
+    with pytest.raises(RoleError, match=f"{role}-0 ended with exit code 4 6 times"):
         train(folder)
-    assert starts(tmp_path, "actor") == 6
+    assert starts(tmp_path, role) == 6
+    assert restarts_of(folder) == {role: 5}
+    assert not alive(tmp_path)
+
+
+def test_restarts_are_counted_over_resumes(tmp_path: Path) -> None:
+    folder = plan(tmp_path, learner="die 2 times")
+    with pytest.raises(RoleError):
+        train(folder, settings=["supervision.restarts=1"])
+    plan(tmp_path, actor="die 1 times")
+    (tmp_path / "pids").rename(tmp_path / "earlier pids")
+    want(tmp_path, actor=2)
+    train(folder, resume=True, settings=["supervision.restarts=1"])
+    summary = json.loads((folder / "summary.json").read_text())
+    assert (summary["restarts"], summary["restarts_by_role"]) == (2, {"actor": 1, "learner": 1})
+
+
+@pytest.mark.parametrize(
+    "role",
+    ["learner", pytest.param("hub", marks=pytest.mark.slow), pytest.param("actor", marks=pytest.mark.slow)],
+)
+def test_whoever_was_asked_to_stop_is_started_again_and_not_counted(tmp_path: Path, role: str) -> None:
+    folder = plan(tmp_path, **{role: "be asked to stop 2 times"})
+    want(tmp_path, **{role: 3})
+    shown = train(folder, settings=NO_RESTARTS)
+    assert shown.count(f"{role}-0 was asked to stop; restart in 0.01 s") == 2
+    assert restarts_of(folder) == {role: 2}
+
+
+def test_a_hub_that_ends_before_the_learner_is_started_again(tmp_path: Path) -> None:
+    folder = plan(tmp_path, hub="end 1 times")
+    want(tmp_path, hub=2)
+    shown = train(folder, settings=NO_RESTARTS)
+    assert "hub-0 was asked to stop; restart in 0.01 s" in shown
+    assert restarts_of(folder) == {"hub": 1}
+
+
+def test_numbers_that_are_none_are_not_tried_again(tmp_path: Path) -> None:
+    folder = plan(tmp_path, learner="find no numbers", hub="wait")
+    with pytest.raises(NumericsError) as caught:
+        train(folder)
+    assert (str(caught.value), caught.value.exit_code) == ("loss was not finite 5 steps in a row", 3)
+    assert starts(tmp_path, "learner") == 1
     assert not alive(tmp_path)
 
 
 def test_deaths_of_long_ago_are_forgotten(tmp_path: Path) -> None:
-    folder = plan(tmp_path, actor="die 7 times")
-    (tmp_path / "actors wanted").write_text("8")
-    shown = train(folder, patience=replace(PATIENCE, window_s=0.0))
-    assert shown.count("actor-0 ended with exit code 3; restart 1 of 5 in 0.01 s") == 7
-    assert starts(tmp_path, "actor") == 8
+    folder = plan(tmp_path, warmup="die 7 times")
+    patience = replace(PATIENCE, window_s=0.0)
+    with pytest.raises(RoleError, match="warmup-0 ended with exit code 4 6 times"):
+        train(folder, patience=patience)  # nothing got on between these deaths
+    budget = RestartBudget(restarts=1, window_s=10.0)
+    assert budget.spend(now=0.0, progress=1) is not None
+    assert budget.spend(now=9.0, progress=2) is None
+    assert budget.spend(now=20.0, progress=3) is not None
+
+
+def test_pauses_double_up_to_a_minute_and_never_fall_together() -> None:
+    budget = RestartBudget(restarts=20, backoff_s=0.5)
+    pauses = [budget.spend(now=0.0, progress=None) or 0.0 for _ in range(20)]
+    plain = [min(0.5 * 2**n, 60.0) for n in range(20)]
+    assert (
+        all(least <= pause <= 1.5 * least for least, pause in zip(plain, pauses, strict=True))
+        and pauses != plain
+    )
+    assert budget.spend(now=0.0, progress=None) is None
+
+
+def test_clients_follow_a_hub_that_comes_back_elsewhere(tmp_path: Path) -> None:
+    folder = plan(tmp_path, hub="listen elsewhere each time", learner="wait 1 times")
+    shown = train(folder, settings=["supervision.actor_restarts=0"])
+    for role in ("actor-0", "learner-0"):
+        assert f"{role} is started again: the hub has moved to tcp://127.0.0.1:2" in shown
+    assert restarts_of(folder) == {"actor": 1, "hub": 1, "learner": 1}
+
+
+def test_a_silent_hub_is_to_blame_for_the_death_of_its_client(tmp_path: Path) -> None:
+    folder = plan(tmp_path, hub="fall silent 1 times", actor="give a silent hub up 1 times")
+    want(tmp_path, actor=2)
+    shown = train(folder, settings=["supervision.actor_restarts=0"], patience=replace(PATIENCE, blame_s=1.0))
+    assert re.search(r"hub-0 gave no sign of life for \d+ s: killed; what it was doing: ", shown)
+    assert "actor-0 ended with exit code 1; restart in 0.01 s" in shown
+    assert restarts_of(folder) == {"actor": 1, "hub": 1}
+
+
+def test_actors_are_called_back_when_the_learner_has_to_go_on(tmp_path: Path) -> None:
+    """They had been told that training was over; the learner died before it was."""
+    folder = plan(tmp_path, actor="end 1 times", learner="die when the actor has ended 1 times")
+    want(tmp_path, actor=2)
+    train(folder)
+    assert starts(tmp_path, "actor") == starts(tmp_path, "learner") == 2
 
 
 def test_an_actor_whose_hub_is_dead_is_not_waited_for(tmp_path: Path) -> None:
     folder = plan(tmp_path, hub="die when others are ready", actor="ignore SIGTERM", learner="wait")
     with pytest.raises(RoleError, match="hub-0 was killed by SIGKILL") as caught:
-        train(folder)
+        train(folder, settings=NO_RESTARTS)
     assert not any("ignored SIGTERM" in note for note in caught.value.__notes__)
     assert not alive(tmp_path)
 
 
 def test_a_role_that_ignores_sigterm_is_killed(tmp_path: Path) -> None:
     folder = plan(tmp_path, actor="ignore SIGTERM", learner="work")
-    shown = train(folder, patience=Patience(stop_s=0.2))
+    shown = train(folder, patience=Patience(stop_s=0.25))
     assert "actor-0 ignored SIGTERM for 0.2 s: killed" in shown
     assert not alive(tmp_path)
 
@@ -308,7 +411,7 @@ def test_roles_end_when_the_launcher_is_killed(tmp_path: Path) -> None:
 def test_a_role_that_falls_silent_is_killed_with_a_report(tmp_path: Path) -> None:
     folder = plan(tmp_path, learner="fall silent")
     with pytest.raises(RoleError, match="learner-0 was killed by SIGKILL") as caught:
-        train(folder, patience=replace(PATIENCE, stall_s=1.0))
+        train(folder, settings=NO_RESTARTS, patience=replace(PATIENCE, stall_s=STALL_S))
     (told,) = (line for line in caught.value.__notes__[0].splitlines() if "no sign of life" in line)
     (report,) = (folder / "flight").glob("learner-0-*.stall")
     assert str(report) in told
@@ -317,12 +420,22 @@ def test_a_role_that_falls_silent_is_killed_with_a_report(tmp_path: Path) -> Non
     assert "in wait_for_signal" in text
 
 
-def test_a_silent_actor_is_started_again(tmp_path: Path) -> None:
-    folder = plan(tmp_path, actor="fall silent", learner="wait")
-    (tmp_path / "actors wanted").write_text("2")
-    with pytest.raises(RoleError, match=r"actor-0 was killed by SIGKILL .* 6 times"):
-        train(folder, patience=replace(PATIENCE, stall_s=0.2))
-    assert starts(tmp_path, "actor") == 6
+@pytest.mark.parametrize(
+    "role",
+    [
+        "learner",
+        pytest.param("hub", marks=pytest.mark.slow),
+        pytest.param("actor", marks=pytest.mark.slow),
+        pytest.param("warmup", marks=pytest.mark.slow),
+        pytest.param("eval", marks=pytest.mark.slow),
+    ],
+)
+def test_a_silent_role_is_started_again(tmp_path: Path, role: str) -> None:
+    folder = plan(tmp_path, **{role: "fall silent 1 times"})
+    want(tmp_path, **{role: 2})
+    shown = train(folder, patience=replace(PATIENCE, stall_s=STALL_S))
+    assert re.search(rf"{role}-\d gave no sign of life for \d+ s: killed; ", shown)
+    assert restarts_of(folder)[role] >= 1
 
 
 SILENT = """
@@ -339,15 +452,16 @@ def test_a_launcher_that_stood_still_itself_blames_nobody(tmp_path: Path) -> Non
     command = [sys.executable, "-c", SILENT, str(tmp_path / "flight" / "hub-0.ring")]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None and process.stdout.readline() == b"ready\n"
-        roles = [supervisor._Running(spec=supervisor.RoleSpec(role="hub", arguments=()), process=process)]
+        spec, budget = supervisor.RoleSpec(role="hub", arguments=()), RestartBudget(restarts=0)
         patience, began = replace(PATIENCE, stall_s=0.5), time.monotonic()
         watch = supervisor.Supervisor(
             folder=tmp_path, program=(), on_event=Mock(), on_tick=Mock(), patience=patience
         )
+        watch._roles.append(supervisor._Running(spec=spec, budget=budget, process=process))
         wait_for(lambda: time.monotonic() > began + patience.stall_s, "the silence to be long enough")
         watch._next_look = time.monotonic() - 600.0
-        watch._end_stalls(roles)
+        watch._end_stalls()
         assert process.poll() is None
         watch._next_look = time.monotonic()
-        watch._end_stalls(roles)
+        watch._end_stalls()
         assert process.wait(HANGS_S) == -signal.SIGKILL

@@ -104,10 +104,13 @@ class Process:
         return Ended(code, *(path.read_text(errors="replace") for path in self._paths))
 
     def roles(self) -> dict[str, psutil.Process]:
-        """Return the launcher's role processes by role."""
+        """Return the launcher's living role processes by role."""
         found = {}
         for child in psutil.Process(self.popen.pid).children():
-            arguments = child.cmdline()
+            try:
+                arguments = child.cmdline()
+            except psutil.NoSuchProcess:  # it has just ended
+                continue
             if "slipstream" in arguments:
                 found[arguments[arguments.index("slipstream") + 1]] = child
         return found

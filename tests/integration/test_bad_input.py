@@ -129,7 +129,7 @@ def test_a_damaged_warm_start_of_a_run_that_has_begun(new_run: Callable[..., Run
 
 @pytest.mark.slow
 def test_damaged_checkpoints_and_a_damaged_log(new_run: Callable[..., Run]) -> None:
-    run = new_run("run", *UNHURRIED, "evaluation.every=6")
+    run = new_run("run", *UNHURRIED, "evaluation.every=6", "supervision.restarts=0")
     train = run.start()
     run.reach(5, train)
     train.roles()["learner"].kill()

@@ -184,7 +184,7 @@ def cover(arguments: argparse.Namespace) -> int:
 
     limits = ["-max_len=8192", "-timeout=10", "-rss_limit_mb=4096", "-verbosity=0"]
     options = [f"-runs={arguments.inputs}", f"-seed={arguments.seed}", *limits]
-    options.append(f"-artifact_prefix={arguments.finds}/{name}-")
+    options += [f"-artifact_prefix={arguments.finds}/{name}-", f"-max_total_time={int(arguments.seconds)}"]
     atheris.Setup([sys.argv[0], *options, str(corpus)], decode)
     atheris.Fuzz()
     return 0

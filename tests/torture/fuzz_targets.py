@@ -143,7 +143,10 @@ def record_samples() -> list[bytes]:
 def decode_record(data: bytes) -> None:
     if not (len(data) + data[-1] if data else 0) & 63:
         record_agrees(data)
-    wire.inspect_trajectory(data)
+    arrival = wire.inspect_trajectory(data)
+    # The mask, a byte per token, is the last of the arrays.
+    tokens = int.from_bytes(data[4 * (len(wire.ARRAYS) - 1) :][:4], "little")
+    assert max(arrival.turns, arrival.sampled, len(arrival.serials)) <= tokens
 
 
 def record_agrees(data: bytes) -> None:

@@ -599,7 +599,8 @@ class Simulator:
             self._at(self.chance.uniform(0.0, 0.5), self._trained, learner, list(batch.trajectories))
 
     def _trained(self, learner: LearnerProcess, batch: list[Any]) -> None:
-        if not learner.alive:
+        # The supervisor sees to it that a stray learner writes no checkpoint beside another's.
+        if not learner.alive or learner.stray:
             return
         if self.now < learner.stalled_until:
             self._at(learner.stalled_until - self.now, self._trained, learner, batch)

@@ -50,7 +50,9 @@ def test_smoke_what_was_found_once_stays_mended(path: Path) -> None:
 @pytest.mark.skipif(importlib.util.find_spec("atheris") is None, reason="atheris is not installed")
 @pytest.mark.parametrize("name", TARGETS)
 def test_guided_by_coverage_nothing_else_is_raised(name: str, tmp_path: Path) -> None:
-    done = run(tmp_path, "--coverage", "--target", name, "--inputs", "20000", timeout_s=110)
+    done = run(
+        tmp_path, "--coverage", "--target", name, "--inputs", "20000", "--seconds", "30", timeout_s=110
+    )
     assert done.returncode == 0, [path.name for path in tmp_path.iterdir()]
 
 

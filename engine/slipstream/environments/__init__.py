@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import assert_never
 
 from slipstream.config import EnvironmentConfig, RewardConfig
-from slipstream.interfaces import Environment, TaskSource
+from slipstream.environments.factory import EnvironmentFactory
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EnvironmentFactory:
-    """Makes one environment object per episode, and the tasks they pose."""
-
-    tasks: TaskSource
-    make: Callable[[], Environment]
-    corpus: Callable[[], Iterator[str]]
-    """Yields text as its episodes hold it, to train a tokenizer on."""
+__all__ = ["EnvironmentFactory", "environment_factory", "in_process"]
 
 
 def environment_factory(config: EnvironmentConfig, rewards: RewardConfig) -> EnvironmentFactory:
-    """Return the factory of the configured environment."""
+    """Return the factory of the configured environment, in the sandbox that the configuration asks for.
+
+    Raises ConfigurationError when that sandbox does not work on this machine.
+    """
+    if config.sandbox == "none":
+        return in_process(config, rewards)
+    from slipstream.environments.sandboxed import sandboxed
+
+    return sandboxed(f"{__name__}:{in_process.__name__}", config, rewards)
+
+
+def in_process(config: EnvironmentConfig, rewards: RewardConfig) -> EnvironmentFactory:
+    """Return the factory of environments whose tools run where they are called."""
     match config.name:
         case "research":
             from slipstream.environments.research import ResearchEnvironment, ResearchTasks, corpus

@@ -11,9 +11,10 @@ from __future__ import annotations
 import random
 import time
 from asyncio import sleep
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 from slipstream.config import EnvironmentConfig, RewardConfig
 from slipstream.interfaces import AssistantMessage, Observation, ToolSpec, Transition
@@ -157,6 +158,7 @@ class ResearchEnvironment:
     """One episode of research. Errors of tools are seeded by the attempt, so that a replay fails alike."""
 
     tools: Sequence[ToolSpec] = TOOLS
+    secrets: Collection[str] = ("answer", "facts")
 
     def __init__(self, tasks: ResearchTasks, config: EnvironmentConfig, rewards: RewardConfig) -> None:
         self._tasks = tasks
@@ -213,6 +215,24 @@ class ResearchEnvironment:
             ),
             Score(name="facts", kind=ScoreKind.SHAPING, weight=weights.shaping, value=found),
         )
+
+    def state(self) -> dict[str, Any]:
+        """Return turns, answer, documents read, and where the faults stand."""
+        return {
+            "turn": self._turn,
+            "invalid": self._invalid,
+            "answer": self._answer,
+            "opened": sorted(self._opened),
+            "faults": self._faults.getstate(),
+        }
+
+    async def restore(self, task: Task, attempt: TaskAttempt, state: dict[str, Any]) -> None:
+        """Go on where `state` was taken."""
+        await self.reset(task, attempt)
+        self._turn, self._invalid, self._answer = state["turn"], state["invalid"], state["answer"]
+        self._opened = set(state["opened"])
+        version, words, gauss = state["faults"]
+        self._faults.setstate((version, tuple(words), gauss))
 
     def _call(self, name: str, argument: str) -> tuple[str, ToolStatus, bool]:
         if name == "answer":

@@ -183,12 +183,11 @@ class ActorClient:
                 self._stuck.set()
         self._hand_out()
         wakes_at = self._core.wakes_at
-        loop = asyncio.get_running_loop()
         if self._timer is None or wakes_at < self._wakes_at:
             if self._timer is not None:
                 self._timer.cancel()
             self._wakes_at = wakes_at
-            self._timer = loop.call_later(max(0.0, wakes_at - now), self._wake)
+            self._timer = asyncio.get_running_loop().call_later(max(0.0, wakes_at - now), self._wake)
 
     def _hand_out(self) -> None:
         events = self._core.events

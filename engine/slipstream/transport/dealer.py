@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import deque
 from collections.abc import Sequence
 from typing import Any, Final
 
@@ -18,7 +19,9 @@ from slipstream.transport.sockets import receive_frames, send_frames, set_dealer
 _EVENTS, _IN, _OUT = int(zmq.EVENTS), int(zmq.POLLIN), int(zmq.POLLOUT)
 # Plain integers: one operation on an enum's flags takes longer than a call of libzmq.
 _UNEXPLAINED: Final = 10
-"""Handshakes that end without a reason, one after the other, before a first good one: 1.5 s of them."""
+_WITHIN_S: Final = 20.0
+"""So many handshakes ended without a reason in so short a time mean refusal; a hub that has too much to do
+lets each one take HANDSHAKE_IVL, 5 s."""
 _MISMATCH: Final = int(zmq.PROTOCOL_ERROR_ZMTP_MECHANISM_MISMATCH)
 _WATCHED: Final = (
     zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
@@ -31,7 +34,8 @@ class _Connection:
 
     def __init__(self, address: str, keys: ClientKeys | None) -> None:
         self._address, self._keys = address, keys
-        self._unexplained, self._known = 0, False
+        self._known = False
+        self._unexplained: deque[float] = deque(maxlen=_UNEXPLAINED)
         self.context = zmq.Context()
         self.socket: zmq.Socket[bytes] = self.context.socket(zmq.DEALER)
         try:
@@ -70,8 +74,9 @@ class _Connection:
                 return self._mismatch(hub)
             case zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL if not self._known:
                 # A hub that closes fast enough is gone before its half of the handshake is read.
-                self._unexplained += 1
-                if self._unexplained >= _UNEXPLAINED:
+                self._unexplained.append(time.monotonic())
+                quick = self._unexplained[-1] - self._unexplained[0] < _WITHIN_S
+                if quick and len(self._unexplained) == _UNEXPLAINED:
                     return self._mismatch(hub)
         return None
 

@@ -52,7 +52,7 @@ class Limits:
 
     outstanding_bytes: int = 48 << 20
     connections: int = 4096
-    hello_s: float = 10.0
+    hello_s: float = 30.0
     malformed: int = 8
     stranger_memory_bytes: int = 1 << 30
     memory_bytes: int = 3 << 29

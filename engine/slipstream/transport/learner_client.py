@@ -80,8 +80,11 @@ class LearnerClient:
         while not self._core.stopped:
             self._pump(self._limits.ping_s)
 
-    def events(self, timeout_s: float = 0.0) -> list[Evaluated | Stop]:
-        """Return what else the hub said since the last call; waits up to `timeout_s` for the first of it."""
+    def events(self, timeout_s: float = 0.0) -> list[Evaluated | Stop | Welcome]:
+        """Return what else the hub said since the last call; waits up to `timeout_s` for the first of it.
+
+        A Welcome among it is that of a hub that was started again: it may have lost what it was told.
+        """
         turn, events = Deadline(timeout_s, self._core.who, "an event"), self._core.events
         while self._pump(0.0 if events else min(self._limits.ping_s, turn.remaining())) or not (
             events or turn.expired()

@@ -66,7 +66,8 @@ class LearnerCore(PeerCore):
         super().__init__(role="learner", name=name, run=run, session=session, hub=hub, limits=limits)
         self.welcome: Welcome | None = None
         """The hub's answer to the first Hello."""
-        self.events: deque[Evaluated | Stop] = deque()
+        self.events: deque[Evaluated | Stop | Welcome] = deque()
+        """What concerns the caller; a Welcome is that of a hub that was started again."""
         self.stopped = False
         """Whether the hub has said Stop."""
         self._published: WeightUpdate | None = None
@@ -164,6 +165,8 @@ class LearnerCore(PeerCore):
         self._welcomed()
         if self.welcome is None:
             self.welcome = message
+        else:
+            self.events.append(message)
         if self._published is not None:
             self._say(Publish(update=self._published))
         if self._checkpointed is not None:

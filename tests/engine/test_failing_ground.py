@@ -1,0 +1,147 @@
+"""A task whose environment always fails: leased again and again, never a reward, never in a batch."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from slipstream import messages as m
+from slipstream import synthetic
+from slipstream.chat import Chat
+from slipstream.config import BatchConfig, EnvironmentConfig, EvaluationConfig, RunConfig
+from slipstream.environments import EnvironmentFactory, environment_factory
+from slipstream.environments.research import ResearchEnvironment, ResearchTasks
+from slipstream.episodes import EpisodeRunner
+from slipstream.errors import InfrastructureError
+from slipstream.ingest import IngestLog
+from slipstream.interfaces import Observation
+from slipstream.ledger import Ledger
+from slipstream.retries import Backoff, Brake
+from slipstream.tools.hermes import format_call
+from slipstream.types import (
+    Completion,
+    Int32Array,
+    Lease,
+    Outcome,
+    Sampling,
+    Task,
+    TaskAttempt,
+    Trajectory,
+    TrajectoryId,
+)
+from slipstream.wire import decode_trajectory, encode_trajectory, schema_hash
+
+CONFIG = RunConfig(
+    max_slip=2,
+    batch=BatchConfig(groups=2, group_size=2),
+    evaluation=EvaluationConfig(every=1000, tasks=2),
+    environment=EnvironmentConfig(retries=1, backoff_s=0.0),
+)
+BAD_TASK = 1
+
+
+class Failing(ResearchEnvironment):
+    """Fails for one task, for ever."""
+
+    async def reset(self, task: Task, attempt: TaskAttempt) -> Observation:
+        if task.index == BAD_TASK:
+            raise InfrastructureError("the database of this task is gone")
+        return await super().reset(task, attempt)
+
+
+class Hub:
+    """A real ledger on a real log, with one learner and one actor."""
+
+    def __init__(self, folder: Path) -> None:
+        self.log = IngestLog(folder)
+        self.ledger = Ledger(CONFIG, "run", self.log, lambda _: "")
+        self.seq, self.granted, self.step = 0, 0, 0
+        self.leases: list[Lease] = []
+        self.batches: dict[int, list[Trajectory]] = {}
+        for peer, role in ((b"l", "learner"), (b"a", "actor")):
+            self.say(peer, m.Hello(role=role, name=role, run="run", protocol=m.PROTOCOL,
+                                   schema=schema_hash(), session=role))  # fmt: skip
+        self.publish()
+
+    def say(self, peer: bytes, message: m.Message, frames: Any = ()) -> None:
+        replies = self.ledger.handle(peer, message, frames, 0.0) + self.ledger.progress(0.0)
+        self.ledger.flush()
+        for _, reply, records in replies:
+            assert not isinstance(reply, m.Refused), reply
+            if isinstance(reply, m.Grant):
+                self.leases += [lease for lease in reply.leases if lease.evaluation < 0]
+                self.granted += len(reply.leases)
+            if isinstance(reply, m.Batch):
+                self.batches[reply.step] = [decode_trajectory(record) for record in records]
+
+    def publish(self) -> None:
+        self.announced = synthetic.update(self.ledger.state.next_serial, step=self.step)
+        self.say(b"l", m.Publish(update=self.announced))
+        self.say(b"a", m.Proof(proof=synthetic.proof(self.announced)))
+
+    def lease(self, places: int) -> list[Lease]:
+        self.leases = []
+        self.say(b"a", m.Want(train=places, evaluate=0, received_train=self.granted, received_evaluate=0))
+        return self.leases
+
+    def deliver(self, trajectory: Trajectory) -> None:
+        self.seq += 1
+        identity = TrajectoryId(run="run", actor="actor", epoch=0, seq=self.seq)
+        record = encode_trajectory(trajectory, identity)
+        self.say(b"a", m.Deliver(seq=self.seq), [record])
+
+    def train(self) -> None:
+        self.say(b"l", m.Pull(step=self.step))
+        if self.step in self.batches:
+            self.step += 1
+            self.publish()
+
+
+def test_a_task_that_always_fails_costs_itself_and_nothing_else(tmp_path: Path, chat: Chat) -> None:
+    hub, tasks = Hub(tmp_path), ResearchTasks(CONFIG.environment)
+    factory: EnvironmentFactory = dataclasses.replace(
+        environment_factory(CONFIG.environment, CONFIG.rewards),
+        make=lambda: Failing(tasks, CONFIG.environment, CONFIG.rewards),
+    )
+    runner = EpisodeRunner(factory=factory, chat=chat, environment=CONFIG.environment, rewards=CONFIG.rewards)
+    brake = Brake(Backoff(first_s=1.0, longest_s=64.0, uniform=lambda low, high: high))
+    issues: list[int] = []
+    waits: list[float] = []
+    failures = 0
+
+    async def speak(tokens: Int32Array, observation: str) -> Completion:
+        said = chat.message(format_call("answer", {"text": "Oslo"}))
+        blank = np.full(len(said), -0.5, np.float32)
+        serials = np.full(len(said), hub.announced.version.serial, np.int32)
+        return Completion(token_ids=said, logprobs=blank, versions=serials, stopped=True)
+
+    for _ in range(12):
+        for lease in hub.lease(4):
+            made = asyncio.run(runner.run(lease, speak, Sampling()))
+            failed = made.outcome is Outcome.INFRASTRUCTURE_FAILURE
+            assert failed == (lease.attempt.task == BAD_TASK)
+            wait_s = brake.wait_s(lease.attempt.task, lease.issue, made.note if failed else "")
+            if failed:
+                failures += 1
+                assert made.scores == () and not made.turn_rewards.any()
+                assert made.note == "reset: the database of this task is gone"
+                if lease.attempt.attempt == 0:
+                    issues.append(lease.issue)
+                    waits.append(wait_s)
+            hub.deliver(made)
+        hub.train()
+        hub.ledger.check_books()
+
+    # Leased again each time, under a new issue, ever more slowly.
+    assert issues == list(range(len(issues))) and len(issues) >= 4
+    assert waits == sorted(waits) and waits[-1] >= 8.0
+    trained = [t for batch in hub.batches.values() for t in batch]
+    assert trained and all(t.attempt.task != BAD_TASK and t.outcome is Outcome.COMPLETED for t in trained)
+    books = hub.ledger.books()
+    assert books["failed_infrastructure"] == failures
+    assert books["made"] == hub.seq == failures + books["trained"] + books["buffered"]
+    hub.log.close()
