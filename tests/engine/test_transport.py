@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import zmq
@@ -19,6 +20,7 @@ from slipstream.errors import AddressError, DeadlineError, RefusedError
 from slipstream.ingest import IngestLog, read_events
 from slipstream.ledger import Ledger
 from slipstream.spool import Spool
+from slipstream.transport import dealer
 from slipstream.transport.client import ActorClient, LearnerClient, PulledBatch
 from slipstream.transport.memory import MemoryHub
 from slipstream.transport.zeromq import DealerChannel, RouterServer, SyncDealerChannel, merge_acks
@@ -444,3 +446,24 @@ def test_acknowledgements_of_a_peer_are_merged() -> None:
         (b"a", m.Ack(seqs=(2,), bytes=6), ()),
     ]
     assert merge_acks(replies) == [(b"b", m.Ping(), ()), (b"a", m.Ack(seqs=(1, 2), bytes=11), ())]
+
+
+def test_a_connection_that_goes_between_asking_and_sending_is_waited_for(
+    serving: Serving, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    channel = SyncDealerChannel(serving.server.address)
+    real, tries = dealer.send_frames, []
+
+    def gone_at_first(*arguments: Any) -> None:
+        tries.append(1)
+        if len(tries) == 1:
+            raise zmq.Again
+        real(*arguments)
+
+    monkeypatch.setattr(dealer, "send_frames", gone_at_first)
+    assert channel.send([m.encode_message(m.Ping())], 10.0)
+    answer = channel.receive(10.0)
+    assert answer is not None
+    assert isinstance(m.decode_message(answer[0]), m.Refused)
+    assert len(tries) == 2
+    channel.close()

@@ -38,7 +38,7 @@ CAUGHT_BY: dict[str, str] = {
     "acknowledged_before_the_flush": "hub_kills",
     "no_dedupe": "cuts",
     "no_check_of_the_bytes": "flips",
-    "no_resending": "hub_kills",
+    "no_resending": "cuts",
     "credit_leaks": "calm",
     "unproven_weights_accepted": "calm",
     "quarantine_forgets": "calm",
@@ -101,10 +101,10 @@ def no_check_of_the_bytes() -> None:
 
 def no_resending() -> None:
     """What was on the way when the hub died stays in the spool."""
-    real = ActorCore._take_welcome
+    real, sent = ActorCore._take_welcome, set[int]()
 
     def take(self: ActorCore, message: m.Welcome) -> None:
-        sent = set(self._on_the_way)
+        sent.update(self._on_the_way)
         real(self, message)
         self._queue = deque(seq for seq in self._queue if seq not in sent)
 

@@ -233,17 +233,17 @@ class Rig:
         role = self.random.choices(
             self.roles, [hub, learner, *[actors / self.plan.actors] * self.plan.actors]
         )[0]
-        kind = self.random.choices(["kill", "stop", "fill"], [8, 2, 4 if self.plan.fill else 0])[0]
+        kind = self.random.choices(["kill", "stop", "fill"], [7, 3, 4 if self.plan.fill else 0])[0]
         pause = self.random.uniform(0.01, 0.4)
         if kind == "fill":
             self._fill()
+        elif role.pid and kind == "kill":
+            # Also one that stands still: what the others sent it meanwhile is on the way.
+            self._kill(role)
         elif role.pid and not role.stopped_until:
-            if kind == "kill":
-                self._kill(role)
-            else:
-                role.stopped_until = now + pause
-                os.kill(role.pid, signal.SIGSTOP)
-                self.outcome.faults["sigstop"] += 1
+            role.stopped_until = now + pause
+            os.kill(role.pid, signal.SIGSTOP)
+            self.outcome.faults["sigstop"] += 1
 
     def _kill(self, role: Role) -> None:
         if not role.killed:

@@ -217,8 +217,8 @@ def learner_role(setting: Setting) -> int:
     publish()
     finishing = False
     while not finishing:
-        batch = client.pull(len(trained))
-        assert batch is not None
+        while (batch := client.pull(len(trained))) is None:
+            pass
         trained.append([oracle.content_of(encode_trajectory(t)).key for t in batch.trajectories])
         history = batch.history
         time.sleep(setting.step_s)

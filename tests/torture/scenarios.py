@@ -117,7 +117,10 @@ SCENARIOS: dict[str, tuple[type[Rig], Plan]] = {
             CALM, seconds=3.0, kill_every_s=0.1, weights=(0, 0, 1), odd_share=0.12, exits=(), least=30
         ),
     ),
-    "cuts": (Rig, dataclasses.replace(CALM, seconds=4.0, network_rate=12.0, network_faults=("cut",))),
+    "cuts": (
+        Rig,
+        dataclasses.replace(CALM, seconds=4.0, network_rate=12.0, network_faults=("cut",), exits=()),
+    ),
     "flips": (
         Rig,
         dataclasses.replace(CALM, seconds=5.0, network_rate=8.0, network_faults=("flip",), least=150),

@@ -193,10 +193,14 @@ class SyncDealerChannel:
 
     def send(self, frames: Sequence[Buffer], timeout_s: float) -> bool:
         """Hand one message over; returns False when no hub was connected in time."""
-        if not self._poll(_OUT, timeout_s):
-            return False
-        send_frames(self._socket, frames)
-        return True
+        end = time.monotonic() + timeout_s
+        while self._poll(_OUT, max(0.0, end - time.monotonic())):
+            try:
+                send_frames(self._socket, frames)
+            except zmq.Again:
+                continue  # The connection went between the two.
+            return True
+        return False
 
     def receive(self, timeout_s: float) -> list[Buffer] | None:
         """Return the next message, or None when there is none in time."""
