@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from slipstream import cli, errors, summary
+from slipstream import cli, errors, stop_signals, summary
 from slipstream.config import RunConfig, load_config, shipped_recipes
 
 ROOT = Path(__file__).parent.parent
@@ -83,4 +83,5 @@ def test_the_keys_of_the_summary_are_those_it_has(tmp_path: Path) -> None:
 def test_exit_codes_are_those_of_the_program() -> None:
     section = README.partition("### Exit codes")[2].partition("\n## ")[0]
     codes = {int(code) for code in re.findall(r"^\| (\d+) \|", section, flags=re.MULTILINE)}
-    assert codes == {0, errors.SlipstreamError.exit_code, errors.UserError.exit_code, cli.INTERRUPTED}
+    failures = {kind.exit_code for kind in (errors.SlipstreamError, errors.UserError, errors.NumericsError)}
+    assert codes == {0, *failures, stop_signals.STOPPED, cli.INTERRUPTED}
