@@ -82,7 +82,7 @@ class Ledger:
         self._replaced: set[bytes] = set()
         self._leased_at: dict[tuple[events.Slot, int], float] = {}
         self._damaged: Counter[tuple[str, int]] = Counter()
-        """(actor, seq) -> how often the bytes of that record did not match their CRC."""
+        """(session, seq) -> how often the bytes of that record did not match their CRC."""
         self._pulling: Pulling | None = None
         self._finished: m.Finish | None = None
         """The learner's last word: whoever joins after it is told to stop."""
@@ -293,14 +293,14 @@ class Ledger:
                 raise FrameError(f"Deliver: expected one record behind it, got {len(frames)} frames")
             arrival = inspect_trajectory(frames[0])
             if self._damaged:
-                self._damaged.pop((who.name, message.seq), None)
+                self._damaged.pop((who.session, message.seq), None)
             identity = arrival.header.identity
             check_sender(identity, run=self._run, actor=who.name, epoch=self.state.epochs[who.name])
             if identity not in self.state.items:
                 event = describe(arrival, verdict_on(arrival, self.state, self._config))
                 self._log(event, frames[0])
         except FrameError as error:
-            key = who.name, message.seq
+            key = who.session, message.seq
             if self._damaged[key] < _RESENDS and not (len(frames) == 1 and is_intact(frames[0])):
                 self._damaged[key] += 1
                 # Joining again makes the actor send from its spool all that was not acknowledged.

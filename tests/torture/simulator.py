@@ -722,7 +722,8 @@ class Simulator:
     def _stray(self, fault: Fault) -> None:
         """A learner stands still, is taken for dead, and comes back after another has taken its place."""
         learner = self.learner
-        if learner is None or not learner.alive or self.finished:
+        # One that has never joined cannot be told from a newer one: there the supervisor must see to it.
+        if learner is None or not learner.alive or self.finished or learner.incarnation < 0:
             return
         learner.stray, learner.stalled_until = True, self.now + 3.0 + fault.point
         self.strays.append(learner)
