@@ -389,7 +389,7 @@ PERMITTED_WAITS = {
     # A child that calls one function of the kernel and ends.
     "slipstream.tools.confinement": {"namespaces_work: os.waitpid(child, 0)"},
     "slipstream.tools.forkserver": {
-        # The sandbox's own processes: each ends with its worker or its leash; a call's deadline is its caller's.
+        # The sandbox's own processes: each ends with its worker or its leash; a call's caller has a deadline.
         "main: os.wait()",
         "Keeper._keep: select.select([self.leash.fileno(), os.pidfd_open(worker)], [], [])",
         "Keeper._keep: os.waitpid(worker, 0)",

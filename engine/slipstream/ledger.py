@@ -81,7 +81,7 @@ class Ledger:
         self._replaced: set[bytes] = set()
         self._leased_at: dict[tuple[events.Slot, int], float] = {}
         self._damaged: Counter[tuple[str, int]] = Counter()
-        """(actor, seq) -> how often the bytes of that record did not match their CRC."""
+        """(session, seq) -> how often the bytes of that record did not match their CRC."""
         self._pulling: Pulling | None = None
         self._finished: m.Finish | None = None
         """The learner's last word: whoever joins after it is told to stop."""
@@ -288,27 +288,27 @@ class Ledger:
                 raise DamageError(f"Deliver: expected one record behind it, got {len(frames)} frames")
             arrival = inspect_trajectory(frames[0])
             if self._damaged:
-                self._damaged.pop((who.name, message.seq), None)
+                self._damaged.pop((who.session, message.seq), None)
             identity = arrival.header.identity
             check_sender(identity, run=self._run, actor=who.name, epoch=self.state.epochs[who.name])
             if identity not in self.state.seen:
                 event = describe(arrival, verdict_on(arrival, self.state, self._config))
                 self._log(event, frames[0])
         except FrameError as error:
-            if isinstance(error, DamageError) and self._may_come_again(who.name, message.seq):
+            if isinstance(error, DamageError) and self._may_come_again(who.session, message.seq):
                 # Joining again makes the actor send from its spool all that was not acknowledged.
                 return peer, m.Refused(reason=f"record {message.seq} was damaged: {error}", retry=True), ()
-            self._damaged.pop((who.name, message.seq), None)
+            self._damaged.pop((who.session, message.seq), None)
             file = self._quarantine(frames)
             self._log(events.Quarantined(actor=who.name, file=file, reason=str(error)))
         return peer, ack, ()
 
-    def _may_come_again(self, actor: str, number: int) -> bool:
+    def _may_come_again(self, session: str, number: int) -> bool:
         """Return whether the sender is to send a damaged record again: it may be whole in its spool."""
-        self._damaged[actor, number] += 1
+        self._damaged[session, number] += 1
         if len(self._damaged) > _DAMAGED_KNOWN:
             del self._damaged[next(iter(self._damaged))]
-        return self._damaged[actor, number] < _DAMAGED_TIMES
+        return self._damaged[session, number] < _DAMAGED_TIMES
 
     def _proof(self, peer: bytes, who: Peer, message: m.Proof) -> list[Reply]:
         proof = message.proof

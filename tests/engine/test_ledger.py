@@ -304,6 +304,15 @@ def test_a_record_damaged_on_its_way_is_asked_for_again(rig: Rig, damage: str) -
     assert rig.bad == [b"".join(bytes(frame) for frame in damaged)]
 
 
+def test_damage_to_another_process_of_the_name_does_not_count(rig: Rig) -> None:
+    """Both number their records from 0."""
+    for session in ("one", "two", "three"):
+        peer = rig.actor(session=session)
+        (refused,) = rig.say(peer, m.Deliver(seq=0), [b"x"])
+        assert isinstance(refused, m.Refused)
+    assert rig.ledger.books()["quarantined"] == 0
+
+
 def test_groups_too_old_at_hand_out_are_dropped_and_make_room(rig: Rig) -> None:
     peer, announced = ready(rig)
     old = announced.version.serial

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import random
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import cache
 from typing import Any, Final, Protocol
@@ -20,7 +20,7 @@ import numpy as np
 
 from slipstream import events, ledger, synthetic, wire
 from slipstream.config import RunConfig
-from slipstream.errors import FrameError
+from slipstream.errors import DamageError
 from slipstream.ingest import Entry
 from slipstream.messages import Buffer
 from slipstream.transport import actor_core, learner_core
@@ -140,7 +140,6 @@ class CheapWire:
             (actor_core, "encode_trajectory", _encode),
             (actor_core, "most_bytes", lambda _: self.most_bytes),
             (ledger, "inspect_trajectory", _inspect),
-            (ledger, "is_intact", _is_intact),
             (learner_core, "decode_trajectory", _decode),
         ):
             stack.enter_context(mock.patch.object(module, name, stand_in))
@@ -162,7 +161,7 @@ def _encode(made: Sample, identity: TrajectoryId) -> bytes:
 
 def _decode(record: Buffer) -> Sample:
     if not _is_intact(record):
-        raise FrameError("check: expected another CRC")
+        raise DamageError("check: expected another CRC")
     return _DECODE(record[:-4])
 
 
@@ -264,8 +263,11 @@ class Oracle:
         return incarnation
 
 
+_SEGMENT_EVENTS: Final = 97
+
+
 class MemoryJournal:
-    """The hub's log: a crash takes any end of what was not flushed."""
+    """The hub's log: a crash takes any end of what was not flushed; a State opens every so many events."""
 
     def __init__(self, oracle: Oracle) -> None:
         self._oracle = oracle
@@ -273,6 +275,9 @@ class MemoryJournal:
         self._durable = 0
         self.speaker = ("", "")
         """(name, session) of the peer whose message is being handled."""
+        self.opening: Callable[[], events.State] | None = None
+        """Gives what all events so far add up to."""
+        self._left = _SEGMENT_EVENTS
 
     def append(self, event: events.AnyEvent, record: Buffer = b"") -> int:
         """Add an event."""
@@ -280,6 +285,10 @@ class MemoryJournal:
             self._oracle.received(event, record, *self.speaker)
         elif type(event) is events.Incarnation:
             self._oracle.forks[event.number] = event.fork_step
+        self._left -= 1
+        if not self._left and self.opening is not None:
+            self._left = _SEGMENT_EVENTS
+            self._entries.append((self.opening(), b""))
         self._entries.append((event, record))
         return len(self._entries) - 1
 
@@ -292,9 +301,10 @@ class MemoryJournal:
         return self._entries[position][1]
 
     def replay(self) -> Iterator[Entry]:
-        """Yield every event."""
-        for position, (event, _) in enumerate(self._entries):
-            yield Entry(position=position, event=event, record=b"")
+        """Yield the newest State and what follows, as from a log whose other segments are gone."""
+        states = [at for at, (event, _) in enumerate(self._entries) if type(event) is events.State]
+        for position in range(states[-1] if states else 0, len(self._entries)):
+            yield Entry(position=position, event=self._entries[position][0], record=b"")
 
     def crash(self, chance: random.Random) -> None:
         """Forget some end of what was not flushed."""
@@ -340,7 +350,7 @@ class MemorySpool:
         self._bytes = 0
         self.next_seq = 0
 
-    def append(self, seq: int, record: Buffer) -> int:
+    def write(self, seq: int, record: Buffer) -> int:
         """Write a record."""
         identity = self._oracle.wire.identity(record)
         self._records[seq] = identity, record

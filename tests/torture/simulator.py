@@ -43,6 +43,8 @@ from slipstream import messages as m  # noqa: E402
 from slipstream.config import BatchConfig, EvaluationConfig, HubConfig, RunConfig  # noqa: E402
 from slipstream.deadlines import Deadlines  # noqa: E402
 from slipstream.errors import DeadlineError, RefusedError, SlipstreamError  # noqa: E402
+from slipstream.history import START, extend  # noqa: E402
+from slipstream.ledger_snapshot import snapshot  # noqa: E402
 from slipstream.transport.actor_core import ActorCore  # noqa: E402
 from slipstream.transport.core import PeerCore  # noqa: E402
 from slipstream.transport.learner_core import LearnerCore  # noqa: E402
@@ -271,7 +273,8 @@ class Simulator:
 
     def _start_hub(self) -> None:
         self._hub_life += 1
-        self.hub = ledger.Ledger(self.config, RUN, self.journal, lambda _: "quarantined")
+        self.hub = hub = ledger.Ledger(self.config, RUN, self.journal, lambda _: "quarantined")
+        self.journal.opening = lambda: snapshot(hub.state)
         self.hub.check_books()
         self._turn_due = False
         self._at(1.0, self._hub_tick, self._hub_life)
@@ -571,7 +574,7 @@ class Simulator:
         step, line = self.checkpoints[-1]
         core = LearnerCore(RUN, "learner", session=self._session(), limits=LIMITS)
         self.learner = LearnerProcess(name="learner", session=core._session, core=core, line=list(line))
-        core.join(step, self.now)
+        core.join(step, self.now, history_of(line))
         self._connect(self.learner)
         self._pump(self.learner)
 
@@ -588,12 +591,14 @@ class Simulator:
                 learner.evaluated.add(event.step)
                 if not learner.busy:
                     self._go_on(learner)
-            elif learner.finishing:
+            elif isinstance(event, m.Stop) and learner.finishing:
                 self.final_line, self.finished = learner.line, True
                 learner.alive = False
                 return
         batch = core.take_batch()
         if batch is not None:
+            if batch.history != history_of([*learner.line, list(batch.trajectories)]):
+                raise Violation(f"batch {batch.step} belongs to another history than the learner's")
             self.oracle.trained(learner.line, list(batch.trajectories), learner.incarnation)
             learner.busy = True
             self._at(self.chance.uniform(0.0, 0.5), self._trained, learner, list(batch.trajectories))
@@ -616,11 +621,13 @@ class Simulator:
                 self._kill_learner_unannounced = False
                 self._crash_learner()
                 return
-            learner.core.checkpointed(step)
+            self._oldest = self.checkpoints[-2][0]
+            learner.core.checkpointed(step, oldest=self._oldest)
         self._go_on(learner)
         self._pump(learner)
 
     _kill_learner_unannounced = _kill_hub_at_the_end = False
+    _oldest = 0
 
     def _go_on(self, learner: LearnerProcess) -> None:
         step, core = len(learner.line), learner.core
@@ -673,7 +680,9 @@ class Simulator:
             case "learner":
                 self._crash_learner()
             case "old_checkpoint":
-                if len(self.checkpoints) > 1 and not self.finished:
+                # Never further back than what the hub has been told is kept.
+                kept = len(self.checkpoints) > 1 and self.checkpoints[-2][0] >= self._oldest
+                if kept and not self.finished:
                     self.checkpoints.pop()
                     self._crash_learner()
             case "cut":
@@ -722,7 +731,8 @@ class Simulator:
     def _stray(self, fault: Fault) -> None:
         """A learner stands still, is taken for dead, and comes back after another has taken its place."""
         learner = self.learner
-        if learner is None or not learner.alive or self.finished:
+        # One that has never joined cannot be told from a newer one: there the supervisor must see to it.
+        if learner is None or not learner.alive or self.finished or learner.incarnation < 0:
             return
         learner.stray, learner.stalled_until = True, self.now + 3.0 + fault.point
         self.strays.append(learner)
@@ -732,6 +742,14 @@ class Simulator:
             self._cut(learner.link)
         self.learner = None
         self._at(0.5, self._start_learner)
+
+
+def history_of(line: Sequence[Sequence[Any]]) -> str:
+    """Return the history of a line of batches."""
+    history = START
+    for batch in line:
+        history = extend(history, [trajectory.identity for trajectory in batch])
+    return history
 
 
 _CONFIGS: dict[Plan, RunConfig] = {}

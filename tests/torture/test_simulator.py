@@ -31,6 +31,7 @@ from slipstream import dispatch, leases, ledger, ledger_state, receiving, stalen
 from slipstream import events as ev
 from slipstream.ledger import Ledger
 from slipstream.ledger_state import LedgerState
+from slipstream.seen import Seen
 from slipstream.transport import actor_core, core, learner_core
 from slipstream.transport.actor_core import ActorCore
 from slipstream.transport.core import PeerCore
@@ -119,15 +120,14 @@ def early_acknowledgement() -> AbstractContextManager[object]:
 def no_dedupe() -> Iterator[None]:
     """The hub takes every record for a new one."""
 
-    class Forgetful(dict[Any, Any]):
-        def __contains__(self, key: object) -> bool:
+    class Forgetful(Seen):
+        def __contains__(self, identity: object) -> bool:
             return False
 
     def make(start: Any) -> Any:
         def forgetful(self: LedgerState, config: Any) -> None:
             start(self, config)
-            name = "seen" if hasattr(self, "seen") else "items"
-            setattr(self, name, Forgetful())
+            self.seen = Forgetful()
 
         return forgetful
 
@@ -210,7 +210,7 @@ def lease_lost_on_restart() -> AbstractContextManager[object]:
 
 def damage_acknowledged() -> AbstractContextManager[object]:
     """The hub takes a record that was damaged on its way for poison."""
-    return mock.patch.object(ledger, "_RESENDS", 0)
+    return mock.patch.object(ledger, "_DAMAGED_TIMES", 0)
 
 
 def finish_said_once() -> AbstractContextManager[object]:
@@ -318,7 +318,9 @@ def test_smoke_the_seeded_search_shrinks_too() -> None:
     with lease_lost_on_restart():
         figures = search(1, 30_000)
         failed = figures["failed"][0]
-        assert [kind for _, kind, _, _ in failed["faults"]] == ["hub"]
+        kinds = {kind for _, kind, _, _ in failed["faults"]}
+        assert kinds & {"hub", "last_word"}
+        assert len(failed["faults"]) <= 3
         assert "Violation" in failed["error"] or "StorageError" in failed["error"]
         with pytest.raises((AssertionError, simulator.SlipstreamError)):
             replay(failed["seed"])
@@ -326,5 +328,4 @@ def test_smoke_the_seeded_search_shrinks_too() -> None:
 
 def test_smoke_events_of_every_kind_are_simulated() -> None:
     kinds = {type(event) for seed in range(1, 40) for event, _ in Simulator(seed).run().journal._entries}
-    kept_apart = {"State"}  # of a log that is cut off behind a checkpoint
-    assert {kind.__name__ for kind in ev.AnyEvent.__args__} - kept_apart == {kind.__name__ for kind in kinds}
+    assert {kind.__name__ for kind in ev.AnyEvent.__args__} == {kind.__name__ for kind in kinds}
