@@ -124,6 +124,7 @@ def begin(serving: HubProcess) -> LearnerClient:
     learner = LearnerClient(channel, run_id(serving.folder), "learner-0", deadlines=PATIENT)
     learner.connect(0)
     learner.publish(synthetic.update(0, step=0))
+    serving.until(lambda: serving.count("serial") == 0, "the first weights to be known")
     return learner
 
 
@@ -546,6 +547,7 @@ def stopped_learner(folder: Path, *, least_bytes: int, seconds: float) -> None:
         try:
             assert learner.stdout is not None
             assert learner.stdout.readline() == "ready\n"
+            serving.until(lambda: serving.count("serial") == 0, "the first weights to be known")
             learner.send_signal(signal.SIGSTOP)
             asyncio.run(asyncio.wait_for(fill(serving, least_bytes // size, size, seconds), 900))
         finally:
