@@ -38,6 +38,7 @@ from slipstream.rendezvous import hub_address, run_id  # noqa: E402
 from slipstream.run_folder import read_json  # noqa: E402
 from slipstream.spool import Spool  # noqa: E402
 from slipstream.transport.client import ActorClient, LearnerClient  # noqa: E402
+from slipstream.transport.guard import Limits  # noqa: E402
 from slipstream.transport.zeromq import DealerChannel, SyncDealerChannel  # noqa: E402
 from slipstream.wire import schema_hash  # noqa: E402
 
@@ -66,8 +67,8 @@ def settings(trajectories: int = 8, **hub: object) -> RunConfig:
     """Return a run whose gate lets exactly so many trajectories through before the first step."""
     return RunConfig(
         steps=100,
-        max_slip=1,
-        batch=BatchConfig(groups=trajectories // (2 * GROUP), group_size=GROUP),
+        max_slip=trajectories // (2 * GROUP) - 1,
+        batch=BatchConfig(groups=2, group_size=GROUP),
         evaluation=EvaluationConfig(every=1000, tasks=1),
         hub=HubConfig(**{"memory_limit_bytes": MEMORY_BYTES, **hub}),  # type: ignore[arg-type]
     )
@@ -124,6 +125,7 @@ def begin(serving: HubProcess) -> LearnerClient:
     learner = LearnerClient(channel, run_id(serving.folder), "learner-0", deadlines=PATIENT)
     learner.connect(0)
     learner.publish(synthetic.update(0, step=0))
+    serving.until(lambda: serving.count("serial") == 0, "the first weights to be known")
     return learner
 
 
@@ -359,9 +361,10 @@ def test_smoke_an_open_hub_says_so_at_every_start(tmp_path: Path) -> None:
 def test_smoke_a_peer_that_sends_no_messages_is_cut(tmp_path: Path) -> None:
     """Messages that are none end a connection, and so does saying nothing; those beside it stay."""
     with (
-        hub(tmp_path, settings(hello_timeout_s=2.0)) as serving,
+        hub(tmp_path, settings(hello_timeout_s=5.0)) as serving,
         contextlib.closing(begin(serving)) as learner,
     ):
+        before = serving.count("cut_connections")
         with strangers.connect(serving.address) as connection:
             strangers.shake_hands(connection)
             connection.sendall(strangers.frame(b"\xff" * 20) * 100)
@@ -369,8 +372,8 @@ def test_smoke_a_peer_that_sends_no_messages_is_cut(tmp_path: Path) -> None:
         with strangers.connect(serving.address) as connection:
             strangers.shake_hands(connection)
             assert strangers.ended(connection, HANGS_S)
-        serving.until(lambda: serving.count("cut_connections") == 2, "both to be counted")
-        assert serving.count("malformed_messages") == 100
+        serving.until(lambda: serving.count("cut_connections") >= before + 2, "both to be counted")
+        assert serving.count("malformed_messages") >= Limits().malformed
         serving.until(lambda: serving.count("connections") == 1, "the learner alone to be left")
         assert learner.pull(0, 0.0) is None
         said = (tmp_path / "hub.err").read_text()
@@ -546,6 +549,7 @@ def stopped_learner(folder: Path, *, least_bytes: int, seconds: float) -> None:
         try:
             assert learner.stdout is not None
             assert learner.stdout.readline() == "ready\n"
+            serving.until(lambda: serving.count("serial") == 0, "the first weights to be known")
             learner.send_signal(signal.SIGSTOP)
             asyncio.run(asyncio.wait_for(fill(serving, least_bytes // size, size, seconds), 900))
         finally:

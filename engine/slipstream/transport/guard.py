@@ -20,6 +20,7 @@ unfinished message. Unix domain sockets have no such counter: there the folder k
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 import socket
 import struct
@@ -42,7 +43,8 @@ _SO_COOKIE: Final = 57
 """A number the kernel gives no other socket until the machine restarts."""
 _MUCH_BYTES: Final = 64 << 10
 _TRIM_EVERY_S: Final = 1.0
-"""libzmq frees what a cut connection held well within it."""
+_TRIM_FOR_S: Final = 30.0
+"""On a busy machine libzmq takes its time to free what a cut connection held."""
 _MOST_NAMED: Final = 1024
 
 
@@ -89,8 +91,8 @@ class ConnectionGuard:
         self._limits, self._clock = limits, clock
         self._connections: dict[int, Connection] = {}
         self._named: set[str] = set()
-        self._trimmed_s, self._freed = 0.0, False
-        """When memory was last given back, and whether a connection was cut since."""
+        self._trimmed_s, self._cut_s = 0.0, -math.inf
+        """When memory was last given back, and when a connection was last cut."""
         self.cut = 0
         """Connections that were ended."""
         self.unheard = 0
@@ -164,8 +166,9 @@ class ConnectionGuard:
     def _check_memory(self, now: float) -> None:
         resident = resident_bytes()
         much = resident > self._limits.stranger_memory_bytes
-        if (much or self._freed) and now - self._trimmed_s > _TRIM_EVERY_S:
-            self._trimmed_s, self._freed = now, False
+        lately = now - self._cut_s < _TRIM_FOR_S
+        if (much or lately) and now - self._trimmed_s > _TRIM_EVERY_S:
+            self._trimmed_s = now
             give_memory_back()
             resident = resident_bytes()
         holding = [connection for connection in self._open() if connection.outstanding > _MUCH_BYTES]
@@ -190,7 +193,7 @@ class ConnectionGuard:
         except OSError:
             return  # gone by itself
         self.cut += 1
-        self._freed = True
+        self._cut_s = self._clock()
         host = connection.address.rpartition(":")[0]
         if host not in self._named and len(self._named) < _MOST_NAMED:
             self._named.add(host)
