@@ -73,6 +73,8 @@ class IngestLog:
         self._lock = _lock(folder)
         self._buffered: list[Buffer] = []
         self._buffered_bytes = 0
+        self._unflushed = False
+        """Something was written, by `read` or in vain, that no flush has made durable."""
         self._readers: dict[int, int] = {}
         self._offsets: list[int] = []
         """Where the records of the open segment begin."""
@@ -114,11 +116,12 @@ class IngestLog:
 
     def flush(self) -> None:
         """Make everything appended durable; raises StorageError, after which only a restart helps."""
-        if not self._buffered:
+        if not self._buffered and not self._unflushed:
             return
         self._write()
         if self._durability == "power":
             sync(self._file, self.folder)
+        self._unflushed = False
 
     def read(self, position: int) -> bytes:
         """Return the trajectory's record behind the event at a position."""
@@ -150,6 +153,9 @@ class IngestLog:
         before them up to `retain_bytes` for reading tools. Call it after `flush`: the state that a kept
         segment opens with must be durable. Raises StorageError.
         """
+        if self._buffered or self._unflushed:
+            # The caller's state is ahead of the log, after a failure for good: what is durable needs more.
+            return 0
         needed = self._segment if oldest_position is None else oldest_position >> _OFFSET_BITS
         # A newest segment that is still empty holds no State yet.
         last = min(needed, self._segment if self._size else self._segment - 1)
@@ -181,6 +187,7 @@ class IngestLog:
     def _write(self) -> None:
         buffers, self._buffered, self._buffered_bytes = self._buffered, [], 0
         if buffers:
+            self._unflushed = True
             write_all(self._file, buffers, self._path)
 
     def _next_segment(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -157,3 +158,36 @@ def test_other_bytes_than_zeros_in_a_sector_are_damage(tmp_path: Path) -> None:
     path.write_bytes(data)
     with pytest.raises(StorageError, match=f"damaged at offset {late}"):
         IngestLog(tmp_path)
+
+
+def test_what_was_written_to_be_read_is_synced_by_the_flush(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[int] = []
+    log = IngestLog(tmp_path, "power")
+    log.read(log.append(EVENTS[2], wire.encode_trajectory(MADE)))
+    monkeypatch.setattr(os, "fdatasync", synced.append)
+    log.flush()
+    assert len(synced) == 1
+    log.flush()
+    assert len(synced) == 1
+    monkeypatch.undo()
+    log.close()
+
+
+def test_after_a_failed_flush_no_segment_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    filled(tmp_path, segment_bytes=1)
+    before = sorted(tmp_path.glob("*.log"))
+    log = IngestLog(tmp_path, segment_bytes=1 << 20)
+    log.append(EVENTS[3])
+
+    def full(*_: object) -> int:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as context:
+        context.setattr(os, "writev", full)
+        with pytest.raises(StorageError, match="No space left"):
+            log.flush()
+    assert log.shorten(None, retain_bytes=0) == 0
+    assert sorted(tmp_path.glob("*.log")) == before
+    log.close()

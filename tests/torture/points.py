@@ -125,8 +125,11 @@ def write_log(folder: Path, say: Say, seed: int) -> None:
             for _ in range(source.choice((1, 2, 5))):
                 number += 1
                 say(f"< {number}")
-                log.append(events.Quarantined(actor="a", file=str(number), reason=payload(number).hex()))
+                told = events.Quarantined(actor="a", file=str(number), reason=payload(number).hex())
+                position = log.append(told)
                 turn.append(number)
+            if source.random() < 0.3:
+                log.read(position)
             log.flush()
             for each in turn:
                 say(f"> {each}")
