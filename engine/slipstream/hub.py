@@ -64,16 +64,10 @@ def main(config: RunConfig, folder: Path) -> int:
         books.finish()
         log.close()
         server.close()
-    if not is_done(config, ledger):
+    if not ledger.state.is_over:
         return STOPPED
     announce_end(folder, run)
     return 0
-
-
-def is_done(config: RunConfig, ledger: Ledger) -> bool:
-    """Return whether the last step of a run is trained, evaluated and in a checkpoint."""
-    evaluated = any(done.step >= config.steps for done in ledger.state.evaluations)
-    return evaluated and ledger.state.checkpoint_step >= config.steps
 
 
 def open_ledger(config: RunConfig, folder: Path, run: str) -> tuple[IngestLog, Ledger]:

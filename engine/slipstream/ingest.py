@@ -143,6 +143,11 @@ class IngestLog:
     def check(self, oldest_position: int | None) -> None:
         """Check what `replay` passes over and `read` may be asked for; raises StorageError for damage."""
         start = self._base if oldest_position is None else oldest_position >> _OFFSET_BITS
+        if start < self._first:
+            raise StorageError(
+                f"{_segment_path(self.folder, start)} is missing: it holds trajectories that are still to be "
+                f"trained; restore it from a copy, or start a new run folder from the last checkpoint"
+            )
         for number in range(start, self._base):
             _checked(self.folder, number, None, last=False)
 
@@ -240,7 +245,7 @@ def read_events(folder: Path) -> Iterator[Entry]:
 def record_offsets(folder: Path, segment: int) -> np.ndarray[tuple[int], np.dtype[np.uint64]]:
     """Return the [n] offsets of a segment's records, from its index or, without one, from itself."""
     path = _index_path(folder, segment)
-    if not path.exists():
+    if not path.exists() or not path.stat().st_size:  # a power failure may leave it empty
         return np.array([record.offset for record in _scan_segment(folder, segment).records], np.uint64)
     return np.fromfile(path, "<u8")
 

@@ -83,7 +83,8 @@ class Ledger:
         self._damaged: Counter[tuple[str, int]] = Counter()
         """(session, seq) -> how often the bytes of that record did not match their CRC."""
         self._pulling: Pulling | None = None
-        self._finished: m.Finish | None = None
+        # A hub that was started again behind the end has not heard the learner, and perhaps never will.
+        self._finished = m.Finish(reason="the run is over") if self.state.is_over else None
         """The learner's last word: whoever joins after it is told to stop."""
         self._reports: list[dict[str, Any]] = []
         self._next_sweep = 0.0

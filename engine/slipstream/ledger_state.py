@@ -187,6 +187,12 @@ class LedgerState:
         return self.first_batch + len(self.batches)
 
     @property
+    def is_over(self) -> bool:
+        """Whether the last step is trained, evaluated and in a checkpoint."""
+        steps = self._config.steps
+        return self.checkpoint_step >= steps and any(done.step >= steps for done in self.evaluations)
+
+    @property
     def oldest_position(self) -> int | None:
         """Where the log keeps the oldest record that may be asked for, if there is one."""
         return min((item.position for item in self.items.values()), default=None)

@@ -69,6 +69,8 @@ def test_the_index_can_be_rebuilt(tmp_path: Path) -> None:
     assert len(known) > 1
     index.unlink()
     assert record_offsets(tmp_path, 0).tolist() == known
+    index.write_bytes(b"")
+    assert record_offsets(tmp_path, 0).tolist() == known
 
 
 def test_a_log_torn_at_any_byte_keeps_its_whole_events_and_goes_on(tmp_path: Path) -> None:

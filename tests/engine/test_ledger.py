@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -488,6 +490,12 @@ def test_damage_is_found_where_a_restart_needs_the_log_and_nowhere_else(rig: Rig
     kept.write_bytes(data)
     with pytest.raises(StorageError, match=f"{kept} is damaged"):
         rig.start()
+    rig.log.close()
+    for number in range(int(kept.stem) + 1):
+        (rig.folder / f"{number:06d}.log").unlink()
+    with pytest.raises(StorageError, match=f"{kept} is missing: it holds trajectories that are still to be"):
+        rig.start()
+    rig.log.close()
     rig.log = IngestLog(rig.folder.parent / "another")
 
 
@@ -554,6 +562,25 @@ def test_leases_time_out_and_lost_actors_free_theirs(rig: Rig) -> None:
     rig.take(rig.ledger.tick(rig.now))
     assert rig.ledger.books()["waiting"] == 2
     assert (b, m.Ping(), ()) in rig.replies
+
+
+def test_a_hub_started_again_behind_the_end_tells_whoever_joins(tmp_path: Path) -> None:
+    config = CONFIG.model_copy(update={"steps": 2})
+    with mock.patch.object(sys.modules[__name__], "CONFIG", config):
+        rig = Rig(tmp_path)
+        peer, announced = ready(rig)
+        for lease in rig.want(peer, 0, 2):
+            rig.deliver(peer, rig.made(peer, lease, announced.version.serial))
+        trained_batches(rig, peer, 2)
+        for lease in rig.want(peer, 0, 2):
+            rig.deliver(peer, rig.made(peer, lease, lease.evaluation))
+        rig.restart()
+        assert [type(r) for r in rig.say(b"b/s", hello("actor", "b", "s"))] == [m.Welcome]
+        rig.learner(2, session="l")
+        rig.say(b"learner", m.Checkpointed(step=2, oldest=0))
+        rig.restart()
+        assert [type(r) for r in rig.say(b"c/s", hello("actor", "c", "s"))] == [m.Welcome, m.Stop]
+        rig.log.close()
 
 
 def test_an_evaluation_is_pinned_booked_apart_and_told(rig: Rig) -> None:

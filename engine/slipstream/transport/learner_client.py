@@ -53,10 +53,11 @@ class LearnerClient:
         """
         self._core.pull(step, time.monotonic())
         self._flush()
-        slice_s = self._limits.batch_s if timeout_s is None else timeout_s
-        turn = Deadline(slice_s, self._core.who, f"batch {step}")
+        turn = Deadline(timeout_s or 0.0, self._core.who, f"batch {step}")
         while (batch := self._core.take_batch()) is None:
-            if not self._pump(min(self._limits.ping_s, turn.remaining())) and turn.expired():
+            if timeout_s is None:
+                self._pump(self._limits.ping_s)
+            elif not self._pump(min(self._limits.ping_s, turn.remaining())) and turn.expired():
                 return self._core.take_batch()
         return batch
 
