@@ -197,14 +197,20 @@ class IngestLog:
 
     def _next_segment(self) -> None:
         self.flush()
-        os.close(self._file)
         _write_index(self.folder, self._segment, self._offsets)
+        full = self._file
         self._segment, self._size, self._state_bytes, self._offsets = self._segment + 1, 0, 0, []
         self._file = self._open_segment()
+        os.close(full)
 
     def _open_segment(self) -> int:
         self._path = _segment_path(self.folder, self._segment)
-        file = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        try:
+            file = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        except OSError as error:
+            raise StorageError(
+                f"{self._path}: opening failed ({error.strerror}); free space or repair the disk"
+            ) from error
         if self._durability == "power":
             _sync_folder(self.folder)
         return file
@@ -288,8 +294,11 @@ def _opens_with_state(folder: Path, number: int) -> bool:
         head = file.read(HEAD.size)
         if len(head) < HEAD.size:
             return False
+        end = HEAD.size + HEAD.unpack(head)[0]
+        if end > os.fstat(file.fileno()).st_size:
+            return False
         file.seek(0)
-        data = file.read(HEAD.size + HEAD.unpack(head)[0])
+        data = file.read(end)
     found = scan(data).records
     return bool(found) and isinstance(_event_of(data, found[0], folder, number), State)
 
@@ -347,8 +356,12 @@ def _scan_segment(folder: Path, number: int) -> Scan:
 
 def _write_index(folder: Path, number: int, offsets: Sequence[int]) -> None:
     fresh = _index_path(folder, number).with_suffix(".new")
-    np.array(offsets, "<u8").tofile(fresh)
-    fresh.replace(_index_path(folder, number))
+    try:
+        np.array(offsets, "<u8").tofile(fresh)
+        fresh.replace(_index_path(folder, number))
+    except OSError:
+        # Only a convenience: readers do without. Whoever needs the disk says what is wrong with it.
+        fresh.unlink(missing_ok=True)
 
 
 def _segment_numbers(folder: Path) -> list[int]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import dataclasses
+import functools
 import json
 import os
 import shutil
@@ -209,11 +211,13 @@ def decode_event(data: bytes) -> None:
 # Files
 
 
+@functools.cache
 def folder() -> Path:
-    """A folder of this process, on a memory disk where there is one."""
+    """A folder of this process, on a memory disk where there is one; gone with it."""
     where = Path("/dev/shm") if os.access("/dev/shm", os.W_OK) else Path(tempfile.gettempdir())
     path = where / f"slipstream-fuzz-{os.getpid()}"
     path.mkdir(exist_ok=True)
+    atexit.register(shutil.rmtree, path, ignore_errors=True)
     return path
 
 

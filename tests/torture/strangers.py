@@ -54,6 +54,23 @@ def shake_hands(connection: socket.socket) -> None:
     connection.sendall(greeting() + ready())
 
 
+def shake_hands_in_turn(connection: socket.socket) -> None:
+    """Do so as a real peer does: libzmq may end a connection that runs ahead of its handshake."""
+    connection.sendall(greeting())
+    _receive(connection, 64)
+    connection.sendall(ready())
+    _receive(connection, _receive(connection, 2)[1])
+
+
+def _receive(connection: socket.socket, size: int) -> bytes:
+    data = b""
+    while len(data) < size:
+        more = connection.recv(size - len(data))
+        assert more, f"expected {size} bytes of a handshake, got {data!r}"
+        data += more
+    return data
+
+
 def ended(connection: socket.socket, seconds: float) -> bool:
     """Return whether the hub ends a connection in time; whatever else it says is read over."""
     connection.settimeout(seconds)

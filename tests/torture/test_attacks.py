@@ -37,6 +37,7 @@ from slipstream.keys import ClientKeys, client_keys, make_keys  # noqa: E402
 from slipstream.rendezvous import hub_address, run_id  # noqa: E402
 from slipstream.run_folder import read_json  # noqa: E402
 from slipstream.spool import Spool  # noqa: E402
+from slipstream.stop_signals import STOPPED  # noqa: E402
 from slipstream.transport.client import ActorClient, LearnerClient  # noqa: E402
 from slipstream.transport.guard import Limits  # noqa: E402
 from slipstream.transport.zeromq import DealerChannel, SyncDealerChannel  # noqa: E402
@@ -366,11 +367,11 @@ def test_smoke_a_peer_that_sends_no_messages_is_cut(tmp_path: Path) -> None:
     ):
         before = serving.count("cut_connections")
         with strangers.connect(serving.address) as connection:
-            strangers.shake_hands(connection)
+            strangers.shake_hands_in_turn(connection)
             connection.sendall(strangers.frame(b"\xff" * 20) * 100)
             assert strangers.ended(connection, HANGS_S)
         with strangers.connect(serving.address) as connection:
-            strangers.shake_hands(connection)
+            strangers.shake_hands_in_turn(connection)
             assert strangers.ended(connection, HANGS_S)
         serving.until(lambda: serving.count("cut_connections") >= before + 2, "both to be counted")
         assert serving.count("malformed_messages") >= Limits().malformed
@@ -418,7 +419,7 @@ def under_attack(folder: Path, *, garbage: int, least: int, total: int) -> None:
             f"honest, 64 KB: {alone:.0f}/s alone, {crowded:.0f}/s under attack, {crowded / alone:.2f} of it"
         )
         serving.stop()
-        assert serving.process.returncode == 0
+        assert serving.process.returncode == STOPPED
         assert read_json(folder / "hub.json")["pid"] == pid, "the hub was started again"
     check_delivered(read_books(folder), config, sent)
 
