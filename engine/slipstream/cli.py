@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -56,6 +57,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except SlipstreamError as error:
         sys.stderr.write(f"slipstream: {error}\n")
         return error.exit_code
+    except BrokenPipeError:
+        # Whoever read the output has gone, as `| head` does; Python must not fail again when it flushes.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return SlipstreamError.exit_code
     except OSError as error:
         sys.stderr.write(f"slipstream: {disk_failure(error)}\n")
         return StorageError.exit_code

@@ -71,6 +71,16 @@ def test_dry_run_prints_a_recipe_that_loads(capsys: pytest.CaptureFixture[str], 
     assert not (tmp_path / "out").exists()
 
 
+def test_a_reader_that_has_gone_is_no_traceback(tmp_path: Path) -> None:
+    program = [sys.executable, "-u", "-m", "slipstream", "train", "research", "--dry-run"]
+    with subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=tmp_path) as process:
+        assert process.stdout is not None
+        process.stdout.close()
+        assert process.stderr is not None
+        assert process.stderr.read() == b""
+        assert process.wait(timeout=60) == 1
+
+
 def test_overview_help_and_version() -> None:
     assert "rollout   Print a few episodes to read." in run().stdout
     help_of_train = run("train", "--help")
