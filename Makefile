@@ -15,19 +15,21 @@ INPUTS := pyproject.toml setup.py constraints.txt $(shell find csrc -type f 2>/d
 OUTPUT ?= runs/research
 BENCH ?= dataflow asynchrony kernels
 ARGS ?=
+# Two at a time: many tests wait for processes of their own.
+PARALLEL := -n 2 --dist worksteal
 
 train: .venv/installed
 	@echo "Training the research agent into $(OUTPUT) (Ctrl-C stops; ARGS=--resume goes on)."
 	@$(BIN)/slipstream train research --output $(OUTPUT) $(ARGS)
 
 test: .venv/installed-test
-	@$(BIN)/python -m pytest -m "not slow and not gpu" $(ARGS)
+	@$(BIN)/python -m pytest $(PARALLEL) -m "not slow and not gpu" $(ARGS)
 
 test-all: .venv/installed-test
-	@$(BIN)/python -m pytest -m "not gpu" $(ARGS)
+	@$(BIN)/python -m pytest $(PARALLEL) -m "not gpu" $(ARGS)
 
 test-slow: .venv/installed-test
-	@$(BIN)/python -m pytest -m "slow and not gpu" $(ARGS)
+	@$(BIN)/python -m pytest $(PARALLEL) -m "slow and not gpu" $(ARGS)
 
 check: .venv/installed-check .venv/installed-test
 	@$(BIN)/ruff check .

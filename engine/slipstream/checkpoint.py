@@ -183,16 +183,18 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
         raise StorageError(f"{path}: writing failed ({error}); free space or repair the disk") from error
 
 
-def read_tensors(path: Path) -> dict[str, torch.Tensor]:
+def read_tensors(
+    path: Path, *, dtypes: Mapping[str, int] = tensor_file.ITEM_BYTES
+) -> dict[str, torch.Tensor]:
     """Return the memory-mapped tensors of a safetensors file.
 
-    Raises: CheckpointError when it is missing or damaged, or not of floating-point tensors (tensor_file.py).
+    Raises: CheckpointError when it is missing or damaged, or not of the dtypes it may have (tensor_file.py).
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     try:
-        tensor_file.check(path)
+        tensor_file.check(path, dtypes=dtypes)
         return load_file(path)
     except FileNotFoundError:
         raise CheckpointError(f"{path}: expected a safetensors file, the file is missing") from None

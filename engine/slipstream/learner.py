@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from slipstream import checkpoint
+from slipstream import checkpoint, tensor_file
 from slipstream.checkpoint_writer import CheckpointWriter, Published
 from slipstream.config import RunConfig
 from slipstream.deadlines import Deadline
@@ -377,7 +377,7 @@ class Learner:
         state = checkpoint.read_state(folder / STATE)
         self._step.optimizer.load_state_tensors(checkpoint.read_tensors(folder / OPTIMIZER))
         self._step.optimizer.load_guard_state(state["guard"])
-        restore_random_state(checkpoint.read_tensors(folder / RANDOM))
+        restore_random_state(checkpoint.read_tensors(folder / RANDOM, dtypes=tensor_file.BYTES))
         self.step, self._history = int(state["step"]), str(state["history"])
         self._rows.extend(state["rows"])
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 import re
 import struct
+from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Final
@@ -24,6 +25,8 @@ MAX_HEADER_BYTES: Final = 4 << 20
 MAX_TENSORS: Final = 1 << 15
 ITEM_BYTES: Final = MappingProxyType({"F64": 8, "F32": 4, "BF16": 2, "F16": 2})
 """The dtypes that weights and optimizer state come in."""
+BYTES: Final = MappingProxyType({"U8": 1})
+"""What the state of a random generator comes in."""
 _LENGTH: Final = struct.Struct("<Q")
 _METADATA: Final = "__metadata__"
 _NAME: Final = re.compile(r"[A-Za-z0-9_.-]{1,256}")
@@ -42,8 +45,8 @@ _TENSOR: Final = msgspec.json.Decoder(_Tensor)
 _STRINGS: Final = msgspec.json.Decoder(dict[str, str])
 
 
-def check(path: Path) -> None:
-    """Check the header of a safetensors file against the caps and the file's size.
+def check(path: Path, *, dtypes: Mapping[str, int] = ITEM_BYTES) -> None:
+    """Check the header of a safetensors file against the caps, the dtypes it may have, and the file's size.
 
     Raises CheckpointError naming the file, what was expected and what was got; OSError.
     """
@@ -57,11 +60,11 @@ def check(path: Path) -> None:
         if length > most:
             raise CheckpointError(f"{path}: expected a header of at most {most} bytes, got {length}")
         header = file.read(length)
-    if fault := _fault(header, size - _LENGTH.size - length):
+    if fault := _fault(header, size - _LENGTH.size - length, dtypes):
         raise CheckpointError(f"{path}: {fault}")
 
 
-def _fault(header: bytes, data_bytes: int) -> str:
+def _fault(header: bytes, data_bytes: int, dtypes: Mapping[str, int]) -> str:
     """Return what is wrong with a header in front of so many bytes, or ""."""
     count = header.count(b"{")
     if count > MAX_TENSORS + 2:
@@ -79,9 +82,9 @@ def _fault(header: bytes, data_bytes: int) -> str:
     for name, tensor in tensors.items():
         if not _NAME.fullmatch(name):
             return f"expected names of letters, digits, dots, dashes and underscores, got {name[:64]!r}"
-        item_bytes = ITEM_BYTES.get(tensor.dtype)
+        item_bytes = dtypes.get(tensor.dtype)
         if item_bytes is None:
-            return f"{name}: expected dtype {', '.join(ITEM_BYTES)}, got {tensor.dtype[:64]!r}"
+            return f"{name}: expected dtype {', '.join(dtypes)}, got {tensor.dtype[:64]!r}"
         begin, end = tensor.data_offsets
         due = item_bytes * math.prod(tensor.shape)
         if min(tensor.shape, default=0) < 0 or begin < 0 or end - begin != due:

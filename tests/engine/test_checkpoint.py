@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from slipstream import checkpoint
+from slipstream import checkpoint, tensor_file
 from slipstream.errors import CheckpointError
 
 
@@ -123,6 +123,14 @@ def test_kill_9_while_saving_leaves_the_old_one(tmp_path: Path) -> None:
     save(tmp_path, 2)
     assert checkpoint.load_latest(tmp_path).step == 2
     assert not list(tmp_path.glob(".*"))
+
+
+def test_a_generator_s_state_is_read_only_where_it_is_due(tmp_path: Path) -> None:
+    checkpoint.write_tensors(tmp_path / "random", {"cpu": torch.get_rng_state()})
+    with pytest.raises(CheckpointError, match="cpu: expected dtype F64, F32, BF16, F16, got 'U8'"):
+        checkpoint.read_tensors(tmp_path / "random")
+    found = checkpoint.read_tensors(tmp_path / "random", dtypes=tensor_file.BYTES)
+    assert torch.equal(found["cpu"], torch.get_rng_state())
 
 
 def test_tensors_and_state_come_back(tmp_path: Path) -> None:
