@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -52,6 +53,8 @@ def test_a_stopped_role_is_named_with_whoever_waits_for_it(tmp_path: Path) -> No
         role(tmp_path, "actor-0"),
     ):
         learner.send_signal(signal.SIGSTOP)
+        _, status = os.waitpid(learner.pid, os.WUNTRACED)  # a signal takes its time to arrive
+        assert os.WIFSTOPPED(status)
         report, well = examine(tmp_path)
     assert not well
     assert f"learner-0 (pid {learner.pid}) was stopped by a signal" in report
