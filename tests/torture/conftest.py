@@ -17,6 +17,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.fixture(scope="session")
 def torture_seed(pytestconfig: pytest.Config) -> int:
-    """The seed of this session, in every report."""
+    """The first seed of this test run, in every report."""
     given = pytestconfig.getoption("--torture-seed")
     return int(given) if given is not None else __import__("secrets").randbelow(1 << 30)
