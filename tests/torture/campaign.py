@@ -12,6 +12,7 @@ import argparse
 import datetime
 import json
 import platform
+import subprocess
 import sys
 import time
 from collections import Counter
@@ -25,8 +26,15 @@ import zmq
 
 import slipstream
 
-SIGKILLS, NETWORK_FAULTS, RACES, STATES, DISK_FULL = 10_000, 20_000, 1_000, 1_000_000, 200
+SIGKILLS, NETWORK_FAULTS, RACES, STATES = 10_000, 20_000, 1_000, 1_000_000
 """What a campaign of scale 1 reaches."""
+STEPS, INPUTS = 100_000_000, 20_000_000
+"""Steps of the simulator and inputs of the fuzzer, likewise."""
+SHARES = 20
+"""Into how many parts these are cut."""
+SEEDS_APART = 1_000_000
+"""The simulator counts its runs up from a part's seed."""
+VOLUME = {"simulator": ["simulator.py"], "fuzz": ["fuzz.py", "--workers", "1", "--finds", "runs/fuzz-finds"]}
 LANES = 2
 
 
@@ -40,10 +48,17 @@ class Part:
 
     def command(self) -> str:
         """Return how to run it again."""
-        program = quick.COMMANDS.get(self.name, ["scenarios.py", self.name])
+        program = VOLUME.get(self.name) or quick.COMMANDS.get(self.name, ["scenarios.py", self.name])
         return " ".join(
             ["python", f"tests/torture/{program[0]}", *program[1:], "--seed", str(self.seed), *self.options]
         )
+
+    def start(self) -> subprocess.Popen[str]:
+        """Start it; quick.finish waits for it."""
+        if self.name not in VOLUME:
+            return quick.start(self.name, seed=self.seed, options=self.options)
+        command = [sys.executable, *self.command().split()[1:]]
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 @dataclass(kw_only=True)
@@ -58,6 +73,8 @@ class Total:
     books: Counter[str] = field(default_factory=Counter)
     points: Counter[str] = field(default_factory=Counter)
     states: Counter[str] = field(default_factory=Counter)
+    simulated: Counter[str] = field(default_factory=Counter)
+    fuzzed: Counter[str] = field(default_factory=Counter)
     hangs: int = 0
     longest_settle_s: float = 0.0
     wrong: list[dict[str, Any]] = field(default_factory=list)
@@ -75,7 +92,11 @@ class Total:
     def take(self, part: Part, found: dict[str, Any]) -> None:
         """Add one part."""
         self.parts[part.name] += 1
-        if "faults" in found:
+        if part.name == "simulator":
+            self.simulated.update({"runs": found["runs"], "steps": found["steps"]} | found["events"])
+        elif part.name == "fuzz":
+            self.fuzzed.update({"inputs": found["inputs"]} | found["of"])
+        elif "faults" in found:
             self.faults.update(found["faults"])
             self.exits.update(found["exits"])
             self.books.update(found["books"])
@@ -85,8 +106,9 @@ class Total:
             self.points.update(found["counts"])
         else:
             self.states.update({"states": found["states"], "different": found["different"]})
-        if found["wrong"]:
-            self.wrong.append({"again": part.command(), "wrong": found["wrong"][:10]})
+        wrong = next((found[key] for key in ("wrong", "failed", "finds") if key in found), [])
+        if wrong:
+            self.wrong.append({"again": part.command(), "wrong": [str(one) for one in wrong[:10]]})
 
 
 def parts_of(total: Total) -> Iterator[Part]:
@@ -112,6 +134,10 @@ def parts_of(total: Total) -> Iterator[Part]:
             yield Part("weather", seed + number, ("--seconds", "20"))
         if number % 4 == 1:
             yield Part("disk_full", seed + number)
+    for number in range(SHARES):
+        share = max(1, round(STEPS * scale / SHARES)), max(1, round(INPUTS * scale / SHARES))
+        yield Part("simulator", seed + number * SEEDS_APART, ("--steps", str(share[0])))
+        yield Part("fuzz", seed + number, ("--inputs", str(share[1])))
 
 
 def run(scale: float, seed: int) -> Total:
@@ -120,9 +146,7 @@ def run(scale: float, seed: int) -> Total:
     todo, running = parts_of(total), list[tuple[Part, Any, float]]()
     while True:
         while len(running) < LANES and (part := next(todo, None)) is not None:
-            running.append(
-                (part, quick.start(part.name, seed=part.seed, options=part.options), time.monotonic())
-            )
+            running.append((part, part.start(), time.monotonic()))
         if not running:
             return total
         for entry in list(running):
@@ -131,13 +155,13 @@ def run(scale: float, seed: int) -> Total:
             try:
                 # Read meanwhile: a long report would not fit into the pipe.
                 process.communicate(timeout=0.05)
-            except quick.subprocess.TimeoutExpired:
+            except subprocess.TimeoutExpired:
                 if time.monotonic() - since < longest_s:
                     continue
             running.remove(entry)
             try:
                 total.take(part, quick.finish(process, 10.0))
-            except (AssertionError, ValueError, quick.subprocess.TimeoutExpired) as error:
+            except (AssertionError, ValueError, subprocess.TimeoutExpired) as error:
                 total.wrong.append({"again": part.command(), "wrong": [repr(error)[-3000:]]})
             _say(total, part)
 
@@ -146,7 +170,8 @@ def _say(total: Total, part: Part) -> None:
     sys.stderr.write(
         f"{time.strftime('%H:%M:%S')} {part.name} {part.seed}: {total.sigkills} kills, "
         f"{total.network} faults of the network, {sum(total.points.values())} points, "
-        f"{total.states['states']} states, {len(total.wrong)} wrong\n"
+        f"{total.states['states']} states, {total.simulated['steps']} steps, "
+        f"{total.fuzzed['inputs']} inputs, {len(total.wrong)} wrong\n"
     )
 
 
