@@ -1,6 +1,6 @@
 """Everything of the kernels that needs a GPU, in one command of less than nine minutes.
 
-    python bench/gpu.py [--output FOLDER] [--deadline SECONDS] [--rehearse]
+    python bench/gpu.py [--output FOLDER] [--deadline SECONDS] [--op NAME]... [--part PART] [--rehearse]
 
 First every op and backend against float64, then the benchmark at the sizes a GPU trains, in one folder:
 correctness.md, table.md, figures.md, ratios.svg, and the rows as JSON lines, written one by one. A process of
@@ -22,16 +22,21 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import IO, Any, Final
+from typing import IO, Any, Final, TypeAlias
 
 HERE: Final = Path(__file__).resolve().parent
 if find_spec("slipstream_kernels") is None:
     sys.path.insert(0, str(HERE.parent / "kernels"))
 
 Message = dict[str, Any]
+Item: TypeAlias = tuple[str, Callable[[], Iterator[tuple[str, Message]]]]
+CORRECTNESS: Final = "correctness"
+BENCHMARK: Final = "benchmark"
+PARTS: Final = (CORRECTNESS, BENCHMARK)
 OUTPUT: Final = Path("runs") / "bench-gpu"
 DEADLINE_S: Final = 520.0
 EXIT_S: Final = 10.0
@@ -40,6 +45,7 @@ ITEM_S: Final = 150.0
 """An item that takes longer hangs."""
 REHEARSED_OPS: Final = ("linear_policy_loss", "policy_loss", "checksum64")
 NO_DEVICE: Final = 2
+BEGAN: Final = time.monotonic()
 VERDICTS: Final = "verdicts.jsonl"
 
 
@@ -56,6 +62,8 @@ class Run:
     """Items that crashed or hung, with the reason."""
     cut: bool = False
     """Whether the deadline came first."""
+    options: tuple[str, ...] = ()
+    """What the working process is told beside the first item."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -65,18 +73,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--output", type=Path, default=OUTPUT, help=f"folder; default {OUTPUT}")
     parser.add_argument("--deadline", type=float, default=DEADLINE_S, help="seconds until it is cut off")
+    parser.add_argument("--op", action="append", default=[], help="only this op; may be repeated")
+    parser.add_argument("--part", choices=PARTS, help="only this one")
     parser.add_argument("--rehearse", action="store_true", help="on the CPU, at tiny shapes")
     parser.add_argument("--from-item", type=int, help=argparse.SUPPRESS)
     chosen = parser.parse_args(arguments)
     if chosen.from_item is not None:
-        return work(chosen.rehearse, chosen.from_item)
+        return work(chosen, chosen.from_item)
     if not chosen.rehearse and not has_device():
         sys.stderr.write("gpu.py: torch sees no CUDA device here; --rehearse runs the same on the CPU\n")
         return NO_DEVICE
-    run = Run(folder=chosen.output, ends_at=time.monotonic() + chosen.deadline)
+    options = [f"--op={op}" for op in chosen.op] + ["--rehearse"] * chosen.rehearse
+    options += [f"--part={chosen.part}"] * (chosen.part is not None)
+    run = Run(folder=chosen.output, ends_at=time.monotonic() + chosen.deadline, options=tuple(options))
     item: int | None = 0
     while item is not None:
-        item = follow(run, chosen.rehearse, item)
+        item = follow(run, item)
     return finish(run)
 
 
@@ -90,11 +102,12 @@ def has_device() -> bool:
 # The side that waits: it never touches the device.
 
 
-def follow(run: Run, rehearse: bool, first: int) -> int | None:
+def follow(run: Run, first: int) -> int | None:
     """Let a process work from item `first` on; return the item to go on with, None at the end."""
-    command = [sys.executable, str(HERE / "gpu.py"), "--from-item", str(first)]
-    command += ["--rehearse"] if rehearse else []
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+    command = [sys.executable, str(HERE / "gpu.py"), "--from-item", str(first), *run.options]
+    # Variants that take nearly all memory follow one another: fragments of one must not stop the next.
+    variables = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True", **os.environ}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=variables) as process:
         try:
             return listened(run, process, first)
         finally:
@@ -192,7 +205,7 @@ def finish(run: Run) -> int:
 # The side that works.
 
 
-def work(rehearse: bool, first: int) -> int:
+def work(chosen: argparse.Namespace, first: int) -> int:
     """Do the items from `first` on, telling each result through the standard output."""
     from kernels_suite import report
 
@@ -204,7 +217,7 @@ def work(rehearse: bool, first: int) -> int:
         channel.write(json.dumps(report.clean(message)) + "\n")
         channel.flush()
 
-    for number, (name, run) in enumerate(items(rehearse)):
+    for number, (name, run) in enumerate(items(chosen)):
         if number >= first:
             tell(kind="item", item=number, name=name)
             for kind, row in run():
@@ -213,22 +226,40 @@ def work(rehearse: bool, first: int) -> int:
     return 0
 
 
-def items(rehearse: bool) -> Iterator[tuple[str, Callable[[], Iterator[tuple[str, Message]]]]]:
-    """Yield name and work of each item: the environment, correctness of all ops, then the benchmark."""
-    from functools import partial
-
-    from kernels_suite import correctness, machine
-    from kernels_suite.measure import GPU, SMOKE, Setting
+def items(chosen: argparse.Namespace) -> Iterator[Item]:
+    """Yield name and work of each item: the environment, correctness of the ops, then the benchmark."""
     from kernels_suite.plan import Place, Scale, training_dtype
-    from kernels_suite.suite import CASES
 
-    device, scale = ("cpu", Scale.SMOKE) if rehearse else ("cuda", Scale.GPU)
+    device, scale = ("cpu", Scale.SMOKE) if chosen.rehearse else ("cuda", Scale.GPU)
     place = Place(device=device, scale=scale, dtype=training_dtype(device))
     yield "environment and ceilings", partial(environment, place)
+    if chosen.part != BENCHMARK:
+        yield from proofs(device, chosen.rehearse, chosen.op)
+    if chosen.part != CORRECTNESS:
+        yield from timings(place, chosen.rehearse, chosen.op)
+
+
+def proofs(device: str, rehearse: bool, ops: Sequence[str]) -> Iterator[Item]:
+    """Yield each comparison with float64."""
+    from kernels_suite import correctness
+
     for case in correctness.cases(device):
+        if ops and case.op not in ops:
+            continue
         if rehearse and (case.op not in REHEARSED_OPS or case.shape.startswith(("wide", "long"))):
             continue
         yield f"correctness of {case.key}", partial(judged, case)
+
+
+def timings(place: Any, rehearse: bool, ops: Sequence[str]) -> Iterator[Item]:
+    """Yield each case that is timed."""
+    from kernels_suite import machine
+    from kernels_suite.measure import GPU, SMOKE, Setting
+    from kernels_suite.suite import CASES
+
+    from slipstream_kernels import Backend
+
+    device = place.device
     setting = Setting(
         device=device,
         effort=SMOKE if rehearse else GPU,
@@ -236,9 +267,11 @@ def items(rehearse: bool) -> Iterator[tuple[str, Callable[[], Iterator[tuple[str
         command=f"slipstream bench kernels --op {{op}} --device {device}",
     )
     # The one that has no figure to reach comes last: it is the one to lose to the deadline.
-    for op in REHEARSED_OPS if rehearse else sorted(CASES, key=lambda op: op == "linear_kl"):
+    for op in ops or (REHEARSED_OPS if rehearse else sorted(CASES, key=lambda op: op == "linear_kl")):
         for number, case in enumerate(CASES[op](place)):
-            yield f"benchmark of {case.key}", partial(measured, case, setting)
+            # The reference proves results above; at these sizes it would take most of the time.
+            timed = tuple(variant for variant in case.variants if variant.name != Backend.REFERENCE)
+            yield f"benchmark of {case.key}", partial(measured, replace(case, variants=timed), setting)
             if number and rehearse:
                 break
 
@@ -266,8 +299,8 @@ def measured(case: Any, setting: Any) -> Iterator[tuple[str, Message]]:
 
 
 def say(text: str) -> None:
-    """Print one line at once."""
-    sys.stdout.write(text + "\n")
+    """Print one line at once, with the seconds since the start."""
+    sys.stdout.write(f"{time.monotonic() - BEGAN:6.1f} s  {text}\n")
     sys.stdout.flush()
 
 

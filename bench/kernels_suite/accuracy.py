@@ -13,8 +13,12 @@ FLOAT32: Final = 1e-5
 """Relative error of a float32 path."""
 LOGPROB: Final = 2e-5
 """Greatest |difference| of a log-probability, entropy or KL over the greatest |logit|, in any type."""
-BFLOAT16_TIMES: Final = 2.0
-"""Gradients of bfloat16 inputs: at most this many times the error of eager PyTorch in bfloat16."""
+EAGER_TIMES: Final = 2.0
+"""Gradients of bfloat16 inputs, and of a divergence: at most so many times eager PyTorch's error.
+
+A divergence's gradient is a difference of two log-probabilities that are nearly equal: the rounding of the
+logits, small against them, is not small against it.
+"""
 FP8: Final = 0.03
 """Rounding to float8 itself: three bits of mantissa."""
 BFLOAT16: Final = 2e-2
@@ -44,8 +48,8 @@ def limit(case: Case, output: str, of_eager: float | None) -> float:
         return 0.0
     if output in {"logprob", "entropy", "entropy_mean", "kl"}:
         return LOGPROB
-    if case.dtype is torch.bfloat16 and of_eager is not None:
-        return max(FLOAT32, min(BFLOAT16, BFLOAT16_TIMES * of_eager))
+    if of_eager is not None and (case.dtype is torch.bfloat16 or case.op == "linear_kl"):
+        return max(FLOAT32, min(BFLOAT16, EAGER_TIMES * of_eager))
     return FLOAT32
 
 

@@ -74,7 +74,15 @@ def measure(case: Case, setting: Setting) -> Iterator[Row]:
         if ceiling is not None and not isinstance(ceiling, Failure):
             calls["ceiling"], factor = ceiling
         first_s = {name: rows[name]["first_call_s"] for name in calls if name in rows}
-        seconds = _rounds(calls, inputs, setting, first_s, HOST_CALL_S if case.host_only else 0.0)
+        least_s = max(HOST_CALL_S if case.host_only else 0.0, setting.effort.least_call_s)
+        repeats = _repeats(calls, inputs, setting.device, first_s, least_s)
+        for variant in list(live):
+            found = repeats[variant.name]
+            if isinstance(found, Failure):
+                rows[variant.name] |= {"status": found.status, "note": found.note}
+                live.remove(variant)
+        counts = {name: count for name, count in repeats.items() if not isinstance(count, Failure)}
+        seconds = _rounds(calls, inputs, setting, counts)
         if "ceiling" in seconds:
             seconds["ceiling"] = [factor * time_s for time_s in seconds["ceiling"]]
         _fill(case, rows, seconds)
@@ -167,23 +175,37 @@ def _warmed(variant: Variant, inputs: list[Inputs], row: Row, setting: Setting) 
     return True
 
 
+def _repeats(
+    calls: dict[str, Callable[[Inputs], object]],
+    inputs: list[Inputs],
+    device: str,
+    first_s: dict[str, float],
+    least_s: float,
+) -> dict[str, int | Failure]:
+    """Return how often each variant is called within a round, or why it cannot be beside the others."""
+    repeats: dict[str, int | Failure] = {}
+    for name, call in calls.items():
+        # A long call is not run once more only to learn that it is long, unless memory might be short.
+        long = first_s.get(name, 0.0) > LONG_S and device != "cuda"
+        call_s = least_s if long else attempt(partial(timed, call, inputs, 1, device))
+        if isinstance(call_s, Failure):
+            repeats[name] = call_s
+            if device == "cuda":
+                torch.cuda.empty_cache()
+        else:
+            repeats[name] = max(1, math.ceil(least_s / max(SHORTEST_S, call_s)))
+    return repeats
+
+
 def _rounds(
     calls: dict[str, Callable[[Inputs], object]],
     inputs: list[Inputs],
     setting: Setting,
-    first_s: dict[str, float],
-    least_call_s: float,
+    repeats: dict[str, int],
 ) -> dict[str, list[float]]:
     """Return seconds per call of each variant in each round, all variants in every round."""
-    least_s = max(least_call_s, setting.effort.least_call_s)
     effort, device = setting.effort, setting.device
-    names = list(calls)
-    repeats = {}
-    for name in names:
-        # A long call is not run once more only to learn that it is long.
-        long = first_s.get(name, 0.0) > LONG_S
-        call_s = least_s if long else timed(calls[name], inputs, 1, device)
-        repeats[name] = max(1, math.ceil(least_s / max(SHORTEST_S, call_s)))
+    names = list(repeats)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     began = time.perf_counter()
     was_enabled = gc.isenabled()

@@ -29,7 +29,7 @@ KEPT_BYTES: Final = 32 << 20
 SMALL_BYTES: Final = 64 << 10
 """Logits up to this size come from memory that malloc has at hand."""
 LEAST_ROWS: Final = 256
-"""Fewer rows would read the weight, and write its gradient, too often."""
+"""Fewer rows would read the weight, and write its gradient, too often; a GPU's chunks are multiples of it."""
 
 
 class _Kept(threading.local):
@@ -84,6 +84,8 @@ class Head:
             return [slice(0, rows)]
         row_bytes = self.weight_VH.element_size() * self.weight_VH.shape[0]
         size = max(LEAST_ROWS, CHUNK_BYTES[self.weight_VH.device.type] // row_bytes)
+        if not self.is_native:
+            size -= size % LEAST_ROWS
         return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
 
     def logits(self, rows: int) -> Tensor:
@@ -99,10 +101,28 @@ class Head:
         every = self.inverse_temperature
         return every if every.numel() == 1 else every[chunk]
 
+    def scores(self, hidden_NH: Tensor, labels_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return [N] log-probability, entropy and log-sum-exp of all rows; no logits stay."""
+        if not self.is_native:
+            return self.forward(hidden_NH, labels_N, self.inverse_temperature, None)
+        chunks = self.chunks(hidden_NH.shape[0])
+        logits = self.logits(chunks[0].stop)
+        if len(chunks) == 1:
+            return self.forward(hidden_NH, labels_N, self.inverse_temperature, logits)
+        parts = []
+        for chunk in chunks:
+            logits_CV = logits[: chunk.stop - chunk.start]
+            parts.append(self.forward(hidden_NH[chunk], labels_N[chunk], self.temperature(chunk), logits_CV))
+        logprob_N, entropy_N, logsumexp_N = (torch.cat(part) for part in zip(*parts, strict=True))
+        return logprob_N, entropy_N, logsumexp_N
+
     def forward(
-        self, hidden_CH: Tensor, labels_C: Tensor, temperature: Tensor, logits_CV: Tensor
+        self, hidden_CH: Tensor, labels_C: Tensor, temperature: Tensor, logits_CV: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return [C] log-probability, entropy and log-sum-exp of a chunk, whose logits stay in logits_CV."""
+        """Return [C] log-probability, entropy and log-sum-exp of a chunk, whose logits stay in logits_CV.
+
+        Only Triton can do without logits_CV.
+        """
         kernels: Any = native_head if self.is_native else _triton()
         settings = self.weight_VH, labels_C, temperature, self.bias_V, self.softcap, logits_CV
         scores: tuple[Tensor, Tensor, Tensor]
@@ -139,12 +159,12 @@ class Head:
 
         grad_AV: [A, V] of gradient_; hidden_AH: [A, H] of the same rows.
         """
+        # beta 0: one pass over the gradient less, which need not hold zeros.
+        beta = 0.0 if first else 1.0
         if grad_AV.dtype is torch.float32:
-            # beta 0: one pass over the gradient less, which need not hold zeros.
-            grad_VH.addmm_(grad_AV.T, hidden_AH, beta=0.0 if first else 1.0)
-            return
-        part_VH = torch.mm(grad_AV.T, hidden_AH, out_dtype=torch.float32)
-        grad_VH.copy_(part_VH) if first else grad_VH.add_(part_VH)
+            grad_VH.addmm_(grad_AV.T, hidden_AH, beta=beta)
+        else:
+            torch.addmm(grad_VH, grad_AV.T, hidden_AH, out_dtype=torch.float32, beta=beta, out=grad_VH)
 
     def summed(self, grad_hidden: Tensor) -> Tensor:
         """Return the [N, H] gradient to the hidden states, summed in place over the shards."""

@@ -191,17 +191,7 @@ def _run_forward(
     softcap: float | None, group: str, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     head = Head(weight, bias, temperature, softcap, group, backend)
-    hidden = head.hidden(hidden)
-    chunks = head.chunks(hidden.shape[0])
-    logits = head.logits(chunks[0].stop)
-    if len(chunks) == 1:
-        return head.forward(hidden, labels, temperature, logits)
-    parts = []
-    for chunk in chunks:
-        logits_CV = logits[: chunk.stop - chunk.start]
-        parts.append(head.forward(hidden[chunk], labels[chunk], head.temperature(chunk), logits_CV))
-    logprob_N, entropy_N, logsumexp_N = (torch.cat(part) for part in zip(*parts, strict=True))
-    return logprob_N, entropy_N, logsumexp_N
+    return head.scores(head.hidden(hidden), labels)
 
 
 def _run_backward(

@@ -47,7 +47,7 @@ class PolicyHead:
         self._head, self._hidden_MH, self._labels_M, self._gradients = head, hidden_MH, labels_M, gradients
         self._chunks = head.chunks(hidden_MH.shape[0])
         self._several = len(self._chunks) > 1
-        self._logits = head.logits(self._chunks[0].stop)
+        self._logits: Tensor | None = None
         self._entropy_matters = False
 
     def run(self, inputs: reference.PolicyInputs, share_M: Tensor, objective: Objective) -> PolicyLoss:
@@ -72,9 +72,10 @@ class PolicyHead:
         return _joined(parts) if self._several else parts[0]
 
     def _after_all(self, inputs: reference.PolicyInputs, share_M: Tensor, objective: Objective) -> PolicyLoss:
-        every = [self._score(chunk) for chunk in self._chunks]
-        logprob_M, entropy_M, logsumexp_M = (torch.cat(part) for part in zip(*every, strict=True))
-        scored = logprob_M, entropy_M, logsumexp_M
+        if self._several:
+            scored = self._head.scores(self._hidden_MH, self._labels_M)
+        else:
+            scored = self._score(self._chunks[0])
         terms, active_B = self._terms(_with_scores(inputs, scored), share_M, objective)
         for chunk in self._chunks:
             if self._several:
@@ -105,6 +106,8 @@ class PolicyHead:
         return self._head.forward(hidden_CH, labels_C, temperature, self._logits_of(chunk))
 
     def _logits_of(self, chunk: slice) -> Tensor:
+        if self._logits is None:
+            self._logits = self._head.logits(self._chunks[0].stop)
         return self._logits[: chunk.stop - chunk.start]
 
     def _differentiate(self, chunk: slice, scored: Any, terms: PolicyLoss, active_A: Tensor) -> None:

@@ -1,8 +1,8 @@
 """Floor 2. Which tile a Triton kernel uses: plain tables with reasons, one row a configuration.
 
-A configuration is chosen by the type of the numbers, the hidden size and the Triton version only: never by
-the number of rows nor by the size of the vocabulary, since another tile adds in another order, and results
-must not depend on how rows and vocabulary are cut. (One exception: logits that are written in rows not
+A configuration is chosen by the type of the numbers and what the head applies to them: never by the number
+of rows nor by the size of the vocabulary, since another tile adds in another order, and results must not
+depend on how rows and vocabulary are cut. (One exception: logits that are written in rows not
 aligned to 16 bytes.) Nothing is timed at run time: that would write outputs which are also inputs more than
 once.
 """
@@ -24,8 +24,15 @@ class Tile:
     stages: int
     descriptors: bool
     """Loads go through host tensor descriptors (TMA), which sm_90 and later have."""
-    warp_specialize: bool = False
-    """Loads, products and statistics run in warps of their own."""
+    halves: bool = False
+    """Statistics are taken of one half of the columns after the other, which need fewer registers."""
+    group: int = 16
+    """Blocks of rows whose programs run side by side; see head_kernels.placed."""
+
+    @property
+    def columns_at_once(self) -> int:
+        """Return the columns of a block of statistics, and of logits that are written."""
+        return self.columns // 2 if self.halves else self.columns
 
 
 class Work(StrEnum):
@@ -40,18 +47,16 @@ class Work(StrEnum):
 
 
 TILES = {
-    # 96 KiB and at most 255 registers of 128 threads: two programs share a multiprocessor, and the statistics
-    # of one hide under the products of the other.
+    # The fewest bytes for each product that fit: at 128 columns an H100's L2 cache, not its tensor cores, set
+    # the pace. With halves registers and shared memory suffice where nothing but a temperature is applied.
+    "wide": Tile(rows=128, columns=256, hidden=64, warps=8, stages=3, descriptors=True, halves=True),
+    # With bias or softcap: 96 KiB and at most 255 registers of 128 threads, so that two programs share a
+    # multiprocessor and the statistics of one hide under the products of the other.
     "pair": Tile(rows=128, columns=128, hidden=64, warps=4, stages=3, descriptors=True),
-    # Twice the products for each byte loaded. Takes effect at 4 warps only: at 8 Triton ignores it silently.
-    "specialised": Tile(
-        rows=128, columns=256, hidden=64, warps=4, stages=3, descriptors=True, warp_specialize=True
-    ),
-    # Logits that are written pass through shared memory: with 2 stages, 96 KiB in bfloat16, so that two
-    # programs still fit where neither bias nor softcap takes registers. 8 warps, since at 4 the block and its
-    # rounded copy overflow the registers.
+    # Logits that are written pass through shared memory. 8 warps, since at 4 the block and its rounded copy
+    # overflow the registers.
     "writing": Tile(rows=128, columns=128, hidden=64, warps=8, stages=2, descriptors=True),
-    # In float32 they leave room for one program only, which then needs the third stage.
+    # In float32 they need a multiprocessor for themselves, which leaves room for a third stage.
     "writing_float32": Tile(rows=128, columns=128, hidden=64, warps=8, stages=3, descriptors=True),
     # Before sm_90, and where rows do not begin at multiples of 16 bytes, as TMA demands.
     "pointers": Tile(rows=128, columns=128, hidden=32, warps=8, stages=3, descriptors=False),
@@ -69,30 +74,21 @@ TILES = {
     "interpreted": Tile(rows=16, columns=128, hidden=32, warps=4, stages=1, descriptors=False),
 }
 
-SPECIALISED_UNDER = frozenset({"3.6"})
-"""Minor versions of Triton that were seen to compile the specialised tile without overflow.
-
-3.9 fails: it splits the rows of a specialised product between two groups of warps, but not the box of its
-host descriptor. Others are unknown, and a kernel that does not compile is worse than a slower one.
-"""
-SPECIALISED_FROM_HIDDEN = 2048
-"""Below, statistics weigh more against the products, and two programs a multiprocessor hide them better."""
-
 
 def head_tile(
     *,
-    hidden: int,
     element_bytes: int,
     logit_bytes: int = 0,
+    plain: bool = True,
     work: Work = Work.HEAD,
-    triton_version: str,
     architecture: tuple[int, int] | None,
     aligned: bool,
 ) -> str:
-    """Return the name of the tile for products of width `hidden`.
+    """Return the name of the tile for a product.
 
-    logit_bytes: size of a logit that is written, 0 where none is; architecture: compute capability, None in
-    the interpreter; aligned: rows of all matrices begin at multiples of 16 bytes.
+    logit_bytes: size of a logit that is written, 0 where none is; plain: neither bias nor softcap is applied;
+    architecture: compute capability, None in the interpreter; aligned: rows of all matrices begin at
+    multiples of 16 bytes.
     """
     if architecture is None:
         return "interpreted"
@@ -104,12 +100,8 @@ def head_tile(
         return "pointers_writing" if logit_bytes else "pointers"
     if work is not Work.HEAD:
         return work.value
-    if logit_bytes:
-        return "writing" if logit_bytes <= 2 else "writing_float32"
-    specialised = minor_version(triton_version) in SPECIALISED_UNDER and hidden >= SPECIALISED_FROM_HIDDEN
-    return "specialised" if specialised else "pair"
-
-
-def minor_version(version: str) -> str:
-    """Return '3.9' for '3.9.0+git1234'."""
-    return ".".join(version.split(".")[:2])
+    if logit_bytes == 4:
+        return "writing_float32"
+    if plain:
+        return "wide"
+    return "writing" if logit_bytes else "pair"

@@ -44,8 +44,8 @@ BUGS = [
     ),
     Bug(
         name="padded columns not masked",
-        before="z_CV = tl.where(at_V[None, :] < columns, z_CV * scale_C[:, None], _LEAST_PEAK)",
-        after="z_CV = z_CV * scale_C[:, None]",
+        before="z_CV = tl.where(at_V[None, :] < columns, z_CV * _LOG2_E, _LEAST_PEAK)",
+        after="z_CV = z_CV * _LOG2_E",
         tests="test_equal_logits",
     ),
     Bug(
@@ -56,9 +56,21 @@ BUGS = [
     ),
     Bug(
         name="natural logits for base 2",
-        before="scale_C = temperature_C * _LOG2_E",
-        after="scale_C = temperature_C",
+        before="z_CV = tl.where(at_V[None, :] < columns, z_CV * _LOG2_E, _LEAST_PEAK)",
+        after="z_CV = tl.where(at_V[None, :] < columns, z_CV, _LEAST_PEAK)",
         tests=STATISTICS,
+    ),
+    Bug(
+        name="the right half where the left one is",
+        before="right_CW, row, column + V // 2, label_C",
+        after="right_CW, row, column, label_C",
+        tests=STATISTICS,
+    ),
+    Bug(
+        name="a last group as large as the others",
+        before="blocks = min(row_blocks - group * GROUP, GROUP)",
+        after="blocks = GROUP",
+        tests="test_statistics_and_logits and 33-32-1025",
     ),
     Bug(
         name="base 2 read as natural in the gradient",

@@ -1,9 +1,8 @@
 """Every Triton kernel and tile, compiled ahead of time to sm_90 and read back as machine code.
 
 Rules for any Triton version: no register lives in local memory, products run on tensor cores (HGMMA) except
-in float32, operands come by TMA (UTMALDG) where the tile says so, warps change their registers (USETMAXREG)
-where they are specialised, nothing is float64. Registers and shared memory are bounded by sass_contract.json,
-which holds what each minor version of Triton was measured to use.
+in float32, operands come by TMA (UTMALDG) where the tile says so, nothing is float64. Registers and shared
+memory are bounded by sass_contract.json, which holds what each minor version of Triton was measured to use.
 """
 
 from __future__ import annotations
@@ -25,11 +24,11 @@ from triton.compiler import ASTSource  # noqa: E402
 from slipstream_kernels.dispatch import interpreted  # noqa: E402
 from slipstream_kernels.statistics import PART_COLUMNS  # noqa: E402
 from slipstream_kernels.triton import head_kernels, kl_kernels, linear_logprob  # noqa: E402
-from slipstream_kernels.tuning import SPECIALISED_UNDER, TILES, minor_version  # noqa: E402
+from slipstream_kernels.tuning import TILES  # noqa: E402
 
 pytestmark = pytest.mark.skipif(interpreted(), reason="interpreted kernels are not compiled")
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
-VERSION = minor_version(triton.__version__)
+VERSION = ".".join(triton.__version__.split(".")[:2])
 BOUNDS: dict[str, dict[str, dict[str, int]]] = json.loads(
     Path(__file__).with_name("sass_contract.json").read_text()
 )
@@ -46,11 +45,13 @@ class Case:
     logits: str | None = None
     settings: bool = True
     """Temperature by row, bias, softcap and every gradient; or none of them."""
+    temperature: bool = False
+    """Of these a temperature by row."""
     slow: bool = True
 
     @property
     def name(self) -> str:
-        plain = None if self.settings else "plain"
+        plain = None if self.settings else "temperature" if self.temperature else "plain"
         return "-".join(part for part in (self.kernel, self.tile, self.numbers, self.logits, plain) if part)
 
 
@@ -58,7 +59,12 @@ CASES = [
     Case(kernel="sweep_parts", tile="pair", slow=False),
     Case(kernel="sweep_parts", tile="pair", settings=False),
     Case(kernel="sweep_parts", tile="pair", numbers="fp16"),
-    Case(kernel="sweep_parts", tile="specialised"),
+    Case(kernel="sweep_parts", tile="wide", settings=False, slow=False),
+    Case(kernel="sweep_parts", tile="wide", settings=False, temperature=True),
+    Case(kernel="sweep_parts", tile="wide", settings=False, numbers="fp16"),
+    Case(kernel="sweep_parts", tile="wide", settings=False, logits="bf16", slow=False),
+    Case(kernel="sweep_parts", tile="wide", settings=False, logits="bf16", temperature=True),
+    Case(kernel="sweep_parts", tile="writing_float32", logits="fp32", settings=False),
     Case(kernel="sweep_parts", tile="writing", logits="bf16", slow=False),
     Case(kernel="sweep_parts", tile="writing", logits="bf16", settings=False),
     Case(kernel="sweep_parts", tile="writing_float32", logits="fp32"),
@@ -102,7 +108,7 @@ def signature(case: Case, names: list[str]) -> dict[str, str]:
         if name.startswith("logits") or name == "grad_CV":
             number = case.logits or "fp32"
             if tile and tile.descriptors and case.logits:
-                return f"tensordesc<{number}[{tile.rows},{tile.columns}]>"
+                return f"tensordesc<{number}[{tile.rows},{tile.columns_at_once}]>"
             return f"*{number}"
         if name.startswith(("hidden", "weight")) and tile:
             block = tile.rows if name.startswith("hidden") else tile.columns
@@ -119,14 +125,21 @@ def compiled(case: Case) -> Any:
     names = list(function.arg_names)
     types = signature(case, names)
     values: dict[str, Any] = dict.fromkeys(FLAGS, case.settings)
+    values["PER_ROW"] |= case.temperature
     values |= {"FORWARD": False, "LOGITS": case.logits is not None, "PRECISION": "ieee", "PART": PART_COLUMNS}
     options = {"num_warps": 8 if "gradient" in case.kernel else 4, "enable_fp_fusion": True}
     if case.tile is None:
         values |= {"C": linear_logprob.MERGE_ROWS, "V": linear_logprob.GRADIENT_COLUMNS}
     else:
         tile = TILES[case.tile]
-        values |= {"C": tile.rows, "V": tile.columns, "H": tile.hidden, "DESCRIPTORS": tile.descriptors}
-        values |= {"WARP_SPECIALIZE": tile.warp_specialize}
+        values |= {
+            "C": tile.rows,
+            "V": tile.columns,
+            "H": tile.hidden,
+            "GROUP": tile.group,
+            "DESCRIPTORS": tile.descriptors,
+        }
+        values |= {"HALVES": tile.halves}
         options |= {"num_warps": tile.warps, "num_stages": tile.stages}
     # Tensors begin at multiples of 16 bytes. So do rows; bfloat16 by pointers is for those that do not.
     even = [name for name in names if types[name][0] == "*"]
@@ -149,8 +162,6 @@ def tool(*command: str) -> str:
     "case", [pytest.param(case, id=case.name, marks=[pytest.mark.slow] * case.slow) for case in CASES]
 )
 def test_contract(case: Case, tmp_path: Path) -> None:
-    if case.tile == "specialised" and VERSION not in SPECIALISED_UNDER:
-        pytest.skip(f"{case.tile} is not chosen under Triton {VERSION}")
     kernel = compiled(case)
     cubin = tmp_path / "kernel.cubin"
     cubin.write_bytes(kernel.asm["cubin"])
@@ -171,7 +182,6 @@ def test_contract(case: Case, tmp_path: Path) -> None:
         expected = f"HGMMA.64x{tile.columns}x16"
         assert case.numbers == "fp32" or any(shape.startswith(expected) for shape in shapes), shapes
         assert tile.descriptors == ("UTMALDG" in families)
-        assert tile.warp_specialize == ("USETMAXREG" in families)
     bound = BOUNDS.get(VERSION, {}).get(case.name)
     measured = {"registers": int(usage[1]), "shared_bytes": shared}
     assert bound is None or all(measured[key] <= bound[key] for key in bound), f"{measured} exceeds {bound}"

@@ -1,4 +1,4 @@
-"""Which tile is chosen: by type, hidden size, device and Triton's version."""
+"""Which tile is chosen: by type, device and what is applied to the product."""
 
 from __future__ import annotations
 
@@ -6,12 +6,10 @@ from typing import Any
 
 import pytest
 
-from slipstream_kernels.tuning import Work, head_tile, minor_version
+from slipstream_kernels.tuning import Work, head_tile
 
 HOPPER: dict[str, Any] = {
-    "hidden": 4096,
     "element_bytes": 2,
-    "triton_version": "3.6.0",
     "architecture": (9, 0),
     "aligned": True,
 }
@@ -20,12 +18,12 @@ HOPPER: dict[str, Any] = {
 @pytest.mark.parametrize(
     ("changes", "tile"),
     [
-        ({}, "specialised"),
-        ({"hidden": 1024}, "pair"),
-        ({"triton_version": "3.9.0"}, "pair"),
-        ({"triton_version": "4.0.0"}, "pair"),
-        ({"logit_bytes": 2}, "writing"),
+        ({}, "wide"),
+        ({"logit_bytes": 2}, "wide"),
         ({"logit_bytes": 4}, "writing_float32"),
+        ({"plain": False}, "pair"),
+        ({"plain": False, "logit_bytes": 2}, "writing"),
+        ({"plain": False, "logit_bytes": 4}, "writing_float32"),
         ({"aligned": False}, "pointers"),
         ({"architecture": (8, 0)}, "pointers"),
         ({"architecture": (8, 0), "logit_bytes": 2}, "pointers_writing"),
@@ -38,7 +36,3 @@ HOPPER: dict[str, Any] = {
 )
 def test_choice(changes: dict[str, Any], tile: str) -> None:
     assert head_tile(**(HOPPER | changes)) == tile
-
-
-def test_minor_version() -> None:
-    assert minor_version("3.10.0+git1234") == "3.10"

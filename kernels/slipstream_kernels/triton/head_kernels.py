@@ -70,56 +70,93 @@ def local_labels(labels_C, at_C, rows, columns):
 
 
 @triton.jit
+def placed(program, row_blocks, parts, GROUP: tl.constexpr):
+    """Return row block and part of a program: GROUP row blocks share their parts, before the next GROUP.
+
+    Programs that run at the same time then read few rows and few columns, which stay in the L2 cache.
+    """
+    group = program // (GROUP * parts)
+    blocks = min(row_blocks - group * GROUP, GROUP)
+    within = program - group * GROUP * parts
+    return group * GROUP + within % blocks, within // blocks
+
+
+@triton.jit
+def block_statistics(
+    z_CV, row, column, label_C, temperature_C, bias_V, logits_CV, rows, columns, softcap,
+    peak_C, total_C, weighted_C, picked_C,
+    C: tl.constexpr, V: tl.constexpr,
+    BIAS: tl.constexpr, SOFTCAP: tl.constexpr, LOGITS: tl.constexpr, DESCRIPTORS: tl.constexpr,
+):  # fmt: skip
+    """Return the four [C] statistics with a [C, V] block of products added, which is written where wanted."""
+    at_V = column + tl.arange(0, V)
+    if BIAS:
+        z_CV += tl.load(bias_V + at_V, mask=at_V < columns, other=0.0).to(tl.float32)[None, :]
+    if SOFTCAP:
+        z_CV = capped(z_CV, softcap)
+    z_CV *= temperature_C[:, None]
+    if LOGITS:
+        if DESCRIPTORS:
+            logits_CV.store([row, column], z_CV.to(logits_CV.dtype))
+        else:
+            # Offsets from the block's corner fit into 32 bits; 64-bit ones would fill the registers.
+            corner = logits_CV + row.to(tl.int64) * columns + column
+            offset_CV = tl.arange(0, C)[:, None] * columns + tl.arange(0, V)[None, :]
+            inside_CV = (row + tl.arange(0, C)[:, None] < rows) & (at_V[None, :] < columns)
+            tl.store(corner + offset_CV, z_CV.to(logits_CV.dtype.element_ty), mask=inside_CV)
+    # Base 2 is entered here, once: statistics are in units of ln 2. Columns past the vocabulary are hidden
+    # before the maximum: their product, 0, may be the largest.
+    z_CV = tl.where(at_V[None, :] < columns, z_CV * _LOG2_E, _LEAST_PEAK)
+    picked_C += tl.sum(tl.where(at_V[None, :] == label_C[:, None], z_CV, 0.0), 1)
+    new_peak_C = tl.maximum(peak_C, tl.max(z_CV, 1))
+    shift_C = peak_C - new_peak_C
+    shrink_C = tl.exp2(shift_C)
+    z_CV -= new_peak_C[:, None]
+    power_CV = tl.exp2(z_CV)
+    weighted_C = shrink_C * (weighted_C + shift_C * total_C) + tl.sum(power_CV * z_CV, 1)
+    total_C = shrink_C * total_C + tl.sum(power_CV, 1)
+    return new_peak_C, total_C, weighted_C, picked_C
+
+
+@triton.jit
 def sweep_parts(
     hidden, weight, labels_C, inverse_temperature, bias_V, parts_K4C, logits_CV,
     rows, columns, width, softcap,
-    PART: tl.constexpr, C: tl.constexpr, V: tl.constexpr, H: tl.constexpr,
+    PART: tl.constexpr, C: tl.constexpr, V: tl.constexpr, H: tl.constexpr, GROUP: tl.constexpr,
     PER_ROW: tl.constexpr, BIAS: tl.constexpr, SOFTCAP: tl.constexpr, LOGITS: tl.constexpr,
-    DESCRIPTORS: tl.constexpr, WARP_SPECIALIZE: tl.constexpr, PRECISION: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, HALVES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Write [4, C] statistics of C rows and one part of the vocabulary, by V columns from left to right.
 
     parts_K4C: [K, 4, rows], see statistics.py, in units of ln 2; logits_CV: [rows, columns], where wanted.
     """
-    row, part = tl.program_id(0) * C, tl.program_id(1)
+    row_block, part = placed(tl.program_id(0), tl.cdiv(rows, C), tl.cdiv(columns, PART), GROUP)
+    row = row_block * C
     at_C = row + tl.arange(0, C)
     label_C = local_labels(labels_C, at_C, rows, columns)
     temperature_C = row_scale(inverse_temperature, at_C, rows, PER_ROW)
-    # Base 2 is entered here, once: everything below is in units of ln 2.
-    scale_C = temperature_C * _LOG2_E
     peak_C = tl.full((C,), _LEAST_PEAK, dtype=tl.float32)
     total_C = tl.zeros((C,), dtype=tl.float32)
     weighted_C = tl.zeros((C,), dtype=tl.float32)
     picked_C = tl.zeros((C,), dtype=tl.float32)
     last = min(part * PART + PART, columns)
-    for column in tl.range(part * PART, last, V, warp_specialize=WARP_SPECIALIZE):
+    for column in tl.range(part * PART, last, V):
         z_CV = product(hidden, weight, row, column, rows, columns, width, C, V, H, DESCRIPTORS, PRECISION)
-        at_V = column + tl.arange(0, V)
-        if BIAS:
-            z_CV += tl.load(bias_V + at_V, mask=at_V < columns, other=0.0).to(tl.float32)[None, :]
-        if SOFTCAP:
-            z_CV = capped(z_CV, softcap)
-        if LOGITS:
-            natural_CV = z_CV * temperature_C[:, None]
-            if DESCRIPTORS:
-                logits_CV.store([row, column], natural_CV.to(logits_CV.dtype))
-            else:
-                # Offsets from the block's corner fit into 32 bits; 64-bit ones would fill the registers.
-                corner = logits_CV + row.to(tl.int64) * columns + column
-                offset_CV = tl.arange(0, C)[:, None] * columns + tl.arange(0, V)[None, :]
-                inside_CV = (at_C[:, None] < rows) & (at_V[None, :] < columns)
-                tl.store(corner + offset_CV, natural_CV.to(logits_CV.dtype.element_ty), mask=inside_CV)
-        # Columns past the vocabulary are hidden before the maximum: their product, 0, may be the largest.
-        z_CV = tl.where(at_V[None, :] < columns, z_CV * scale_C[:, None], _LEAST_PEAK)
-        picked_C += tl.sum(tl.where(at_V[None, :] == label_C[:, None], z_CV, 0.0), 1)
-        new_peak_C = tl.maximum(peak_C, tl.max(z_CV, 1))
-        shift_C = peak_C - new_peak_C
-        shrink_C = tl.exp2(shift_C)
-        z_CV -= new_peak_C[:, None]
-        power_CV = tl.exp2(z_CV)
-        weighted_C = shrink_C * (weighted_C + shift_C * total_C) + tl.sum(power_CV * z_CV, 1)
-        total_C = shrink_C * total_C + tl.sum(power_CV, 1)
-        peak_C = new_peak_C
+        if HALVES:
+            left_CW, right_CW = tl.split(tl.permute(tl.reshape(z_CV, (C, 2, V // 2)), (0, 2, 1)))
+            peak_C, total_C, weighted_C, picked_C = block_statistics(
+                left_CW, row, column, label_C, temperature_C, bias_V, logits_CV, rows, columns, softcap,
+                peak_C, total_C, weighted_C, picked_C, C, V // 2, BIAS, SOFTCAP, LOGITS, DESCRIPTORS,
+            )  # fmt: skip
+            peak_C, total_C, weighted_C, picked_C = block_statistics(
+                right_CW, row, column + V // 2, label_C, temperature_C, bias_V, logits_CV, rows, columns,
+                softcap, peak_C, total_C, weighted_C, picked_C, C, V // 2, BIAS, SOFTCAP, LOGITS, DESCRIPTORS,
+            )  # fmt: skip
+        else:
+            peak_C, total_C, weighted_C, picked_C = block_statistics(
+                z_CV, row, column, label_C, temperature_C, bias_V, logits_CV, rows, columns, softcap,
+                peak_C, total_C, weighted_C, picked_C, C, V, BIAS, SOFTCAP, LOGITS, DESCRIPTORS,
+            )  # fmt: skip
     out = parts_K4C + part.to(tl.int64) * 4 * rows + at_C
     tl.store(out, peak_C, mask=at_C < rows)
     tl.store(out + rows, total_C, mask=at_C < rows)

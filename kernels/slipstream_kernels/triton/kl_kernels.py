@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 
 from slipstream_kernels.statistics import LEAST_PEAK, LOG2_E
-from slipstream_kernels.triton.head_kernels import capped, local_labels, product, row_scale
+from slipstream_kernels.triton.head_kernels import capped, local_labels, placed, product, row_scale
 
 _LOG2_E = tl.constexpr(LOG2_E)
 _LEAST_PEAK = tl.constexpr(LEAST_PEAK)
@@ -43,12 +43,13 @@ def scaled_logits(
 def kl_parts(
     hidden_p, weight_p, hidden_q, weight_q, labels_C, inverse_temperature, parts_J7C,
     rows, columns, width_p, width_q, softcap,
-    PART: tl.constexpr, C: tl.constexpr, V: tl.constexpr, H: tl.constexpr,
+    PART: tl.constexpr, C: tl.constexpr, V: tl.constexpr, H: tl.constexpr, GROUP: tl.constexpr,
     REVERSE: tl.constexpr, PER_ROW: tl.constexpr, SOFTCAP: tl.constexpr, DESCRIPTORS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Write [7, C] statistics of both heads, in units of ln 2, for C rows and one part of the vocabulary."""
-    row, part = tl.program_id(0) * C, tl.program_id(1)
+    row_block, part = placed(tl.program_id(0), tl.cdiv(rows, C), tl.cdiv(columns, PART), GROUP)
+    row = row_block * C
     at_C = row + tl.arange(0, C)
     label_C = local_labels(labels_C, at_C, rows, columns)
     scale_C = row_scale(inverse_temperature, at_C, rows, PER_ROW) * _LOG2_E
@@ -146,14 +147,15 @@ def merge_kl_parts(parts_J7C, merged_7C, parts, rows, C: tl.constexpr, REVERSE: 
 def jsd_parts(
     hidden_p, weight_p, hidden_q, weight_q, inverse_temperature, log_total_p_C, log_total_q_C, parts_J2C,
     rows, columns, width_p, width_q, softcap, log_beta, log_rest,
-    PART: tl.constexpr, C: tl.constexpr, V: tl.constexpr, H: tl.constexpr,
+    PART: tl.constexpr, C: tl.constexpr, V: tl.constexpr, H: tl.constexpr, GROUP: tl.constexpr,
     PER_ROW: tl.constexpr, SOFTCAP: tl.constexpr, DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Write [2, C] sums of p (log2 p - log2 m) and q (log2 q - log2 m) over one part.
 
     log_total_p_C, log_total_q_C: [rows] log2 of sum 2^z; log_beta, log_rest: log2 of beta and of 1 - beta.
     """
-    row, part = tl.program_id(0) * C, tl.program_id(1)
+    row_block, part = placed(tl.program_id(0), tl.cdiv(rows, C), tl.cdiv(columns, PART), GROUP)
+    row = row_block * C
     at_C = row + tl.arange(0, C)
     scale_C = row_scale(inverse_temperature, at_C, rows, PER_ROW) * _LOG2_E
     all_p_C = tl.load(log_total_p_C + at_C, mask=at_C < rows, other=0.0)

@@ -39,13 +39,14 @@ def kl_statistics(
     parts_J7C = torch.empty((parts, 7, rows), dtype=torch.float32, device=labels_C.device)
     temperature = settings.inverse_temperature.contiguous()
     tile = p.tile
-    grid = (triton.cdiv(rows, tile.rows), parts)
+    grid = (triton.cdiv(rows, tile.rows) * parts,)
     sizes = (rows, columns, p.width, q.width, 1.0 if settings.softcap is None else settings.softcap)
     launch: dict[str, Any] = {
         "PART": PART_COLUMNS,
         "C": tile.rows,
         "V": tile.columns,
         "H": tile.hidden,
+        "GROUP": tile.group,
         "PER_ROW": temperature.numel() > 1,
         "SOFTCAP": settings.softcap is not None,
         "DESCRIPTORS": tile.descriptors,
@@ -183,4 +184,4 @@ def _accumulate(grad_weight_VH: Tensor, grad_CV: Tensor, hidden_CH: Tensor) -> N
     if grad_CV.dtype is torch.float32:
         grad_weight_VH.addmm_(grad_CV.T, hidden_CH)
     else:
-        grad_weight_VH.copy_(torch.addmm(grad_weight_VH, grad_CV.T, hidden_CH, out_dtype=torch.float32))
+        torch.addmm(grad_weight_VH, grad_CV.T, hidden_CH, out_dtype=torch.float32, out=grad_weight_VH)

@@ -42,9 +42,10 @@ def head_parts(
     if rows == 0:
         return parts_K4C
     with writable(logits_CV) as output_CV:
-        given = operands(hidden_CH, weight_VH, output_CV, tile=tile)
+        plain = bias_V is None and softcap is None
+        given = operands(hidden_CH, weight_VH, output_CV, tile=tile, plain=plain)
         chosen = given.tile
-        sweep_parts[(triton.cdiv(rows, chosen.rows), parts_K4C.shape[0])](
+        sweep_parts[(triton.cdiv(rows, chosen.rows) * parts_K4C.shape[0],)](
             given.hidden,
             given.weight,
             labels_C.contiguous(),
@@ -60,12 +61,13 @@ def head_parts(
             C=chosen.rows,
             V=chosen.columns,
             H=chosen.hidden,
+            GROUP=chosen.group,
             PER_ROW=inverse_temperature.numel() > 1,
             BIAS=bias_V is not None,
             SOFTCAP=softcap is not None,
             LOGITS=logits_CV is not None,
             DESCRIPTORS=chosen.descriptors,
-            WARP_SPECIALIZE=chosen.warp_specialize,
+            HALVES=chosen.halves,
             PRECISION="ieee",
             num_warps=chosen.warps,
             num_stages=chosen.stages,

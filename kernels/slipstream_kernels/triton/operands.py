@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -42,22 +41,23 @@ def operands(
     output_CV: Tensor | None = None,
     *,
     tile: Tile | None = None,
+    plain: bool = True,
     work: Work = Work.HEAD,
 ) -> Operands:
     """Return both factors in one type and layout, and the output, with a tile that serves them.
 
-    hidden_CH: [C, H]; weight_VH: [V, H]; output_CV: [C, V] or None. `tile`, where given, is taken as it is.
+    hidden_CH: [C, H]; weight_VH: [V, H]; output_CV: [C, V] or None; plain: the product has neither bias nor
+    softcap. `tile`, where given, is taken as it is.
     """
     dtype = torch.promote_types(hidden_CH.dtype, weight_VH.dtype)
     # The interpreter's products of bfloat16 are wrong without a word.
     dtype = torch.float32 if interpreted() else dtype
     hidden, weight = hidden_CH.to(dtype).contiguous(), weight_VH.to(dtype).contiguous()
     name = head_tile(
-        hidden=hidden.shape[1],
         element_bytes=dtype.itemsize,
         logit_bytes=0 if output_CV is None else output_CV.element_size(),
+        plain=plain,
         work=work,
-        triton_version=triton.__version__,
         architecture=None if interpreted() else torch.cuda.get_device_capability(hidden.device),
         aligned=all(_aligned(matrix) for matrix in (hidden, weight, output_CV) if matrix is not None),
     )
@@ -66,7 +66,7 @@ def operands(
         return Operands(hidden=hidden, weight=weight, output=output_CV, width=hidden.shape[1], tile=chosen)
     output = output_CV
     if output_CV is not None:
-        output = TensorDescriptor.from_tensor(output_CV, [chosen.rows, chosen.columns])
+        output = TensorDescriptor.from_tensor(output_CV, [chosen.rows, chosen.columns_at_once])
     return Operands(
         hidden=TensorDescriptor.from_tensor(hidden, [chosen.rows, chosen.hidden]),
         weight=TensorDescriptor.from_tensor(weight, [chosen.columns, chosen.hidden]),

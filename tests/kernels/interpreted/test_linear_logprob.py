@@ -17,8 +17,8 @@ from slipstream_kernels.triton.linear_logprob import head_parts, head_statistics
 from slipstream_kernels.tuning import Tile
 
 POINTERS = Tile(rows=16, columns=128, hidden=16, warps=4, stages=1, descriptors=False)
-DESCRIPTORS = Tile(rows=16, columns=128, hidden=16, warps=4, stages=1, descriptors=True)
-WIDE = Tile(rows=32, columns=256, hidden=32, warps=4, stages=1, descriptors=True, warp_specialize=True)
+DESCRIPTORS = Tile(rows=16, columns=128, hidden=16, warps=4, stages=1, descriptors=True, group=2)
+WIDE = Tile(rows=32, columns=256, hidden=32, warps=4, stages=1, descriptors=True, halves=True)
 
 
 def case(rows: int, hidden: int, vocabulary: int, **changes: Any) -> dict[str, Any]:
