@@ -94,13 +94,12 @@ class Process:
             )  # fmt: skip
 
     def end(self, seconds: float = PATIENCE_S) -> Ended:
-        """Wait for its end."""
+        """Wait for its end; a test that fails leaves it to be killed (tests/conftest.py)."""
         try:
             code = self.popen.wait(timeout=seconds)
         except subprocess.TimeoutExpired:
-            for process in [*psutil.Process(self.popen.pid).children(recursive=True), self.popen]:
-                process.kill()
-            raise
+            said = "".join(path.read_text(errors="replace") for path in self._paths)
+            raise AssertionError(f"no end within {seconds:g} s:\n{said}") from None
         return Ended(code, *(path.read_text(errors="replace") for path in self._paths))
 
     def roles(self) -> dict[str, psutil.Process]:
