@@ -322,8 +322,12 @@ class Learner:
                 lambda folder: write_policy(folder, self._policy, tensors),
                 asdict(self.best),
             )
-        # Evaluations run in the order of their serials: nobody asks for an older one any more.
-        self._publisher.unpin_up_to(event.serial)
+        if event.replayed:
+            # An older result may stand for newer weights: one between them may still be under way.
+            self._publisher.unpin(event.serial)
+        else:
+            # Evaluations run in the order of their serials: nobody asks for an older one any more.
+            self._publisher.unpin_up_to(event.serial)
 
     def _end(self, timeout_s: float) -> None:
         """Wait up to `timeout_s` for the last evaluation and all rows; then end the run for everybody."""

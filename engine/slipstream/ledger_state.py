@@ -193,6 +193,11 @@ class LedgerState:
         return self.checkpoint_step >= steps and any(done.step >= steps for done in self.evaluations)
 
     @property
+    def evaluation_serials(self) -> list[int]:
+        """Return the serials to be evaluated, the one under way first."""
+        return [*([self.evaluation.serial] if self.evaluation else []), *self.evaluation_queue]
+
+    @property
     def oldest_position(self) -> int | None:
         """Where the log keeps the oldest record that may be asked for, if there is one."""
         return min((item.position for item in self.items.values()), default=None)
@@ -228,11 +233,12 @@ class LedgerState:
 
     def evaluation_of(self, update: WeightUpdate) -> events.EvaluationDone | None:
         """Return a result for these very weights, if there is one."""
-        for done in self.evaluations:
-            known = self.versions[done.serial]
-            if (known.step, known.checksum64) == (update.version.step, update.version.checksum64):
-                return done
-        return None
+        return next((done for done in self.evaluations if self._are_weights(done.serial, update)), None)
+
+    def _are_weights(self, serial: int, update: WeightUpdate) -> bool:
+        """Return whether a serial stands for the weights of an update."""
+        known = self.versions[serial]
+        return (known.step, known.checksum64) == (update.version.step, update.version.checksum64)
 
     def books(self) -> dict[str, int]:
         """Return the books: made = the sum of all FATES, evaluation apart; and what is leased."""
@@ -336,7 +342,9 @@ class LedgerState:
         self.next_serial = max(self.next_serial, update.version.serial + 1)
         step = update.version.step
         due = step % self._config.evaluation.every == 0 or step == self._config.steps
-        if due and self.evaluation_of(update) is None:
+        # A learner that starts from a checkpoint publishes its weights once more.
+        known = (*(done.serial for done in self.evaluations), *self.evaluation_serials)
+        if due and not any(self._are_weights(serial, update) for serial in known):
             self.evaluation_queue.append(update.version.serial)
             self._next_evaluation()
 
@@ -375,7 +383,7 @@ class LedgerState:
         horizon = min(self.version, self.first_batch) - self._config.max_slip - _KEPT_STEPS
         named = {serial for item in self.items.values() for serial in item.received.serials}
         evaluated = {done.serial for done in self.evaluations}
-        pinned = {*self.evaluation_queue, *([self.evaluation.serial] if self.evaluation else [])}
+        pinned = set(self.evaluation_serials)
         recent = {version.serial for version in self.versions if version.step >= horizon}
         self.versions.keep(named | evaluated | pinned | recent)
         self.updates = {serial: self.updates[serial] for serial in self.updates if serial in pinned | recent}

@@ -1,12 +1,39 @@
-"""A learner that is asked to stop does not wait for a hub that is gone."""
+"""The learner asked to stop with its hub gone; and the weights that outlive its restarts."""
 
 from __future__ import annotations
 
+import dataclasses
+import shutil
 import time
+from collections.abc import Iterator
+from pathlib import Path
 
-from slipstream.learner import _PartingChannel
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from slipstream import messages as m
+from slipstream import synthetic
+from slipstream.chat import Chat
+from slipstream.config import BatchConfig, CheckpointConfig, EvaluationConfig, ModelConfig, RunConfig
+from slipstream.hub import open_ledger
+from slipstream.learner import Learner, _PartingChannel
+from slipstream.messages import decode_message, encode_message
+from slipstream.model import Policy, build_model, publish_policy
+from slipstream.transport.client import LearnerClient
+from slipstream.transport.memory import MemoryHub
+from slipstream.types import Lease, TrajectoryId, WeightUpdate
+from slipstream.wire import encode_trajectory, schema_hash
 
 NOBODY = "ipc:///tmp/slipstream-nobody-listens-here"
+TASKS = 2
+CONFIG = RunConfig(
+    steps=100,
+    model=ModelConfig(hidden_size=16, layers=1, intermediate_size=24, heads=2),
+    batch=BatchConfig(groups=2, group_size=2),
+    evaluation=EvaluationConfig(every=100, tasks=TASKS),
+    checkpoint=CheckpointConfig(every=100, background=False),
+)
+"""No checkpoint but the warm start: each learner begins anew."""
 
 
 def test_who_parts_says_nothing_to_a_hub_that_is_gone() -> None:
@@ -18,3 +45,114 @@ def test_who_parts_says_nothing_to_a_hub_that_is_gone() -> None:
         assert channel.send([b"x"], 1000.0)
     finally:
         channel.close()
+
+
+class Rig:
+    """A real ledger and real learners in one thread, and an actor that makes trajectories up."""
+
+    def __init__(self, folder: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+        self.folder, self.tokenizer = folder, tokenizer
+        self.log, self.ledger = open_ledger(CONFIG, folder, "run")
+        self.hub = MemoryHub(self.ledger)
+        self.channel = self.hub.channel("a")
+        self.seq = 0
+        self.granted = [0, 0]
+        self.say(
+            m.Hello(role="actor", name="a", run="run", protocol=m.PROTOCOL, schema=schema_hash(), session="s")
+        )
+
+    def say(self, message: m.Message, *frames: m.Buffer) -> list[Lease]:
+        """Let the actor say something; returns the leases it has been granted since."""
+        self.channel.send_now([encode_message(message), *frames])
+        leases: list[Lease] = []
+        while (reply := self.channel.receive_now()) is not None:
+            match decode_message(reply[0]):
+                case m.Grant(leases=some):
+                    leases += some
+                    self.granted[some[0].evaluation >= 0] += len(some)
+                case m.Refused(reason=reason):
+                    raise AssertionError(reason)
+        return leases
+
+    def learner(self, seed: int = 0) -> Learner:
+        """Start a learner on a warm start of this seed, which has replaced the one before."""
+        model = build_model(
+            CONFIG.model, vocabulary=len(self.tokenizer), stop_token=4, max_tokens=128, seed=seed
+        )
+        policy = Policy(model=model, tokenizer=self.tokenizer, chat=Chat(self.tokenizer))
+        warm = self.folder / "checkpoints" / "warmup"
+        shutil.rmtree(warm, ignore_errors=True)
+        publish_policy(warm, policy, {})
+        client = LearnerClient(self.hub.sync_channel("learner-0"), "run", "learner-0")
+        made = Learner(CONFIG, self.folder, client)
+        made.start()
+        self.say(m.Proof(proof=synthetic.proof(self.newest)))
+        return made
+
+    @property
+    def newest(self) -> WeightUpdate:
+        """What was announced last."""
+        newest = self.ledger.state.newest
+        assert newest is not None
+        return newest
+
+    def play(self, *, train: int = 0, evaluate: int = 0) -> None:
+        """Ask for that many episodes and deliver them."""
+        received_train, received_evaluate = self.granted
+        leases = self.say(m.Want(train=train, evaluate=evaluate, received_train=received_train,
+                                 received_evaluate=received_evaluate))  # fmt: skip
+        assert len(leases) == train + evaluate
+        for lease in leases:
+            made = synthetic.answer_to(lease, serial=self.newest.version.serial, tokens=8, seed=self.seq)
+            tokens_T = made.token_ids % len(self.tokenizer)
+            identity = TrajectoryId(run="run", actor="a", epoch=0, seq=self.seq)
+            made = dataclasses.replace(made, identity=identity, token_ids=tokens_T)
+            self.say(m.Deliver(seq=self.seq), encode_trajectory(made))
+            self.seq += 1
+
+    def train(self, learner: Learner, steps: int) -> None:
+        """Let a learner take some steps."""
+        for step in range(learner.step + 1, learner.step + steps + 1):
+            if missing := CONFIG.batch.trajectories - self.ledger.state.fates["buffered"]:
+                self.play(train=missing)
+            learner.advance(timeout_s=0.0)
+            assert learner.step == step
+            self.say(m.Proof(proof=synthetic.proof(self.newest)))
+
+    def missing(self) -> list[str]:
+        """Return the weights that an evaluation still needs and that are gone."""
+        state = self.ledger.state
+        folders = [state.updates[serial].folder for serial in state.evaluation_serials]
+        return [folder for folder in folders if not Path(folder).is_dir()]
+
+
+@pytest.fixture
+def rig(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> Iterator[Rig]:
+    made = Rig(tmp_path, tokenizer)
+    yield made
+    made.log.close()
+
+
+def test_an_evaluation_that_outlives_two_learners_keeps_its_weights(rig: Rig) -> None:
+    """Killed before its first checkpoint while the first evaluation ran, and again when it was done."""
+    rig.train(rig.learner(), 1)
+    rig.learner()
+    rig.play(evaluate=TASKS)
+    rig.train(rig.learner(), 5)
+    assert not rig.missing()
+
+
+def test_a_known_result_for_new_weights_ends_no_other_evaluation(rig: Rig) -> None:
+    """A step that was trained again came out with other weights, then with the first ones once more."""
+    rig.learner(seed=0)
+    rig.play(evaluate=TASKS)
+    rig.learner(seed=1)
+    last = rig.learner(seed=0)
+    assert rig.ledger.state.evaluation is not None
+    rig.train(last, 5)
+    assert not rig.missing()
+    rig.play(evaluate=TASKS)
+    rig.train(last, 1)
+    assert sorted(path.name for path in (rig.folder / "weights").iterdir()) == [
+        f"serial-{serial:08d}" for serial in range(5, 9)
+    ]

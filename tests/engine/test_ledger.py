@@ -604,6 +604,20 @@ def test_an_evaluation_is_pinned_booked_apart_and_told(rig: Rig) -> None:
     assert [r.replayed for _, r, _ in rig.replies if isinstance(r, m.Evaluated)] == [False, True]
 
 
+def test_weights_published_again_while_they_are_evaluated_are_not_evaluated_again(rig: Rig) -> None:
+    peer, announced = ready(rig)
+    leases = rig.want(peer, 0, 2)
+    for number in range(2):
+        rig.learner(step=0, session=f"resumed-{number}")
+        assert rig.publish(step=0).version.serial > announced.version.serial
+    assert rig.ledger.state.evaluation_serials == [announced.version.serial]
+    for lease in leases:
+        rig.deliver(peer, rig.made(peer, lease, announced.version.serial))
+    assert rig.ledger.state.evaluation_serials == []
+    (done,) = [r for _, r, _ in rig.replies if isinstance(r, m.Evaluated)]
+    assert (done.serial, done.step, done.replayed) == (announced.version.serial, 0, False)
+
+
 def test_who_joins_after_the_end_is_told_to_stop(rig: Rig) -> None:
     """An actor that was away when the learner finished would wait for ever."""
     rig.learner()

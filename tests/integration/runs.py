@@ -17,7 +17,7 @@ from slipstream.config import RunConfig, load_config
 from slipstream.metrics import read_rows, rows_of
 
 ROOT = Path(__file__).parents[2]
-PATIENCE_S = 240.0
+PATIENCE_S = 600.0
 """Far above what a run needs: it only ends tests that hang."""
 TINY = (
     "model.hidden_size=32", "model.layers=1", "model.intermediate_size=64", "model.heads=2",
@@ -54,11 +54,11 @@ def make_warm_start(folder: Path) -> Path:
     return folder
 
 
-def until(ready: Callable[[], bool], what: str, seconds: float = PATIENCE_S) -> None:
+def until(ready: Callable[[], bool], what: str) -> None:
     """Poll a condition; fails naming `what` when it does not come true."""
-    end = time.monotonic() + seconds
+    end = time.monotonic() + PATIENCE_S
     while not ready():
-        assert time.monotonic() < end, f"waited {seconds:g} s for {what} in vain"
+        assert time.monotonic() < end, f"waited {PATIENCE_S:g} s for {what} in vain"
         time.sleep(0.02)
 
 
@@ -93,14 +93,13 @@ class Process:
                 env={**os.environ, "PYTHONPATH": source},
             )  # fmt: skip
 
-    def end(self, seconds: float = PATIENCE_S) -> Ended:
-        """Wait for its end."""
+    def end(self) -> Ended:
+        """Wait for its end; a test that fails leaves it to be killed (tests/conftest.py)."""
         try:
-            code = self.popen.wait(timeout=seconds)
+            code = self.popen.wait(timeout=PATIENCE_S)
         except subprocess.TimeoutExpired:
-            for process in [*psutil.Process(self.popen.pid).children(recursive=True), self.popen]:
-                process.kill()
-            raise
+            said = "".join(path.read_text(errors="replace") for path in self._paths)
+            raise AssertionError(f"no end within {PATIENCE_S:g} s:\n{said}") from None
         return Ended(code, *(path.read_text(errors="replace") for path in self._paths))
 
     def roles(self) -> dict[str, psutil.Process]:

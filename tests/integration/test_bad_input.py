@@ -27,7 +27,7 @@ from slipstream.messages import (
 )
 from slipstream.wire import schema_hash
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = pytest.mark.timeout(1800)
 
 
 def refused(ended: Ended, *parts: str) -> None:

@@ -78,7 +78,7 @@ def test_the_splits_swept_begin_with_one_of_each_arm(runs: ModuleType) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1800)
 def test_asynchrony_compares_real_runs(tmp_path: Path) -> None:
     output = tmp_path / "figures.json"
     options = ["--rounds", "1", "--first-splits", "2", "--target", "0", "--window", "3", "--fresh-tasks", "4"]
@@ -97,7 +97,7 @@ def test_asynchrony_compares_real_runs(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(1800)
 def test_dataflow_measures_both_sides(tmp_path: Path) -> None:
     output = tmp_path / "figures.json"
     bench("dataflow", "--rounds", "1", "--json", str(output))

@@ -11,7 +11,7 @@ from slipstream import events
 from slipstream.ingest import read_events
 from slipstream.metrics import read_rows, rows_of
 
-pytestmark = [pytest.mark.timeout(600), pytest.mark.slow]
+pytestmark = [pytest.mark.timeout(1800), pytest.mark.slow]
 SHORT = ("hub.segment_bytes=65536", "hub.retain_bytes=0", "checkpoint.every=2", "checkpoint.keep=1")
 
 

@@ -12,7 +12,7 @@ from runs import Run
 
 from slipstream.types import Trajectory
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = pytest.mark.timeout(1800)
 CLOCK = {"wall_seconds", "stage_seconds", "learner_starved_share"}
 
 

@@ -23,7 +23,7 @@ def compiled(source: Path, target: Path) -> str:
     """What the compiler and ptxas say."""
     command = ["nvcc", "-O3", "-std=c++17", "-Icsrc/include", "-gencode=arch=compute_90a,code=sm_90a"]
     command += ["-Xptxas=-v", "-Xcompiler=-Wall,-Wextra", "-c", str(source), "-o", str(target)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr
     return done.stderr
 

@@ -36,6 +36,7 @@ LAUNCH = re.compile(r"(\w+(?:<\w+>)?)\s*<<<(.+?),\s+(\w+),\s+0,\s+queue>>>\((.*?
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.timeout(900),
     pytest.mark.skipif(COMPILER is None or not native.available(), reason="needs g++ and the native library"),
 ]
 
@@ -52,13 +53,13 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
         assert "<<<" not in text, source
         made = folder / f"{source.stem}.cpp"
         made.write_text(text)
-        subprocess.run(["g++", *flags, "-c", made, "-o", made.with_suffix(".o")], check=True, timeout=100)
+        subprocess.run(["g++", *flags, "-c", made, "-o", made.with_suffix(".o")], check=True, timeout=280)
         return str(made.with_suffix(".o"))
 
     with ThreadPoolExecutor(2) as pool:
         objects = list(pool.map(build, sorted((ROOT / "csrc/cuda").glob("*.cu"))))
     target = folder / "libslipstream_cuda.so"
-    subprocess.run(["g++", "-shared", "-pthread", *objects, "-o", target], check=True, timeout=100)
+    subprocess.run(["g++", "-shared", "-pthread", *objects, "-o", target], check=True, timeout=280)
     return target
 
 

@@ -272,5 +272,5 @@ def test_shards_of_the_vocabulary_equal_the_whole(tmp_path: Path) -> None:
         for rank in range(3)
     ]
     for rank in ranks:
-        _, said = rank.communicate(timeout=100)
+        _, said = rank.communicate(timeout=280)
         assert rank.returncode == 0, said

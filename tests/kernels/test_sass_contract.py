@@ -153,7 +153,7 @@ def compiled(case: Case) -> Any:
 def tool(*command: str) -> str:
     path, *arguments = command
     done = subprocess.run(
-        [str(TOOLS / path), *arguments], capture_output=True, text=True, timeout=60, check=True
+        [str(TOOLS / path), *arguments], capture_output=True, text=True, timeout=280, check=True
     )
     return done.stdout
 

@@ -151,7 +151,7 @@ def run(scale: float, seed: int) -> Total:
             return total
         for entry in list(running):
             part, process, since = entry
-            longest_s = 3600.0 if part.options else quick.LONGEST_S * 5
+            longest_s = 3600.0 if part.options else quick.LONGEST_S * 2
             try:
                 # Read meanwhile: a long report would not fit into the pipe.
                 process.communicate(timeout=0.05)

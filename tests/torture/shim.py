@@ -48,7 +48,7 @@ def prepare() -> dict[str, str]:
     if not built.exists():
         fresh = built.with_suffix(f".{os.getpid()}")
         command = [compiler, "-O1", "-fPIC", "-shared", "-o", str(fresh), str(SOURCE)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
         if done.returncode:
             raise MissingShimError(f"the shim does not compile: {done.stderr[-500:]}")
         fresh.replace(built)

@@ -43,7 +43,7 @@ from slipstream.transport.guard import Limits  # noqa: E402
 from slipstream.transport.zeromq import DealerChannel, SyncDealerChannel  # noqa: E402
 from slipstream.wire import schema_hash  # noqa: E402
 
-HANGS_S = 100.0
+HANGS_S = 250.0
 """Far above what anything takes: it only ends tests that hang."""
 PATIENT = Deadlines(connect_s=HANGS_S, send_s=HANGS_S, credit_s=HANGS_S, drain_s=HANGS_S, silence_s=HANGS_S)
 MEMORY_BYTES = 512 << 20
@@ -470,13 +470,13 @@ async def race(serving: HubProcess, garbage: int, least: int) -> tuple[float, fl
     return quiet_sent / quiet_s, sent / seconds, quiet_sent + sent
 
 
-@pytest.mark.timeout(HANGS_S)
+@pytest.mark.timeout(900)
 def test_smoke_strangers_cannot_stop_honest_actors(tmp_path: Path) -> None:
     under_attack(tmp_path, garbage=1000, least=200, total=1 << 15)
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(HANGS_S)
+@pytest.mark.timeout(900)
 def test_ten_thousand_strangers_cannot_stop_honest_actors(tmp_path: Path) -> None:
     under_attack(tmp_path, garbage=10_000, least=1000, total=1 << 17)
 
@@ -514,13 +514,13 @@ def reconnect(folder: Path, count: int, *, keys: str = "", outage_s: float = 0.0
     return seconds
 
 
-@pytest.mark.timeout(HANGS_S)
+@pytest.mark.timeout(900)
 def test_smoke_actors_come_back_after_a_restart(tmp_path: Path) -> None:
     reconnect(tmp_path, 50)
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("outage_s", [0.0, 15.0])
 @pytest.mark.parametrize("keyed", [False, True])
 def test_five_hundred_actors_come_back_after_a_restart(tmp_path: Path, keyed: bool, outage_s: float) -> None:
@@ -528,13 +528,13 @@ def test_five_hundred_actors_come_back_after_a_restart(tmp_path: Path, keyed: bo
     reconnect(tmp_path, 500, keys=str(tmp_path / "keys") if keyed else "", outage_s=outage_s)
 
 
-@pytest.mark.timeout(HANGS_S)
+@pytest.mark.timeout(900)
 def test_smoke_a_stopped_learner_costs_the_hub_no_memory(tmp_path: Path) -> None:
     stopped_learner(tmp_path, least_bytes=384 << 20, seconds=float(os.environ.get("TORTURE_SECONDS", "3")))
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 def test_a_learner_stopped_for_long_costs_the_hub_no_memory(tmp_path: Path) -> None:
     stopped_learner(tmp_path, least_bytes=2 << 30, seconds=float(os.environ.get("TORTURE_SECONDS", "60")))
 

@@ -6,7 +6,7 @@ import bugs
 import pytest
 import quick
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1000)]
 SEEDS = 3
 """A bug that needs luck to show gets so many tries."""
 

@@ -276,7 +276,7 @@ def test_smoke_attack_succeeds_without_a_sandbox(
             cwd=tmp_path_factory.mktemp("scratch"),
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=280,
         )
         assert done.stdout == "True\n", done.stderr
 
@@ -358,7 +358,7 @@ STUBBORN = ("fork_bomb", "leave_a_daemon_and_exit", "ignore_every_signal", "leav
 @pytest.mark.parametrize(
     "kills", [pytest.param(50, id="smoke"), pytest.param(1000, id="many", marks=pytest.mark.slow)]
 )
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 def test_kills_leave_nothing(kills: int, lab: tuple[str, Sandbox], victims: Victims) -> None:
     _, sandbox = lab
     before = processes_of(sandbox)

@@ -50,7 +50,7 @@ def fresh_seed() -> int:
     return seed
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 def test_smoke_five_million_steps_break_no_promise() -> None:
     steps = int(os.environ.get("TORTURE_STEPS") or 5_000_000)
     figures = search_in_processes(fresh_seed(), steps, processes=2)

@@ -14,7 +14,7 @@ import pytest
 import quick
 import shim
 
-pytestmark = pytest.mark.timeout(400)
+pytestmark = pytest.mark.timeout(1800)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -25,13 +25,13 @@ def _without_torch() -> None:
         **quick.os.environ,
         "PYTHONPATH": quick.os.pathsep.join([str(quick.HERE), *quick._packages()]),
     }
-    subprocess.run([quick.sys.executable, "-c", roles], check=True, env=environment, timeout=60)
+    subprocess.run([quick.sys.executable, "-c", roles], check=True, env=environment, timeout=200)
 
 
 def together(*tests: tuple[str, int, tuple[str, ...]]) -> list[dict[str, Any]]:
     """Run quick tests beside one another, and return what they found when nothing is wrong."""
     started = [(name, quick.start(name, seed=seed, options=options)) for name, seed, options in tests]
-    found = [(name, quick.finish(process, 300.0)) for name, process in started]
+    found = [(name, quick.finish(process)) for name, process in started]
     wrong = [f"{name}: {line}" for name, result in found for line in result["wrong"]]
     assert not wrong, "\n".join(wrong)
     return [result for _, result in found]
@@ -73,7 +73,7 @@ def test_smoke_clones_and_a_hub_that_stands_still(torture_seed: int) -> None:
 
 def test_smoke_a_full_disk(torture_seed: int) -> None:
     mount = ["unshare", "-rm", "mount", "-t", "tmpfs", "none", "/mnt"]
-    allowed = subprocess.run(mount, check=False, timeout=20, capture_output=True)
+    allowed = subprocess.run(mount, check=False, timeout=200, capture_output=True)
     if allowed.returncode:
         pytest.skip("this machine lets nobody mount a small file system")
     (found,) = together(("disk_full", torture_seed, ()))
