@@ -99,7 +99,7 @@ class History:
             case events.Trained(step=step, identities=identities):
                 self.batches[step] = identities
                 self._release(identities)
-            case events.Dropped(identities=identities):
+            case events.Dropped(identities=identities) | events.GaveUp(identities=identities):
                 self.dropped.update(identities)
                 self._release(identities)
             case events.RolledBack(step=step):

@@ -227,6 +227,8 @@ class HubConfig(Part):
     """Bytes an actor may have on the way before the hub's acknowledgement."""
     lease_timeout_s: float = Field(default=120.0, gt=0.0)
     """A lease not returned by then is given to another actor."""
+    give_up_after: int = Field(default=32, ge=0)
+    """Infrastructure failures of an episode, while others succeed, that its task is left out for; 0: none."""
     memory_limit_bytes: int = Field(default=2 << 30, ge=1 << 28)
     durability: Literal["process", "power"] = "process"
     """"process" survives kill -9; "power" also fsyncs before each acknowledgement."""

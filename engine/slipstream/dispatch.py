@@ -44,12 +44,31 @@ class Dispatcher:
     def end_evaluation(self) -> events.EvaluationDone | None:
         """Log and return the result of the evaluation under way once all its episodes are back."""
         running = self._state.evaluation
-        if running is None or len(running.results) < self._config.evaluation.tasks:
+        if running is None or len(running.results) + len(running.given_up) < self._config.evaluation.tasks:
             return None
         results = [running.results[task] for task in sorted(running.results)]
         done = summarize(results, serial=running.serial, step=running.step)
         self._log(done)
         return done
+
+    def give_up(self, slot: events.Slot) -> bool:
+        """Log that an episode is owed no more, a training one with its group; return whether it is so.
+
+        Of an evaluation at most a tenth of the tasks is left out: else its results would not compare.
+        """
+        state, (evaluation, group, _) = self._state, slot
+        if evaluation < 0:
+            held = state.members([group]) if group in state.groups else []
+            self._log(events.GaveUp(slot=slot, identities=tuple(held)))
+            return True
+        running = state.evaluation
+        left_out = len(running.given_up) if running is not None else 0
+        if running is None or running.serial != evaluation:
+            return False
+        if 10 * (left_out + 1) > self._config.evaluation.tasks:
+            return False
+        self._log(events.GaveUp(slot=slot))
+        return True
 
     def may_train(self) -> bool:
         """Return whether a training episode waits, or the gate admits another group."""

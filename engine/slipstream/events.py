@@ -102,6 +102,17 @@ class Dropped(Event, frozen=True, kw_only=True, tag=True):
     reason: Literal["dropped_by_slip", "filtered"]
 
 
+class GaveUp(Event, frozen=True, kw_only=True, tag=True):
+    """The infrastructure of an episode failed too often while others succeeded: it is owed no more.
+
+    A training episode takes its group with it, a held-out one is left out of its evaluation.
+    """
+
+    slot: Slot
+    identities: tuple[TrajectoryId, ...] = ()
+    """What the group had in the buffer."""
+
+
 class Published(Event, frozen=True, kw_only=True, tag=True):
     """The learner published weights."""
 
@@ -164,6 +175,8 @@ class Running(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     serial: int
     step: int
     results: tuple[Received, ...]
+    given_up: tuple[int, ...] = ()
+    """Tasks that are left out."""
 
 
 class State(Event, frozen=True, kw_only=True, tag=True):
@@ -224,6 +237,7 @@ AnyEvent = (
     | Quarantined
     | Trained
     | Dropped
+    | GaveUp
     | Published
     | Proven
     | RolledBack
@@ -256,6 +270,9 @@ def brief(event: AnyEvent) -> str:
             return f"{len(slots)} leases released: {reason}"
         case Quarantined(actor=actor, file=file, reason=reason):
             return f"bytes of {actor} quarantined as {file}: {reason}"
+        case GaveUp(slot=(evaluation, group, _)):
+            where = f"the evaluation of serial {evaluation}" if evaluation >= 0 else "training"
+            return f"task {group} given up in {where}: its infrastructure fails while others' works"
         case Trained(step=step, identities=identities):
             return f"batch {step} handed out, {len(identities)} trajectories"
         case Dropped(identities=identities, reason=reason):

@@ -28,6 +28,7 @@ from slipstream.ingest import Entry
 from slipstream.leases import slot_of
 from slipstream.ledger_snapshot import restored
 from slipstream.ledger_state import LedgerState
+from slipstream.patience import Patience
 from slipstream.peers import Peer, Pulling, metrics_rows, snapshot
 from slipstream.receiving import check_sender, describe, refuse_line, refuse_proof, verdict_on
 from slipstream.transport.channel import Reply
@@ -82,6 +83,7 @@ class Ledger:
         self._leased_at: dict[tuple[events.Slot, int], float] = {}
         self._damaged: Counter[tuple[str, int]] = Counter()
         """(session, seq) -> how often the bytes of that record did not match their CRC."""
+        self._patience = Patience(config.hub.give_up_after)
         self._pulling: Pulling | None = None
         # A hub that was started again behind the end has not heard the learner, and perhaps never will.
         self._finished = m.Finish(reason="the run is over") if self.state.is_over else None
@@ -295,6 +297,8 @@ class Ledger:
             if identity not in self.state.seen:
                 event = describe(arrival, verdict_on(arrival, self.state, self._config))
                 self._log(event, frames[0])
+                if self._patience.is_over(event) and self._dispatcher.give_up(event.slot):
+                    self._patience.forget(event.slot)
         except FrameError as error:
             if isinstance(error, DamageError) and self._may_come_again(who.session, message.seq):
                 # Joining again makes the actor send from its spool all that was not acknowledged.

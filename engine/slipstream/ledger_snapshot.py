@@ -41,7 +41,8 @@ def snapshot(state: LedgerState) -> events.State:
         training=_desk(state.training),
         heldout=_desk(state.heldout),
         evaluation=None if running is None else events.Running(
-            serial=running.serial, step=running.step, results=tuple(running.results.values())
+            serial=running.serial, step=running.step, results=tuple(running.results.values()),
+            given_up=tuple(sorted(running.given_up)),
         ),
         evaluation_queue=tuple(state.evaluation_queue),
         evaluations=tuple(state.evaluations),
@@ -81,8 +82,9 @@ def restored(config: RunConfig, event: events.State) -> LedgerState:
     if event.evaluation is not None:
         results = {result.attempt.task: result for result in event.evaluation.results}
         state.evaluation = Evaluation(
-            serial=event.evaluation.serial, step=event.evaluation.step, results=results
-        )
+            serial=event.evaluation.serial, step=event.evaluation.step, results=results,
+            given_up=set(event.evaluation.given_up),
+        )  # fmt: skip
     state.evaluation_queue, state.evaluations = list(event.evaluation_queue), list(event.evaluations)
     state.checkpoint_step, state.received = event.checkpoint_step, event.received
     state.quarantined, state.tokens_received = event.quarantined, event.tokens_received

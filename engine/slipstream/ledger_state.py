@@ -4,7 +4,7 @@
 training trajectory:
 
     received ─┬─ buffered ─┬─ trained ── (learner rolled back) ── buffered
-              │            └─ dropped_by_slip | filtered
+              │            └─ dropped_by_slip | filtered | given_up
               └─ duplicate | failed_infrastructure | unproven                    quarantined: bytes that
               are no trajectory
 
@@ -32,8 +32,8 @@ from slipstream.types import TrajectoryId, WeightUpdate
 _KEPT_STEPS: Final = 64
 """Steps that versions are remembered for, beyond what max_slip needs: spools may bring late trajectories."""
 FATES: Final = (
-    "trained", "buffered", "dropped_by_slip", "filtered", "quarantined", "failed_infrastructure", "unproven",
-    "duplicate",
+    "trained", "buffered", "dropped_by_slip", "filtered", "given_up", "quarantined", "failed_infrastructure",
+    "unproven", "duplicate",
 )  # fmt: skip
 
 
@@ -55,6 +55,8 @@ class Evaluation:
     step: int
     results: dict[int, events.Received] = field(default_factory=dict)
     """task -> result."""
+    given_up: set[int] = field(default_factory=set)
+    """Tasks whose infrastructure fails: it ends without them."""
 
 
 class LedgerState:
@@ -125,6 +127,8 @@ class LedgerState:
                 gone = [self.items.pop(identity).received for identity in event.identities]
                 if event.reason == "dropped_by_slip":
                     self._owe_again(gone)
+            case events.GaveUp():
+                self._gave_up(event)
             case events.Quarantined():
                 self.quarantined += 1
             case _:
@@ -319,6 +323,21 @@ class LedgerState:
             item.fate = fate
             self.groups.pop(item.received.attempt.group, None)
             self.complete.discard(item.received.attempt.group)
+
+    def _gave_up(self, event: events.GaveUp) -> None:
+        evaluation, group, _ = event.slot
+        if evaluation >= 0:
+            self.heldout.settle(event.slot)
+            if self.evaluation is not None:
+                self.evaluation.given_up.add(group)
+            return
+        self._leave_buffer(event.identities, "given_up")
+        for identity in event.identities:
+            del self.items[identity]
+        self.groups.pop(group, None)
+        for attempt in range(self._config.batch.group_size):
+            if (-1, group, attempt) in self.training:
+                self.training.settle((-1, group, attempt))
 
     def _owe_again(self, gone: Iterable[events.Received]) -> None:
         for received in gone:

@@ -1,25 +1,29 @@
-"""A task whose environment always fails: leased again and again, never a reward, never in a batch."""
+"""A task whose environment always fails: leased again, never a reward or in a batch, given up in the end."""
 
 from __future__ import annotations
 
 import asyncio
 import dataclasses
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
 from slipstream import messages as m
 from slipstream import synthetic
+from slipstream.audit import Audit, History, _judge
 from slipstream.chat import Chat
-from slipstream.config import BatchConfig, EnvironmentConfig, EvaluationConfig, RunConfig
+from slipstream.config import BatchConfig, EnvironmentConfig, EvaluationConfig, HubConfig, RunConfig
 from slipstream.environments import EnvironmentFactory, environment_factory
 from slipstream.environments.research import ResearchEnvironment, ResearchTasks
 from slipstream.episodes import EpisodeRunner
 from slipstream.errors import InfrastructureError
-from slipstream.ingest import IngestLog
+from slipstream.ingest import IngestLog, read_events
 from slipstream.interfaces import Observation
 from slipstream.ledger import Ledger
+from slipstream.ledger_snapshot import restored, snapshot
 from slipstream.retries import Backoff, Brake
 from slipstream.tools.hermes import format_call
 from slipstream.types import (
@@ -56,10 +60,11 @@ class Failing(ResearchEnvironment):
 class Hub:
     """A real ledger on a real log, with one learner and one actor."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, config: RunConfig = CONFIG) -> None:
         self.log = IngestLog(folder)
-        self.ledger = Ledger(CONFIG, "run", self.log, lambda _: "")
-        self.seq, self.granted, self.step = 0, 0, 0
+        self.ledger = Ledger(config, "run", self.log, lambda _: "")
+        self.seq, self.granted, self.granted_heldout, self.step = 0, 0, 0, 0
+        self.evaluated: list[m.Evaluated] = []
         self.leases: list[Lease] = []
         self.batches: dict[int, list[Trajectory]] = {}
         for peer, role in ((b"l", "learner"), (b"a", "actor")):
@@ -73,8 +78,11 @@ class Hub:
         for _, reply, records in replies:
             assert not isinstance(reply, m.Refused), reply
             if isinstance(reply, m.Grant):
-                self.leases += [lease for lease in reply.leases if lease.evaluation < 0]
-                self.granted += len(reply.leases)
+                self.leases += reply.leases
+                self.granted += sum(lease.evaluation < 0 for lease in reply.leases)
+                self.granted_heldout += sum(lease.evaluation >= 0 for lease in reply.leases)
+            if isinstance(reply, m.Evaluated):
+                self.evaluated.append(reply)
             if isinstance(reply, m.Batch):
                 self.batches[reply.step] = [decode_trajectory(record) for record in records]
 
@@ -83,9 +91,17 @@ class Hub:
         self.say(b"l", m.Publish(update=self.announced))
         self.say(b"a", m.Proof(proof=synthetic.proof(self.announced)))
 
-    def lease(self, places: int) -> list[Lease]:
+    def lease(self, places: int, evaluate: int = 0) -> list[Lease]:
         self.leases = []
-        self.say(b"a", m.Want(train=places, evaluate=0, received_train=self.granted, received_evaluate=0))
+        self.say(
+            b"a",
+            m.Want(
+                train=places,
+                evaluate=evaluate,
+                received_train=self.granted,
+                received_evaluate=self.granted_heldout,
+            ),
+        )
         return self.leases
 
     def deliver(self, trajectory: Trajectory) -> None:
@@ -144,4 +160,76 @@ def test_a_task_that_always_fails_costs_itself_and_nothing_else(tmp_path: Path, 
     books = hub.ledger.books()
     assert books["failed_infrastructure"] == failures
     assert books["made"] == hub.seq == failures + books["trained"] + books["buffered"]
+    hub.log.close()
+
+
+def give_up_after(failures: int, **evaluation: int) -> RunConfig:
+    changes = {"hub": HubConfig(give_up_after=failures)}
+    if evaluation:
+        changes["evaluation"] = EvaluationConfig(**evaluation)
+    return CONFIG.model_copy(update=changes)
+
+
+def answered(hub: Hub, lease: Lease, *, fails: bool) -> None:
+    made = synthetic.answer_to(lease, serial=max(lease.evaluation, hub.announced.version.serial))
+    outcome = Outcome.INFRASTRUCTURE_FAILURE if fails else Outcome.COMPLETED
+    hub.deliver(dataclasses.replace(made, outcome=outcome))
+
+
+def test_a_task_that_fails_while_others_succeed_is_given_up_with_its_group(tmp_path: Path) -> None:
+    """Otherwise it holds its places of the gate for ever, and enough of its kind would stop the run."""
+    hub = Hub(tmp_path, give_up_after(3))
+    failures = Counter[int]()
+    for _ in range(12):
+        for lease in hub.lease(4):
+            fails = lease.attempt.task == BAD_TASK and lease.attempt.attempt == 0
+            failures.update([lease.attempt.task] * fails)
+            answered(hub, lease, fails=fails)
+        hub.train()
+        hub.ledger.check_books()
+    books = hub.ledger.books()
+    assert failures == {BAD_TASK: 3}
+    assert books["given_up"] == 1, "its other attempt had its result"
+    assert BAD_TASK not in hub.ledger.state.groups
+    assert books["waiting"] == books["leased"] == 0
+    assert hub.step == 11, "after the first round all places go to other tasks"
+    trained = [t.attempt.task for batch in hub.batches.values() for t in batch]
+    assert sorted(set(trained)) == [0, *range(BAD_TASK + 1, 2 * hub.step + 1)]
+    hub.log.close()
+    again = Ledger(give_up_after(3), "run", IngestLog(tmp_path), lambda _: "")
+    assert again.books() == books
+    assert snapshot(restored(CONFIG, snapshot(again.state))) == snapshot(hub.ledger.state)
+    history = History()
+    for entry in read_events(tmp_path):
+        history.take(entry.event)
+    assert _judge(history, {}) == Audit(lost=0, doubled=0, findings=())
+
+
+def test_an_outage_gives_nothing_up(tmp_path: Path) -> None:
+    """Whatever fails while nothing succeeds is tried until it does, and no task is skipped."""
+    hub = Hub(tmp_path, give_up_after(3))
+    for _ in range(20):
+        for lease in hub.lease(4):
+            answered(hub, lease, fails=True)
+    for _ in range(2):
+        for lease in hub.lease(4):
+            answered(hub, lease, fails=False)
+        hub.train()
+    books = hub.ledger.books()
+    assert books["failed_infrastructure"] == 80 and books["given_up"] == 0
+    assert [t.attempt.task for t in hub.batches[0]] == [0, 0, 1, 1]
+
+
+@pytest.mark.parametrize(("tasks", "broken", "count"), [(20, 2, 18), (20, 3, None), (9, 1, None)])
+def test_an_evaluation_ends_without_a_tenth_of_its_tasks(
+    tmp_path: Path, tasks: int, broken: int, count: int | None
+) -> None:
+    """More missing ones would make it another evaluation: it waits, and its deadline says so."""
+    hub = Hub(tmp_path, give_up_after(3, every=1, tasks=tasks))
+    for _ in range(8):
+        for lease in hub.lease(0, evaluate=tasks):
+            answered(hub, lease, fails=lease.attempt.task < broken)
+    assert [done.count for done in hub.evaluated] == ([] if count is None else [count])
+    assert len(hub.ledger.state.heldout) == (0 if count is not None else broken - tasks // 10)
+    hub.ledger.check_books()
     hub.log.close()

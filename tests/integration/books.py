@@ -81,6 +81,8 @@ class Books:
                 self.batches = {n: batch for n, batch in self.batches.items() if n < step}
             case events.Dropped(identities=identities, reason=reason):
                 self.dropped.update(dict.fromkeys(identities, reason))
+            case events.GaveUp(identities=identities):
+                self.dropped.update(dict.fromkeys(identities, "given_up"))
             case events.Quarantined():
                 self.quarantined += 1
             case events.GroupOpened(group=group, task=task):
@@ -145,7 +147,8 @@ def check_finished(folder: Path, config: RunConfig) -> Books:
     assert status["made"] == len(books.made) + books.quarantined
     assert status["trained"] == len(books.trained) == config.steps * config.batch.trajectories
     assert status["buffered"] == len(books.buffered)
-    assert status["dropped_by_slip"] + status["filtered"] == len(books.dropped)
+    left_out = ("dropped_by_slip", "filtered", "given_up")
+    assert sum(status[fate] for fate in left_out) == len(books.dropped)
     assert status["quarantined"] == books.quarantined
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["steps"] == config.steps

@@ -108,7 +108,12 @@ class Total:
             self.states.update({"states": found["states"], "different": found["different"]})
         wrong = next((found[key] for key in ("wrong", "failed", "finds") if key in found), [])
         if wrong:
-            self.wrong.append({"again": part.command(), "wrong": [str(one) for one in wrong[:10]]})
+            self.note(part, [str(one) for one in wrong[:10]])
+
+    def note(self, part: Part, wrong: list[str]) -> None:
+        """Keep what a part found wrong, and say it at once."""
+        self.wrong.append({"again": part.command(), "wrong": wrong})
+        sys.stderr.write(f"WRONG: {json.dumps(self.wrong[-1], indent=1)}\n")
 
 
 def parts_of(total: Total) -> Iterator[Part]:
@@ -162,7 +167,7 @@ def run(scale: float, seed: int) -> Total:
             try:
                 total.take(part, quick.finish(process, 10.0))
             except (AssertionError, ValueError, subprocess.TimeoutExpired) as error:
-                total.wrong.append({"again": part.command(), "wrong": [repr(error)[-3000:]]})
+                total.note(part, [repr(error)[-3000:]])
             _say(total, part)
 
 

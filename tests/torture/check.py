@@ -59,7 +59,7 @@ class Log:
             case "RolledBack":
                 del self.line[event["step"] :]
                 self.rollbacks += 1
-            case "Dropped":
+            case "Dropped" | "GaveUp":
                 self.dropped |= {_identity(each) for each in event["identities"]}
             case "Quarantined":
                 self.quarantined.append(event["file"])

@@ -195,6 +195,7 @@ def event_samples() -> list[bytes]:
         events.Quarantined(actor="a", file="f", reason="r"),
         events.Trained(step=3, identities=(IDENTITY,) * 3),
         events.Dropped(identities=(IDENTITY,), reason="filtered"),
+        events.GaveUp(slot=(-1, 1, 2), identities=(IDENTITY,)),
         events.Published(update=update),
         events.Proven(actor="a", session="s", serial=3),
         events.RolledBack(step=3),

@@ -9,7 +9,6 @@ process is hit by them is the machine's affair.
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 import random
@@ -197,7 +196,7 @@ class Rig:
         return self.outcome
 
     def _check(self) -> None:
-        self._keep_log()
+        roles.keep_log(self.folder / "trajectories", self.folder / "log")
         try:
             verdict = check.check(self.folder, self.aside, drained=not self.outcome.hangs)
         except AssertionError as error:
@@ -267,7 +266,6 @@ class Rig:
 
     def turn(self, now: float) -> None:
         """Take in who died, start who is due, let go on who was stopped."""
-        self._keep_log()
         for role in self.roles:
             if role.pid:
                 self._reap(role, now)
@@ -277,12 +275,6 @@ class Rig:
                     os.kill(role.pid, signal.SIGCONT)
             if not role.pid and not role.ended and now >= role.again_at:
                 self._start(role, now)
-
-    def _keep_log(self) -> None:
-        """Keep every segment of the hub's log, which removes what a checkpoint covers, for the checker."""
-        for path in (self.folder / "trajectories").glob("*.log"):
-            with contextlib.suppress(FileExistsError, FileNotFoundError):
-                os.link(path, self.folder / "log" / path.name)
 
     def rest(self, until: float) -> None:
         """Sleep, or be woken by a death."""

@@ -30,6 +30,7 @@ from slipstream.deadlines import Deadlines
 from slipstream.errors import CheckpointError, DeadlineError, RefusedError, SlipstreamError, StorageError
 from slipstream.flight_recorder import FLIGHT
 from slipstream.history import START
+from slipstream.ingest import IngestLog
 from slipstream.messages import Grant, Stop, Weights
 from slipstream.rendezvous import run_id
 from slipstream.transport.client import ActorClient, LearnerClient
@@ -110,7 +111,24 @@ def run_role(setting: Setting, name: str, work: Callable[[], int]) -> None:
 
 def hub_role(setting: Setting) -> int:
     """Be the hub."""
+    kept = setting.folder / "log"
+
+    class KeepingLog(IngestLog):
+        """Keeps for the checker what a checkpoint covers and the hub removes."""
+
+        def _remove_first(self) -> None:
+            keep_log(self.folder, kept)
+            super()._remove_first()
+
+    hub.IngestLog = KeepingLog  # type: ignore[misc]
     return hub.main(setting.config, setting.folder)
+
+
+def keep_log(log: Path, kept: Path) -> None:
+    """Link every segment of a log that is not kept yet."""
+    for path in log.glob("*.log"):
+        with contextlib.suppress(FileExistsError):
+            os.link(path, kept / path.name)
 
 
 def actor_role(setting: Setting, name: str, spool: str) -> int:
