@@ -44,10 +44,22 @@ _SLACK_BYTES: Final = 8 << 20
 def main(config: RunConfig, folder: Path) -> int:
     """Serve a run until SIGTERM or SIGINT; returns 0 when the run is done, else STOPPED.
 
-    Raises AddressError (port in use), RunFolderError (another hub, a damaged log).
+    Raises AddressError (port in use), RunFolderError (another hub, a damaged log), StorageError (disk or
+    memory exhausted).
     """
     end_when_asked()  # replaying a log changes nothing
     _limit_memory(config.hub.memory_limit_bytes)
+    try:
+        return _run(config, folder)
+    except MemoryError as error:
+        limit, batch = config.hub.memory_limit_bytes >> 20, config.batch.trajectories
+        raise StorageError(
+            f"hub: {limit} MB (hub.memory_limit_bytes) were too little; a batch of {batch} trajectories needs"
+            " all its records in memory at once: raise the limit, or make batches smaller"
+        ) from error
+
+
+def _run(config: RunConfig, folder: Path) -> int:
     keep_freed_memory()
     run = run_id(folder)
     before = announce_start(folder)

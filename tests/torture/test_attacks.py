@@ -539,6 +539,27 @@ def test_a_learner_stopped_for_long_costs_the_hub_no_memory(tmp_path: Path) -> N
     stopped_learner(tmp_path, least_bytes=2 << 30, seconds=float(os.environ.get("TORTURE_SECONDS", "60")))
 
 
+@pytest.mark.slow
+def test_a_batch_beyond_the_hubs_memory_is_said_and_lost_it_is_not(tmp_path: Path) -> None:
+    batch = BatchConfig(groups=3, group_size=100)
+    config = settings(memory_limit_bytes=256 << 20).model_copy(update={"batch": batch, "max_slip": 0})
+    with hub(tmp_path, config) as serving, contextlib.closing(begin(serving)) as learner:
+        asyncio.run(asyncio.wait_for(fill(serving, batch.trajectories, 1 << 20, 0.0), HANGS_S))
+        deadline = Deadline(HANGS_S, "test", "the hub to end")
+        while serving.process.poll() is None:
+            assert learner.pull(0, 0.5) is None
+            deadline.check()
+    said = (tmp_path / "hub.err").read_text().splitlines()[-1]
+    assert "256 MB (hub.memory_limit_bytes) were too little; a batch of 300 trajectories" in said
+    again = config.model_copy(update={"hub": HubConfig(memory_limit_bytes=2 << 30)})
+    with hub(tmp_path, again) as serving:
+        learner = LearnerClient(SyncDealerChannel(serving.address), run_id(tmp_path), "learner-0")
+        with contextlib.closing(learner):
+            learner.connect(0)
+            pulled = learner.pull(0, HANGS_S)
+    assert pulled is not None and len(pulled.trajectories) == batch.trajectories
+
+
 def stopped_learner(folder: Path, *, least_bytes: int, seconds: float) -> None:
     """SIGSTOP the learner, let two actors make all that the gate allows, more than the hub's memory."""
     cap, size = 256 << 20, 1 << 20
