@@ -34,7 +34,7 @@ from slipstream.records import HEAD, Record, Scan, pack, payload, scan, sync, wr
 _U32: Final = struct.Struct("<I")
 _ENCODER: Final = msgspec.msgpack.Encoder()
 _OFFSET_BITS: Final = 40
-_BUFFERED_BYTES: Final = 256 << 10
+_BUFFERED_BYTES: Final = 1 << 20
 _SECTOR_BYTES: Final = 512
 """The least that a disk writes as a whole."""
 
