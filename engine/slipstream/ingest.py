@@ -80,6 +80,8 @@ class IngestLog:
         self._readers: dict[int, int] = {}
         self._offsets: list[int] = []
         """Where the records of the open segment begin."""
+        self._reserved = 0
+        """Where the blocks held for the open segment end."""
         self._first = self._base = self._state_bytes = 0
         """The first segment there is, the newest that opens with a State, and the State of the open one."""
         try:
