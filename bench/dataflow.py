@@ -46,7 +46,7 @@ from slipstream import messages as m
 from slipstream.config import BatchConfig, EvaluationConfig, HubConfig, RunConfig
 from slipstream.deadlines import Deadline
 from slipstream.keys import client_keys, make_keys
-from slipstream.process import keep_freed_memory
+from slipstream.process import collect_garbage_seldom, keep_freed_memory
 from slipstream.rendezvous import hub_address, run_id
 from slipstream.run_folder import read_json
 from slipstream.spool import Spool
@@ -202,6 +202,7 @@ def part_hub(folder: str) -> None:
 def part_actor(folder: str, name: str, size: str, count: str) -> None:
     """Send `count` trajectories of `size` bytes, each for a lease, and wait for the last acknowledgement."""
     keep_freed_memory()
+    collect_garbage_seldom()
     uvloop.run(act(Path(folder), name, int(size), int(count)))
 
 

@@ -31,7 +31,7 @@ from slipstream.inference.trial import lease_key
 from slipstream.keys import client_keys
 from slipstream.messages import Grant, Stop, Weights
 from slipstream.model import choose_device, load_policy
-from slipstream.process import keep_freed_memory
+from slipstream.process import collect_garbage_seldom, keep_freed_memory
 from slipstream.redaction import Redactor, guard_logs
 from slipstream.rendezvous import await_hub, run_id
 from slipstream.retries import Backoff, Brake
@@ -55,6 +55,7 @@ def main(config: RunConfig, folder: Path, name: str) -> int:
     end_when_asked()  # nothing is sampled yet, and a spool keeps what it has
     torch.set_num_threads(config.actor.threads)
     keep_freed_memory()
+    collect_garbage_seldom()
     address = await_hub(folder, f"actor {name}")
     return uvloop.run(_serve(config, folder, name, address))
 

@@ -262,6 +262,8 @@ def decode_event(body: Buffer) -> AnyEvent:
 def brief(event: AnyEvent) -> str:
     """Return an event in a few words for a time line, or "" for those that come by the thousand."""
     match event:
+        case Received() | Leased() | GroupOpened() | State():
+            return ""
         case Epoch(actor=actor, epoch=epoch):
             return f"actor {actor} joined, epoch {epoch}"
         case Incarnation(number=number, fork_step=step):
@@ -287,5 +289,3 @@ def brief(event: AnyEvent) -> str:
             return f"serial {serial} evaluated, success {success:.3f}"
         case CheckpointPublished(step=step):
             return f"checkpoint of step {step}"
-        case GroupOpened() | Leased() | Received() | State():
-            return ""

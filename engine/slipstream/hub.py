@@ -28,7 +28,7 @@ from slipstream.ledger_snapshot import snapshot
 from slipstream.messages import Buffer
 from slipstream.metrics import FILE as METRICS
 from slipstream.metrics import append_row
-from slipstream.process import keep_freed_memory
+from slipstream.process import collect_garbage_seldom, keep_freed_memory
 from slipstream.rendezvous import announce_address, announce_end, announce_start, run_id
 from slipstream.run_folder import write_json
 from slipstream.stop_signals import STOPPED, end_when_asked, note_when_asked
@@ -66,6 +66,7 @@ def _run(config: RunConfig, folder: Path) -> int:
     log, ledger = open_ledger(config, folder, run)
     for note in log.notes:
         sys.stderr.write(note + "\n")
+    collect_garbage_seldom()
     server = _serve(ledger, config, before)
     asked = note_when_asked()
     announce_address(folder, server.address, run)

@@ -29,12 +29,14 @@ import numpy as np
 from slipstream.errors import FrameError, RunFolderError, StorageError
 from slipstream.events import AnyEvent, Event, State, decode_event
 from slipstream.messages import Buffer
-from slipstream.records import HEAD, Record, Scan, pack, payload, scan, sync, write_all
+from slipstream.records import HEAD, Record, Scan, pack, payload, release, reserve, scan, sync, write_all
 
 _U32: Final = struct.Struct("<I")
 _ENCODER: Final = msgspec.msgpack.Encoder()
 _OFFSET_BITS: Final = 40
-_BUFFERED_BYTES: Final = 256 << 10
+_BUFFERED_BYTES: Final = 1 << 20
+_RESERVED_BYTES: Final = 8 << 20
+"""So far behind its end the open segment holds blocks, once it is larger than a write."""
 _SECTOR_BYTES: Final = 512
 """The least that a disk writes as a whole."""
 
@@ -78,6 +80,8 @@ class IngestLog:
         self._readers: dict[int, int] = {}
         self._offsets: list[int] = []
         """Where the records of the open segment begin."""
+        self._reserved = 0
+        """Where the blocks held for the open segment end."""
         self._first = self._base = self._state_bytes = 0
         """The first segment there is, the newest that opens with a State, and the State of the open one."""
         try:
@@ -186,6 +190,7 @@ class IngestLog:
     def close(self) -> None:
         """Flush and close."""
         self.flush()
+        release(self._file)
         for file in (self._file, self._lock, *self._readers.values()):
             os.close(file)
 
@@ -193,7 +198,15 @@ class IngestLog:
         buffers, self._buffered, self._buffered_bytes = self._buffered, [], 0
         if buffers:
             self._unflushed = True
+            self._reserve()
             write_all(self._file, buffers, self._path)
+
+    def _reserve(self) -> None:
+        """Hold blocks for what is about to be written and follows; a full segment is left without any."""
+        end = min(self._size + _RESERVED_BYTES, self._segment_bytes)
+        if self._reserved < self._size and self._reserved < end:
+            reserve(self._file, self._reserved, end - self._reserved)
+            self._reserved = end
 
     def _next_segment(self) -> None:
         self.flush()
@@ -213,6 +226,7 @@ class IngestLog:
             ) from error
         if self._durability == "power":
             _sync_folder(self.folder)
+        self._reserved = max(self._size, _BUFFERED_BYTES)
         return file
 
     def _recover(self) -> tuple[int, int, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 import signal
 import threading
@@ -13,6 +14,7 @@ _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -2, -3, -8
 _KEPT_BYTES = 1 << 30
 _GROWTH_BYTES = 16 << 20
 _LARGEST_BYTES = 32 << 20
+_NEW_CONTAINERS = 10_000
 
 
 def guard_parent(parent: int, *, every_s: float = 0.5) -> None:
@@ -40,6 +42,17 @@ def keep_freed_memory() -> None:
         mallopt(_M_MMAP_THRESHOLD, _LARGEST_BYTES)
         mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)
         mallopt(_M_TOP_PAD, _GROWTH_BYTES)
+
+
+def collect_garbage_seldom() -> None:
+    """Let Python's search for cycles of garbage skip what there is now, and run less often.
+
+    Reference counts free nearly everything, and modules' objects would be looked at again and again, by a
+    process that keeps a few objects for each of many messages.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(_NEW_CONTAINERS)
 
 
 def _watch(parent: int, every_s: float) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from slipstream import events, synthetic, wire
+from slipstream import events, records, synthetic, wire
 from slipstream.errors import RunFolderError, StorageError
 from slipstream.events import AnyEvent
 from slipstream.ingest import IngestLog, read_events, record_offsets
@@ -52,6 +52,34 @@ def test_events_and_records_come_back(tmp_path: Path, segment_bytes: int) -> Non
     assert wire.decode_trajectory(log.read(positions[2])).token_ids.tolist() == MADE.token_ids.tolist()
     log.close()
     assert len(list(tmp_path.glob("*.log"))) == (1 if segment_bytes > 1 else 4)
+
+
+def blocks_behind(path: Path) -> int:
+    """Return the bytes that a file holds on its disk beyond its size."""
+    held = path.stat()
+    return 512 * held.st_blocks - held.st_size
+
+
+def test_the_open_segment_holds_blocks_ahead_and_gives_them_back(tmp_path: Path) -> None:
+    path, page = tmp_path / "blocks", os.sysconf("SC_PAGE_SIZE")
+    path.touch()
+    with path.open("r+b") as file:
+        records.reserve(file.fileno(), 0, 1 << 20)
+    if blocks_behind(path) < 1 << 20:
+        pytest.skip("this file system reserves no blocks")
+    record = wire.encode_trajectory(synthetic.trajectory(1 << 17))
+    log = IngestLog(tmp_path, segment_bytes=4 * len(record))
+    positions = [log.append(EVENTS[2], record)]
+    log.flush()
+    assert (tmp_path / "000000.log").stat().st_size < 2 * len(record) < 4 * len(record)
+    assert blocks_behind(tmp_path / "000000.log") > 2 * len(record)
+    positions += [log.append(EVENTS[2], record) for _ in range(4)]
+    log.flush()
+    assert blocks_behind(tmp_path / "000000.log") < page  # a full one is left with none
+    assert all(log.read(position) == record for position in positions)
+    log.close()
+    assert blocks_behind(tmp_path / "000001.log") < page
+    assert opened(tmp_path) == 5 * [EVENTS[2]]
 
 
 def test_what_is_not_flushed_can_be_read(tmp_path: Path) -> None:
