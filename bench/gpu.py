@@ -5,8 +5,9 @@
 First every op and backend against float64, then the benchmark at the sizes a GPU trains, in one folder:
 correctness.md, table.md, figures.md, ratios.svg, and the rows as JSON lines, written one by one. A process of
 its own does the work: one that crashes or hangs costs the item it was at, and the next one goes on behind it.
-At the deadline what is there is what there is. Needs torch, Triton and NumPy only. --rehearse runs the same
-on the CPU at tiny shapes.
+At the deadline what is there is what there is. Needs torch, Triton and NumPy only. --part takes one of the
+two, or `tiles`, which tries the candidates for the tiles of the heads instead (tiles.md). --rehearse runs the
+same on the CPU at tiny shapes.
 
 Exit codes: 0; 1 when a result is wrong or an item crashed; 2 without a CUDA device.
 """
@@ -36,7 +37,8 @@ Message = dict[str, Any]
 Item: TypeAlias = tuple[str, Callable[[], Iterator[tuple[str, Message]]]]
 CORRECTNESS: Final = "correctness"
 BENCHMARK: Final = "benchmark"
-PARTS: Final = (CORRECTNESS, BENCHMARK)
+TILES: Final = "tiles"
+PARTS: Final = (CORRECTNESS, BENCHMARK, TILES)
 OUTPUT: Final = Path("runs") / "bench-gpu"
 DEADLINE_S: Final = 520.0
 EXIT_S: Final = 10.0
@@ -58,6 +60,7 @@ class Run:
     environment: Message = field(default_factory=dict)
     verdicts: list[Message] = field(default_factory=list)
     rows: list[Message] = field(default_factory=list)
+    tiles: list[Message] = field(default_factory=list)
     lost: list[str] = field(default_factory=list)
     """Items that crashed or hung, with the reason."""
     cut: bool = False
@@ -74,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, default=OUTPUT, help=f"folder; default {OUTPUT}")
     parser.add_argument("--deadline", type=float, default=DEADLINE_S, help="seconds until it is cut off")
     parser.add_argument("--op", action="append", default=[], help="only this op; may be repeated")
-    parser.add_argument("--part", choices=PARTS, help="only this one")
+    parser.add_argument("--part", choices=PARTS, help="only this one; tiles: candidates for the heads' tiles")
     parser.add_argument("--rehearse", action="store_true", help="on the CPU, at tiny shapes")
     parser.add_argument("--from-item", type=int, help=argparse.SUPPRESS)
     chosen = parser.parse_args(arguments)
@@ -176,6 +179,8 @@ def take(run: Run, message: Message) -> None:
         case "verdict":
             run.verdicts.append(message["row"])
             report.append(run.folder, message["row"], VERDICTS)
+        case "tile":
+            run.tiles.append(message["row"])
         case _:
             run.rows.append(message["row"])
             report.append(run.folder, message["row"])
@@ -183,7 +188,7 @@ def take(run: Run, message: Message) -> None:
 
 def finish(run: Run) -> int:
     """Write the tables; return the exit code."""
-    from kernels_suite import correctness, figures, report
+    from kernels_suite import correctness, figures, report, tiles
 
     for reason in run.lost:
         say(f"lost: {reason}")
@@ -193,6 +198,8 @@ def finish(run: Run) -> int:
     lost = "".join(f"- lost: {reason}\n" for reason in run.lost)
     cut = "\nCut off by the deadline.\n" if run.cut else ""
     (run.folder / "correctness.md").write_text(correctness.table(run.verdicts) + cut + lost, encoding="utf-8")
+    if run.tiles:
+        (run.folder / "tiles.md").write_text(tiles.table(run.tiles) + cut + lost, encoding="utf-8")
     (run.folder / "figures.md").write_text(figures.table(run.rows) + cut + lost, encoding="utf-8")
     report.finish(run.folder, run.environment, run.rows)
     wrong = correctness.failed(run.verdicts)
@@ -233,10 +240,23 @@ def items(chosen: argparse.Namespace) -> Iterator[Item]:
     device, scale = ("cpu", Scale.SMOKE) if chosen.rehearse else ("cuda", Scale.GPU)
     place = Place(device=device, scale=scale, dtype=training_dtype(device))
     yield "environment and ceilings", partial(environment, place)
-    if chosen.part != BENCHMARK:
+    if chosen.part in (None, CORRECTNESS):
         yield from proofs(device, chosen.rehearse, chosen.op)
-    if chosen.part != CORRECTNESS:
+    if chosen.part in (None, BENCHMARK):
         yield from timings(place, chosen.rehearse, chosen.op)
+    if chosen.part == TILES:
+        yield from trials(device, chosen.rehearse)
+
+
+def trials(device: str, rehearse: bool) -> Iterator[Item]:
+    """Yield each candidate for a tile of the heads."""
+    from kernels_suite import tiles
+
+    def work(candidate: tiles.Candidate) -> Iterator[tuple[str, Message]]:
+        yield "tile", tiles.tried(candidate, device)
+
+    for candidate in tiles.candidates(rehearse):
+        yield f"tile {candidate.name}", partial(work, candidate)
 
 
 def proofs(device: str, rehearse: bool, ops: Sequence[str]) -> Iterator[Item]:
@@ -270,7 +290,7 @@ def timings(place: Any, rehearse: bool, ops: Sequence[str]) -> Iterator[Item]:
     for op in ops or (REHEARSED_OPS if rehearse else sorted(CASES, key=lambda op: op == "linear_kl")):
         for number, case in enumerate(CASES[op](place)):
             # The reference proves results above; at these sizes it would take most of the time.
-            timed = tuple(variant for variant in case.variants if variant.name != Backend.REFERENCE)
+            timed = tuple(v for v in case.variants if v.name != Backend.REFERENCE or v.name == case.eager)
             yield f"benchmark of {case.key}", partial(measured, replace(case, variants=timed), setting)
             if number and rehearse:
                 break

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from importlib import import_module
 from math import isfinite
@@ -191,8 +192,17 @@ def test_what_raises_is_a_row_with_its_reason() -> None:
 
         return run
 
+    calls = Counter[str]()
+
+    def growing(inputs: dict[str, Any]) -> dict[str, Any]:
+        calls["growing"] += 1
+        if calls["growing"] > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory beside the others")
+        return {"output": inputs["x"] + 0.0}
+
     variants = (
         plan.Variant(name="eager", run=lambda inputs: {"output": inputs["x"] + 0.0}),
+        plan.Variant(name="growing", run=growing),
         plan.Variant(name="hungry", run=raising(torch.OutOfMemoryError("CUDA out of memory"))),
         plan.Variant(name="broken", run=raising(ZeroDivisionError("by zero"))),
         plan.Variant(name="missing", run=raising(AssertionError()), obstacle="it is not installed"),
@@ -213,10 +223,20 @@ def test_what_raises_is_a_row_with_its_reason() -> None:
     rows = {row["variant"]: row for row in measure.measure(case, setting)}
 
     assert {name: row["status"] for name, row in rows.items()} == {
-        "eager": "measured", "hungry": "oom", "broken": "failed", "missing": "absent",
+        "eager": "measured", "growing": "oom", "hungry": "oom", "broken": "failed", "missing": "absent",
     }  # fmt: skip
     assert rows["broken"]["note"] == "ZeroDivisionError: by zero"
     assert rows["eager"]["errors"] == {"output": 0.0} and rows["eager"]["ratio_to_eager"] == 1.0
+
+
+@pytest.mark.slow
+def test_the_gpu_command_tries_tiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    done = run(BENCH / "gpu.py", "--rehearse", "--part", "tiles", "--output", tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = [line.split("|") for line in (tmp_path / "tiles.md").read_text().splitlines() if "33×32" in line]
+    assert ["with logits" in cells[1] for cells in found].count(True) == 1 and len(found) == 2
+    assert all(float(cells[5]) < 1e-5 for cells in found)
 
 
 @pytest.mark.slow
@@ -249,7 +269,7 @@ def test_the_gpu_command_keeps_what_it_has_at_the_deadline(
     )
     # Ample for the first item; the second never ends.
     result = gpu.Run(folder=tmp_path, ends_at=time.monotonic() + 5.0)
-    assert gpu.follow(result, False, 0) is None
+    assert gpu.follow(result, 0) is None
 
     assert result.cut and not result.lost
     assert [row["item"] for row in result.verdicts] == [0]
@@ -272,7 +292,7 @@ def test_the_gpu_command_goes_on_behind_an_item_that_crashed(
     result = gpu.Run(folder=tmp_path, ends_at=float("inf"))
     item: int | None = 0
     while item is not None:
-        item = gpu.follow(result, False, item)
+        item = gpu.follow(result, item)
 
     assert [row["item"] for row in result.verdicts] == [0, 2]
     assert [reason.split(":")[0] for reason in result.lost] == ["item 1"]
