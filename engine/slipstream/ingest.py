@@ -190,9 +190,11 @@ class IngestLog:
     def close(self) -> None:
         """Flush and close."""
         self.flush()
-        release(self._file)
-        for file in (self._file, self._lock, *self._readers.values()):
-            os.close(file)
+        try:
+            release(self._file, self._path)
+        finally:
+            for file in (self._file, self._lock, *self._readers.values()):
+                os.close(file)
 
     def _write(self) -> None:
         buffers, self._buffered, self._buffered_bytes = self._buffered, [], 0

@@ -9,7 +9,6 @@ a record is damage, and the valid records after it can still be found.
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import os
 import struct
@@ -151,10 +150,12 @@ def reserve(file: int, offset: int, size: int) -> None:
         fallocate(file, _FALLOC_FL_KEEP_SIZE, ctypes.c_long(offset), ctypes.c_long(size))
 
 
-def release(file: int) -> None:
-    """Give back the blocks behind a file's end."""
-    with contextlib.suppress(OSError):  # what was written is safe without it
+def release(file: int, path: object) -> None:
+    """Give back the blocks behind a file's end; raises StorageError, though what was written is safe."""
+    try:
         os.ftruncate(file, os.fstat(file).st_size)
+    except OSError as error:
+        raise StorageError(f"{path}: truncating failed ({error.strerror}); repair the disk") from error
 
 
 def sync(file: int, path: object) -> None:

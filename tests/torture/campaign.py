@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -145,8 +145,8 @@ def parts_of(total: Total) -> Iterator[Part]:
         yield Part("fuzz", seed + number, ("--inputs", str(share[1])))
 
 
-def run(scale: float, seed: int) -> Total:
-    """Run everything and say how it goes."""
+def run(scale: float, seed: int, keep: Callable[[Total], None]) -> Total:
+    """Run everything, say how it goes, and keep what there is after each part."""
     total = Total(scale=scale, seed=seed)
     todo, running = parts_of(total), list[tuple[Part, Any, float]]()
     while True:
@@ -169,6 +169,7 @@ def run(scale: float, seed: int) -> Total:
             except (AssertionError, ValueError, subprocess.TimeoutExpired) as error:
                 total.note(part, [repr(error)[-3000:]])
             _say(total, part)
+            keep(total)
 
 
 def _say(total: Total, part: Part) -> None:
@@ -180,21 +181,12 @@ def _say(total: Total, part: Part) -> None:
     )
 
 
-def main() -> int:
-    """Run from the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--scale", type=float, default=1.0)
-    parser.add_argument("--seed", type=int, default=int(time.time()))
-    parser.add_argument("--json", type=Path)
-    options = parser.parse_args()
-    started, clock = datetime.datetime.now(datetime.UTC), time.monotonic()
-    total = run(options.scale, options.seed)
-    seconds = time.monotonic() - clock
+def report(total: Total, started: datetime.datetime, seconds: float, *, whole: bool) -> str:
+    """Return the result so far as JSON; `whole`: nothing is left to do."""
     result = {
         "date": started.isoformat(timespec="seconds"),
         "seconds": round(seconds),
+        "whole": whole,
         "versions": {
             "slipstream": slipstream.__version__,
             "python": platform.python_version(),
@@ -212,11 +204,33 @@ def main() -> int:
             for name, value in total.__dict__.items()
         },
     }
-    text = json.dumps(result, indent=1)
-    print(text)
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(text + "\n")
+    return json.dumps(result, indent=1) + "\n"
+
+
+def main() -> int:
+    """Run from the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--scale", type=float, default=1.0)
+    parser.add_argument("--seed", type=int, default=int(time.time()))
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    started, clock = datetime.datetime.now(datetime.UTC), time.monotonic()
+
+    def keep(total: Total, whole: bool = False) -> None:
+        text = report(total, started, time.monotonic() - clock, whole=whole)
+        if options.json:
+            # Whole at any time: a campaign that is cut off keeps what it has.
+            options.json.parent.mkdir(parents=True, exist_ok=True)
+            partial = options.json.with_suffix(".partial")
+            partial.write_text(text)
+            partial.replace(options.json)
+        if whole:
+            sys.stdout.write(text)
+
+    total = run(options.scale, options.seed, keep)
+    keep(total, whole=True)
     return 1 if total.wrong else 0
 
 
