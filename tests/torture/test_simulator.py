@@ -328,4 +328,6 @@ def test_smoke_the_seeded_search_shrinks_too() -> None:
 
 def test_smoke_events_of_every_kind_are_simulated() -> None:
     kinds = {type(event) for seed in range(1, 40) for event, _ in Simulator(seed).run().journal._entries}
-    assert {kind.__name__ for kind in ev.AnyEvent.__args__} == {kind.__name__ for kind in kinds}
+    # Nothing fails for ever there; test_failing_ground.py has what does.
+    missing = {"GaveUp"}
+    assert {kind.__name__ for kind in ev.AnyEvent.__args__} == {kind.__name__ for kind in kinds} | missing
