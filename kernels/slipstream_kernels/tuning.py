@@ -47,8 +47,9 @@ class Work(StrEnum):
 
 
 TILES = {
-    # The fewest bytes for each product that fit: at 128 columns, by their count, an H100's L2 cache and not its
-    # tensor cores sets the pace. With halves registers and shared memory suffice where nothing but a temperature is applied.
+    # The fewest bytes for each product that fit: at 128 columns, by their count, an H100's L2 cache sets the
+    # pace and not its tensor cores. With halves registers and shared memory suffice where nothing but a
+    # temperature is applied.
     "wide": Tile(rows=128, columns=256, hidden=64, warps=8, stages=3, descriptors=True, halves=True),
     # With bias or softcap: 96 KiB and at most 255 registers of 128 threads, so that two programs share a
     # multiprocessor and the statistics of one hide under the products of the other.
