@@ -58,11 +58,11 @@ def candidates(rehearse: bool) -> Iterator[Candidate]:
         return
     wide = [_tile(128, 256, 8, stages, halves=halves) for stages in (3, 4) for halves in (False, True)]
     groups = [_tile(128, 256, 8, 3, halves=True, group=group) for group in (4, 8, 32, 1 << 20)]
-    others = [_tile(256, 128, 8, 3), _tile(256, 128, 8, 4), TILES["pair"], _tile(128, 128, 8, 4)]
+    others = [_tile(256, 128, 8, 3), _tile(256, 128, 8, 4), TILES["square"], _tile(128, 128, 4, 3)]
     for tile in (*wide, *groups, *others):
         yield Candidate(tile=tile, writes=False, rows=8192, hidden=4096, vocabulary=128256)
     writing = [_tile(128, 256, 8, 3), *(t for t in (*wide, *groups) if t.halves)]
-    for tile in (*writing, TILES["writing"], _tile(128, 128, 8, 4)):
+    for tile in (*writing, TILES["square"], _tile(128, 128, 8, 2)):
         yield Candidate(tile=tile, writes=True, rows=3328, hidden=4096, vocabulary=151936)
 
 

@@ -51,12 +51,10 @@ TILES = {
     # pace and not its tensor cores. With halves registers and shared memory suffice where nothing but a
     # temperature is applied.
     "wide": Tile(rows=128, columns=256, hidden=64, warps=8, stages=3, descriptors=True, halves=True),
-    # With bias or softcap: 96 KiB and at most 255 registers of 128 threads, so that two programs share a
-    # multiprocessor and the statistics of one hide under the products of the other.
-    "pair": Tile(rows=128, columns=128, hidden=64, warps=4, stages=3, descriptors=True),
-    # Logits that are written pass through shared memory. 8 warps, since at 4 the block and its rounded copy
-    # overflow the registers.
-    "writing": Tile(rows=128, columns=128, hidden=64, warps=8, stages=2, descriptors=True),
+    # With bias or softcap, with or without logits that are written, which pass through shared memory. 8 warps,
+    # since at 4 the block and its rounded copy overflow the registers; on an H100 four stages are 1.2 times
+    # as fast as two, or as three at 4 warps (bench/results/kernels-h100/tiles.md).
+    "square": Tile(rows=128, columns=128, hidden=64, warps=8, stages=4, descriptors=True),
     # In float32 they need a multiprocessor for themselves, which leaves room for a third stage.
     "writing_float32": Tile(rows=128, columns=128, hidden=64, warps=8, stages=3, descriptors=True),
     # Before sm_90, and where rows do not begin at multiples of 16 bytes, as TMA demands.
@@ -103,6 +101,4 @@ def head_tile(
         return work.value
     if logit_bytes == 4:
         return "writing_float32"
-    if plain:
-        return "wide"
-    return "writing" if logit_bytes else "pair"
+    return "wide" if plain else "square"

@@ -56,17 +56,17 @@ class Case:
 
 
 CASES = [
-    Case(kernel="sweep_parts", tile="pair", slow=False),
-    Case(kernel="sweep_parts", tile="pair", settings=False),
-    Case(kernel="sweep_parts", tile="pair", numbers="fp16"),
+    Case(kernel="sweep_parts", tile="square", slow=False),
+    Case(kernel="sweep_parts", tile="square", settings=False),
+    Case(kernel="sweep_parts", tile="square", numbers="fp16"),
     Case(kernel="sweep_parts", tile="wide", settings=False, slow=False),
     Case(kernel="sweep_parts", tile="wide", settings=False, temperature=True),
     Case(kernel="sweep_parts", tile="wide", settings=False, numbers="fp16"),
     Case(kernel="sweep_parts", tile="wide", settings=False, logits="bf16", slow=False),
     Case(kernel="sweep_parts", tile="wide", settings=False, logits="bf16", temperature=True),
     Case(kernel="sweep_parts", tile="writing_float32", logits="fp32", settings=False),
-    Case(kernel="sweep_parts", tile="writing", logits="bf16", slow=False),
-    Case(kernel="sweep_parts", tile="writing", logits="bf16", settings=False),
+    Case(kernel="sweep_parts", tile="square", logits="bf16", slow=False),
+    Case(kernel="sweep_parts", tile="square", logits="bf16", settings=False),
     Case(kernel="sweep_parts", tile="writing_float32", logits="fp32"),
     Case(kernel="sweep_parts", tile="pointers"),
     Case(kernel="sweep_parts", tile="pointers_writing", logits="fp32"),
