@@ -51,9 +51,9 @@ TILES = {
     # pace and not its tensor cores. With halves registers and shared memory suffice where nothing but a
     # temperature is applied.
     "wide": Tile(rows=128, columns=256, hidden=64, warps=8, stages=3, descriptors=True, halves=True),
-    # With bias or softcap, with or without logits that are written, which pass through shared memory. 8 warps,
-    # since at 4 the block and its rounded copy overflow the registers; on an H100 four stages are 1.2 times
-    # as fast as two, or as three at 4 warps (bench/results/kernels-h100/tiles.md).
+    # With bias or softcap, with or without logits that are written; they pass through shared memory. 8 warps:
+    # at 4 the block and its rounded copy overflow the registers. Four stages are 1.2 times as fast on an H100
+    # as two, or as three at 4 warps (bench/results/kernels-h100/tiles.md).
     "square": Tile(rows=128, columns=128, hidden=64, warps=8, stages=4, descriptors=True),
     # In float32 they need a multiprocessor for themselves, which leaves room for a third stage.
     "writing_float32": Tile(rows=128, columns=128, hidden=64, warps=8, stages=3, descriptors=True),
