@@ -138,6 +138,8 @@ class Supervisor:
     """Returns what differs once the run has got on; failures without any progress are not forgotten."""
     _roles: list[_Running] = field(default_factory=list)
     _next_look: float = 0.0
+    _called_at: float = 0.0
+    """When an awaited role was last started again: it may have work for others that have ended with 0."""
 
     def supervise(self, specs: Sequence[RoleSpec]) -> None:
         """Run the roles until all awaited ones have ended with 0, then stop the others.
@@ -192,7 +194,9 @@ class Supervisor:
     def _look_after(self, role: _Running) -> None:
         """Start a role when that is due; note its end, plan its restart or raise its failure."""
         if role.finished:
-            return
+            if role.spec.awaited or role.started > self._called_at:
+                return
+            role.finished, role.process, role.start_at = False, None, 0.0
         if role.process is None:
             if time.monotonic() >= role.start_at:
                 self._start(role)
@@ -292,13 +296,7 @@ class Supervisor:
         role.renewing, role.kill_at, again = False, math.inf, role.started > 0.0
         role.started = time.monotonic()
         if again and spec.awaited:
-            self._call_back()
-
-    def _call_back(self) -> None:
-        """Start roles again that took themselves for done: an awaited one has work for them again."""
-        for role in self._roles:
-            if role.finished and not role.spec.awaited:
-                role.finished, role.process, role.start_at = False, None, 0.0
+            self._called_at = role.started
 
     def _stop_all(self) -> None:
         """End every role within `stop_s`, those that outlive others last and with a fifth of it to go."""

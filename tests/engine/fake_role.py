@@ -143,6 +143,9 @@ def play(plan: str, role: str, folder: Path) -> None:
             while not (starts(folder, "actor") and not running(folder / "pids", "actor")):
                 time.sleep(0.02)
             sys.exit(4)
+        case "end when the learner is there again":
+            while starts(folder, "learner") < 2:
+                time.sleep(0.02)
         case "give a silent hub up":
             ring = Path(argument("--output")) / FOLDER / "hub-0.ring"
             while not ring.exists() or time.monotonic() - read_flight(ring).heard < 1.5:

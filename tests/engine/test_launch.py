@@ -314,6 +314,14 @@ def test_actors_are_called_back_when_the_learner_has_to_go_on(tmp_path: Path) ->
     assert starts(tmp_path, "actor") == starts(tmp_path, "learner") == 2
 
 
+def test_an_actor_that_ends_behind_the_learners_restart_is_called_back_too(tmp_path: Path) -> None:
+    """What it had been told came from the learner that died."""
+    folder = plan(tmp_path, actor="end when the learner is there again 1 times", learner="die 1 times")
+    want(tmp_path, actor=2)
+    train(folder)
+    assert starts(tmp_path, "actor") == starts(tmp_path, "learner") == 2
+
+
 def test_an_actor_whose_hub_is_dead_is_not_waited_for(tmp_path: Path) -> None:
     folder = plan(tmp_path, hub="die when others are ready", actor="ignore SIGTERM", learner="wait")
     with pytest.raises(RoleError, match="hub-0 was killed by SIGKILL") as caught:

@@ -143,6 +143,7 @@ class ActorProcess(Client):
     finished: deque[Any] = field(default_factory=deque)
     stopping: bool = False
     clone: bool = False
+    began: float = 0.0
 
 
 @dataclass(slots=True, eq=False)
@@ -190,6 +191,9 @@ class Simulator:
         self.last_serial = -1
         self.learner: LearnerProcess | None = None
         self.actors: list[ActorProcess | None] = [None] * self.plan.actors
+        self._done: set[int] = set()
+        """Actors that have ended, told to stop."""
+        self._called_at = -1.0
         self.clones: list[ActorProcess] = []
         self.strays: list[LearnerProcess] = []
         self.spools = [MemorySpool(self.oracle) for _ in range(self.plan.actors)]
@@ -349,6 +353,8 @@ class Simulator:
         peer = f"{client.name}/{client.session}/{self._ticket}".encode()
         if client.link is not None:
             self._links.pop(client.link.peer, None) if client.link.survives < 0 else None
+            if self.chance.random() < 0.5:  # A ping finds out too, later: both must do.
+                client.core.remade(self.now)
         client.link = self._links[peer] = Link(peer=peer, owner=client)
         self._pump(client)
 
@@ -458,7 +464,7 @@ class Simulator:
         session, places = self._session(), self.plan.concurrency
         core = ActorCore(spool, RUN, f"a{index}", session=session, limits=LIMITS)
         actor = ActorProcess(name=f"a{index}", session=session, core=core, spool=spool, free=[places, places],
-                             clone=clone)  # fmt: skip
+                             clone=clone, began=self.now)  # fmt: skip
         if clone:
             self.clones.append(actor)
         else:
@@ -556,13 +562,14 @@ class Simulator:
             client.link.alive, client.link.survives = False, self.chance.randint(0, client.link.sent)
         if isinstance(client, ActorProcess) and not client.clone:
             index = int(client.name[1:])
-            if client.stopping and not len(client.spool):
+            if client.stopping and not len(client.spool) and client.began > self._called_at:
                 self.actors[index] = None
+                self._done.add(index)
             else:
                 client.spool.crash(self.chance)
                 self._at(self.chance.uniform(0.2, 2.0), self._start_actor, index)
         elif client is self.learner:
-            self._at(self.chance.uniform(0.2, 2.0), self._start_learner)
+            self._at(self.chance.uniform(0.2, 2.0), self._start_learner_again)
 
     def _refused(self, client: Client) -> None:
         self._count("fenced")
@@ -577,6 +584,17 @@ class Simulator:
         core.join(step, self.now, history_of(line))
         self._connect(self.learner)
         self._pump(self.learner)
+
+    def _start_learner_again(self) -> None:
+        """Start the learner and, as its supervisor does, actors that have ended and have work again.
+
+        Without work the supervisor starts them too, and ends them with the learner.
+        """
+        self._start_learner()
+        if self.checkpoints[-1][0] < self.config.steps:
+            self._called_at = self.now
+            while self._done:
+                self._start_actor(self._done.pop())
 
     def _learn(self, learner: LearnerProcess) -> None:
         core: LearnerCore = learner.core
@@ -741,7 +759,7 @@ class Simulator:
         if fault.target % 2 and learner.link is not None:
             self._cut(learner.link)
         self.learner = None
-        self._at(0.5, self._start_learner)
+        self._at(0.5, self._start_learner_again)
 
 
 def history_of(line: Sequence[Sequence[Any]]) -> str:

@@ -137,10 +137,10 @@ def actor(serving: HubProcess, name: str) -> ActorClient:
     return ActorClient(channel, spool, run_id(serving.folder), name, deadlines=PATIENT)
 
 
-async def deliver(client: ActorClient, least: int, tokens: int, *, until: Callable[[], bool]) -> int:
-    """Answer at least so many leases, and go on until a condition holds; returns how many."""
+async def deliver(client: ActorClient, least: int, tokens: int) -> int:
+    """Answer at least so many leases; returns how many."""
     sent = 0
-    while sent < least or not until():
+    while sent < least:
         await client.want(16, 0)
         word = await client.receive()
         for lease in word.leases if isinstance(word, m.Grant) else ():
@@ -414,7 +414,7 @@ def under_attack(folder: Path, *, garbage: int, least: int, total: int) -> None:
     config = settings(total)
     with hub(folder, config) as serving, contextlib.closing(begin(serving)):
         pid = serving.process.pid
-        alone, crowded, sent = asyncio.run(asyncio.wait_for(race(serving, garbage, least), HANGS_S))
+        alone, crowded, sent = asyncio.run(asyncio.wait_for(race(serving, garbage, least), 3 * HANGS_S))
         print(
             f"honest, 64 KB: {alone:.0f}/s alone, {crowded:.0f}/s under attack, {crowded / alone:.2f} of it"
         )
@@ -439,15 +439,15 @@ async def race(serving: HubProcess, garbage: int, least: int) -> tuple[float, fl
         await client.prove(synthetic.proof(synthetic.update(0, step=0)))
     tokens = (64 << 10) // synthetic.BYTES_PER_TOKEN
 
-    async def together(until: Callable[[], bool]) -> tuple[int, float]:
+    async def together(least: int) -> tuple[int, float]:
         began = time.monotonic()
-        sent = sum(await asyncio.gather(*(deliver(a, least, tokens, until=until) for a in actors)))
+        sent = sum(await asyncio.gather(*(deliver(client, least, tokens) for client in actors)))
         assert serving.process.poll() is None, (serving.folder / "hub.err").read_text()[-2000:]
         for client in actors:
             await client.drain()
         return sent, time.monotonic() - began
 
-    quiet_sent, quiet_s = await together(lambda: True)
+    quiet_sent, quiet_s = await together(least)
     with contextlib.ExitStack() as stack:
         crowd = [
             stack.enter_context(strangers.attacking(*arguments))
@@ -459,15 +459,18 @@ async def race(serving: HubProcess, garbage: int, least: int) -> tuple[float, fl
         ]  # fmt: skip
         most = stack.enter_context(highest_memory(serving.process.pid))
         arrived = [asyncio.create_task(asyncio.to_thread(one.stdout.readline)) for one in crowd[:3]]  # type: ignore[union-attr]
-        sent, seconds = await together(lambda: all(task.done() for task in arrived))
-        await asyncio.gather(*arrived)
+        # Attackers are slow where honest actors take the processors: nothing else may depend on their speed.
+        await asyncio.gather(*arrived[:2])
+        sent, seconds = await together(least)
+        await arrived[2]
+        late_sent, _ = await together(GROUP)
     for client in actors:
         await client.close()
     print(
         f"hub: at most {most[0] >> 20} MB of {MEMORY_BYTES >> 20}", read_json(serving.folder / "status.json")
     )
     assert most[0] <= 1.1 * MEMORY_BYTES
-    return quiet_sent / quiet_s, sent / seconds, quiet_sent + sent
+    return quiet_sent / quiet_s, sent / seconds, quiet_sent + sent + late_sent
 
 
 @pytest.mark.timeout(900)

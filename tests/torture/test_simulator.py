@@ -300,7 +300,7 @@ def test_smoke_a_planted_bug_is_caught(plant: Callable[[], AbstractContextManage
 def test_smoke_a_failure_shrinks_to_the_fault_that_matters() -> None:
     def fails(schedule: list[Fault]) -> bool:
         try:
-            Simulator(3, SMALL, schedule, CheapWire()).run()
+            Simulator(1, SMALL, schedule, CheapWire()).run()
         except (AssertionError, simulator.SlipstreamError):
             return True
         return False

@@ -37,6 +37,7 @@ class ActorClient:
     ) -> None:
         """Prepare; nothing is sent before `connect`."""
         self._channel, self._spool = channel, spool
+        channel.remade = self._remade
         self._limits = deadlines or Deadlines()
         self._hub = f"hub at {channel.address}"
         self._core = ActorCore(spool, run, name, session=secrets.token_hex(8), hub=self._hub,
@@ -211,6 +212,13 @@ class ActorClient:
         except SlipstreamError as error:
             self._fail(error)
         self._changed.set()
+
+    def _remade(self) -> None:
+        self._core.remade(time.monotonic())
+        try:
+            self._turn()
+        except SlipstreamError as error:
+            self._fail(error)
 
     def _fail(self, error: SlipstreamError) -> None:
         """Give the failure to everybody who waits."""

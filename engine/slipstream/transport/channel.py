@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from slipstream.messages import Buffer, Message
@@ -27,10 +27,16 @@ class Handler(Protocol):
         """Make everything handled so far durable."""
 
 
+def nothing() -> None:
+    """Do nothing."""
+
+
 class AsyncChannel(Protocol):
     """An actor's end."""
 
     address: str
+    remade: Callable[[], None]
+    """Called when the connection broke and was made anew: what was on its way may be lost."""
 
     def send_now(self, frames: Sequence[Buffer]) -> bool:
         """Hand one message over; returns False when the hub takes none now."""
@@ -52,6 +58,8 @@ class SyncChannel(Protocol):
     """The learner's end."""
 
     address: str
+    remade: Callable[[], None]
+    """Called when the connection broke and was made anew: what was on its way may be lost."""
 
     def send(self, frames: Sequence[Buffer], timeout_s: float) -> bool:
         """Hand one message over; returns False when the hub took none in time."""

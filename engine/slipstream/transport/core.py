@@ -112,6 +112,11 @@ class PeerCore:
         self._hear()
         self._join_again(now)
 
+    def remade(self, now: float) -> None:
+        """Join again over a connection that was made anew: a quiet hub may not even know that one broke."""
+        FLIGHT.note("joins again: the connection was made anew")
+        self._say_hello(now)
+
     def _join_again(self, now: float) -> None:
         # What comes in numbers, refusals or damage, a single Hello answers.
         if now - self._hello_at >= self.limits.ping_s or "welcome" not in self.waits:

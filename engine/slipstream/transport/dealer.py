@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 import zmq
@@ -14,6 +14,7 @@ from zmq.utils.monitor import parse_monitor_message
 from slipstream.errors import AddressError, RefusedError, SlipstreamError
 from slipstream.keys import ClientKeys
 from slipstream.messages import Buffer
+from slipstream.transport.channel import nothing
 from slipstream.transport.sockets import receive_frames, send_frames, set_dealer_options
 
 _EVENTS, _IN, _OUT = int(zmq.EVENTS), int(zmq.POLLIN), int(zmq.POLLOUT)
@@ -30,11 +31,12 @@ _WATCHED: Final = (
 
 
 class _Connection:
-    """A DEALER socket and what its handshakes come to; libzmq itself would try no more, and say nothing."""
+    """A DEALER socket and what its handshakes come to, of which libzmq itself says nothing."""
 
     def __init__(self, address: str, keys: ClientKeys | None) -> None:
         self._address, self._keys = address, keys
-        self._known = False
+        self.made = 0
+        """How often the connection was made; libzmq makes it anew when it breaks."""
         self._unexplained: deque[float] = deque(maxlen=_UNEXPLAINED)
         self.context = zmq.Context()
         self.socket: zmq.Socket[bytes] = self.context.socket(zmq.DEALER)
@@ -50,19 +52,24 @@ class _Connection:
                 f"ipc://PATH"
             ) from error
 
-    def check(self) -> None:
-        """Raise RefusedError or AddressError once a handshake shows that no other one can end well."""
+    def remade(self) -> bool:
+        """Return whether the connection was made anew since the last call.
+
+        Raises RefusedError or AddressError once a handshake shows that no other one can end well.
+        """
+        before = self.made
         while int(self.monitor.getsockopt(_EVENTS)) & _IN:
             event = parse_monitor_message(self.monitor.recv_multipart())
             failure = self._failure(int(event["event"]), int(event["value"]))
             if failure is not None:
                 raise failure
+        return self.made > max(1, before)
 
     def _failure(self, kind: int, value: int) -> SlipstreamError | None:
         hub, keys = f"the hub at {self._address}", self._keys
         match kind:
             case zmq.EVENT_HANDSHAKE_SUCCEEDED:
-                self._known = True
+                self.made += 1
             case zmq.EVENT_HANDSHAKE_FAILED_AUTH if keys is not None:
                 return RefusedError(
                     f"{hub} refused the key in {keys.file}: it is not in the hub's allow-list; put "
@@ -72,7 +79,7 @@ class _Connection:
                 return AddressError(f"{hub} is none: expected its half of a handshake, got error {value:#x}")
             case zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL:
                 return self._mismatch(hub)
-            case zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL if not self._known:
+            case zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL if not self.made:
                 # A hub that closes fast enough is gone before its half of the handshake is read.
                 self._unexplained.append(time.monotonic())
                 quick = self._unexplained[-1] - self._unexplained[0] < _WITHIN_S
@@ -101,6 +108,7 @@ class DealerChannel:
         Sending and receiving raise RefusedError once the hub has turned this client away at the door.
         """
         self.address = address
+        self.remade: Callable[[], None] = nothing
         self._connection = _Connection(address, keys)
         self._socket = self._connection.socket
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -169,9 +177,10 @@ class DealerChannel:
             self._writable.set()
 
     def _look_at_handshakes(self) -> None:
-        """Wake everybody when this client was turned away."""
+        """Tell of a connection that was made anew, and wake everybody when this client was turned away."""
         try:
-            self._connection.check()
+            if self._connection.remade():
+                self.remade()
         except (AddressError, RefusedError) as error:
             self._failure = error
         if self._failure is not None:
@@ -188,6 +197,7 @@ class SyncDealerChannel:
         Sending and receiving raise RefusedError once the hub has turned this client away at the door.
         """
         self.address = address
+        self.remade: Callable[[], None] = nothing
         self._connection = _Connection(address, keys)
         self._socket = self._connection.socket
 
@@ -220,6 +230,7 @@ class SyncDealerChannel:
             ready: dict[Any, int] = dict(poller.poll(max(0, int(1000 * (end - time.monotonic())))))
             if self._socket in ready:
                 return True
-            self._connection.check()
+            if self._connection.remade():
+                self.remade()
             if time.monotonic() >= end:
                 return False

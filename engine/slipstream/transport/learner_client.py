@@ -26,6 +26,7 @@ class LearnerClient:
     ) -> None:
         """Prepare; nothing is sent before `connect`."""
         self._channel = channel
+        channel.remade = lambda: self._core.remade(time.monotonic())
         self._limits = deadlines or Deadlines()
         self._hub = f"hub at {channel.address}"
         self._core = LearnerCore(run, name, session=secrets.token_hex(8), hub=self._hub, limits=self._limits)

@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 
 from slipstream.messages import Buffer, decode_message, encode_message
-from slipstream.transport.channel import Handler, Reply
+from slipstream.transport.channel import Handler, Reply, nothing
 
 
 class MemoryHub:
@@ -56,6 +56,7 @@ class MemoryChannel:
     def __init__(self, hub: MemoryHub, peer: bytes) -> None:
         """Connect; made by `MemoryHub.channel`."""
         self.address, self.peer = "memory", peer
+        self.remade: Callable[[], None] = nothing
         self._hub, self._closed = hub, False
         self._messages: deque[list[Buffer]] = deque()
         self._arrived = asyncio.Event()
@@ -98,6 +99,7 @@ class MemorySyncChannel:
         """Wrap a connection; made by `MemoryHub.sync_channel`."""
         self._channel, self._hub = channel, channel._hub
         self.address = channel.address
+        self.remade: Callable[[], None] = nothing
 
     def send(self, frames: Sequence[Buffer], _timeout_s: float) -> bool:
         """Let the hub handle one message now."""
