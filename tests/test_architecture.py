@@ -419,7 +419,7 @@ PERMITTED_WAITS = {
     "slipstream.transport.dealer": {
         "DealerChannel._wait: ready.wait()",
         # Only while the monitor has something.
-        "_Connection.check: self.monitor.recv_multipart()",
+        "_Connection.remade: self.monitor.recv_multipart()",
     },
     "slipstream.transport.door": {
         # Only what a poll has announced.
