@@ -89,13 +89,13 @@ def test_a_conversation_goes_on_from_its_beginnings() -> None:
             [{"role": "robot"}],
             "messages[0].role: expected one of assistant, system, tool, user, got 'robot'",
         ),
-        ([{"role": "use", "content": 3}], "messages[0].content: expected text or a list of parts, got 3"),
+        ([{"role": "user", "content": 3}], "messages[0].content: expected text or a list of parts, got 3"),
         (
-            [{"role": "use", "content": [{"type": "image_url"}]}],
+            [{"role": "user", "content": [{"type": "image_url"}]}],
             "messages[0].content[0]: expected a part of type text, got 'image_url'",
         ),
         (
-            [{"role": "use", "content": "x", "tool_calls": [call("{}")]}],
+            [{"role": "user", "content": "x", "tool_calls": [call("{}")]}],
             "messages[0].tool_calls: expected a list, in an assistant's message only",
         ),
         (
