@@ -11,8 +11,9 @@ that no document can end a message or begin one. The template's words and a syst
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,24 @@ PIECES = r'\{"name": "\w+", "arguments": \{"\w+": "|"\}\}|\w+ ?|[^\w\s] ?|\s+'
 
 PROBE, OTHER_PROBE = "probe-of-the-template", "another-probe"
 """Contents by which rendered messages are found again."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Said:
+    """A message of a conversation, calls written out in its text."""
+
+    role: str
+    """system, user, assistant or tool."""
+    text: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Piece:
+    """Text of one source."""
+
+    text: str
+    barred: frozenset[int] = frozenset()
+    """Tokens that may not come out of it."""
 
 
 def train_tokenizer(texts: Iterable[str], *, vocabulary: int) -> PreTrainedTokenizerFast:
@@ -94,6 +113,7 @@ class Chat:
         self._explain_calls = explain_calls
         self._encoder = tokenizer.backend_tokenizer
         self._control = _control_tokens(tokenizer)
+        self._call_tokens = frozenset(tokenizer.convert_tokens_to_ids(token) for token in CALL_TOKENS)
         self.stop_token = int(tokenizer.eos_token_id)
         self._stop_text = str(tokenizer.eos_token)
         self._tool_role = "tool" if self._shows("user", "tool") else "user"
@@ -124,6 +144,50 @@ class Chat:
     def message(self, text: str) -> Int32Array:
         """Return the tokens of one assistant message as the policy would sample them, stop token included."""
         return np.append(self.encode(text), np.int32(self.stop_token))
+
+    def conversation(self, messages: Sequence[Said], tools: Sequence[ToolSpec] = ()) -> Int32Array:
+        """Return the [T] tokens of a whole conversation, up to where the policy goes on.
+
+        Tools stand in the system message, in front of which one is put where there is none. Raises
+        CheckpointError when the template leaves a message out.
+        """
+        said = list(messages)
+        if tools and (not said or said[0].role != "system"):
+            said.insert(0, Said(role="system", text=self.system_message(tools)))
+        elif tools:
+            said[0] = Said(role="system", text=f"{said[0].text}\n{self.system_message(tools)}".lstrip("\n"))
+        return self._encode(self._pieces(said, self._render(self._shown(said), generate=True)))
+
+    def continuation(self, messages: Sequence[Said]) -> Int32Array:
+        """Return the tokens from the policy's stop token to its next message, when these messages come then.
+
+        Raises CheckpointError when the template does not end messages with that token.
+        """
+        said = [Said(role="user", text="?"), Said(role="assistant", text="!"), *messages]
+        pieces = self._pieces(said, self._render(self._shown(said), generate=True))
+        # Template, question, template, answer; behind it the stop token opens the rest.
+        before_stop, stop, after = pieces[4].text.partition(self._stop_text)
+        if not stop or before_stop.strip():
+            raise self._no_stop()
+        return self._encode([Piece(text=after), *pieces[5:]])
+
+    def _shown(self, said: Sequence[Said]) -> list[dict[str, str]]:
+        """Return messages as the template takes them, each content a probe of its own."""
+        roles = {"tool": self._tool_role, "system": "system" if self._system_role else "user"}
+        return [{"role": roles.get(one.role, one.role), "content": _probe(n)} for n, one in enumerate(said)]
+
+    def _pieces(self, said: Sequence[Said], rendered: str) -> list[Piece]:
+        """Return the template's pieces and the contents between them, alternating."""
+        control = {"system": frozenset[int](), "assistant": self._control - self._call_tokens}
+        pieces: list[Piece] = []
+        for number, one in enumerate(said):
+            before, found, rendered = rendered.partition(_probe(number))
+            if not found:
+                raise CheckpointError(
+                    f"the chat template leaves out a message of role {one.role}; choose one that shows all"
+                )
+            pieces += [Piece(text=before), Piece(text=one.text, barred=control.get(one.role, self._control))]
+        return [*pieces, Piece(text=rendered)]
 
     def _prompt(self, system: str, user: str) -> Int32Array:
         messages = [{"role": "system", "content": system}, {"role": "user", "content": PROBE}]
@@ -157,28 +221,47 @@ class Chat:
         _, _, after = rendered.partition(PROBE)
         before_stop, stop, bridge = after.partition(self._stop_text)
         if not stop or before_stop.strip():
-            raise CheckpointError(
-                f"the chat template does not end an assistant message with the tokenizer's eos_token "
-                f"{self._stop_text!r}; set eos_token to the token that ends a message"
-            )
+            raise self._no_stop()
         return _around(OTHER_PROBE, bridge)
 
+    def _no_stop(self) -> CheckpointError:
+        return CheckpointError(
+            f"the chat template does not end an assistant message with the tokenizer's eos_token "
+            f"{self._stop_text!r}; set eos_token to the token that ends a message"
+        )
+
     def _encode_between(self, before: str, content: str, after: str) -> Int32Array:
-        """Encode a template's text with untrusted content in it; no control token comes out of the content.
+        """Encode a template's text with untrusted content in it."""
+        return self._encode(
+            [Piece(text=before), Piece(text=content, barred=self._control), Piece(text=after)]
+        )
+
+    def _encode(self, pieces: Sequence[Piece]) -> Int32Array:
+        """Encode text of several sources; out of each comes no token that is barred from it.
 
         All is encoded as one, as the model has seen it in training, so ordinary content gives the tokens
-        that it gives anywhere. Where content spells a control token, the text is cut within it and the
-        parts are encoded apart.
+        that it gives anywhere. Where a piece spells a barred token, the text is cut within it and the parts
+        are encoded apart.
         """
-        text, start, end = before + content + after, len(before), len(before) + len(content)
+        text = "".join(piece.text for piece in pieces)
+        ends = list(accumulate(len(piece.text) for piece in pieces))
+        barred = [
+            (end - len(piece.text), end, piece.barred)
+            for piece, end in zip(pieces, ends, strict=True)
+            if piece.barred and piece.text
+        ]
         cuts = {0, len(text)}
         while True:
             tokens: list[int] = []
             more: set[int] = set()
             for token, first, last in self._spans(text, sorted(cuts)):
-                if token in self._control and first < end and last > start:
+                struck = [
+                    (start, end) for start, end, tokens_barred in barred
+                    if first < end and last > start and token in tokens_barred
+                ]  # fmt: skip
+                for start, end in struck:
                     more.update(cut for cut in (start, end, first + 1) if first < cut < last)
-                else:
+                if not struck:
                     tokens.append(token)
             if not more:
                 return np.array(tokens, dtype=np.int32)
@@ -212,6 +295,10 @@ def _control_tokens(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     added = tokenizer.added_tokens_decoder.items()
     control = {number for number, token in added if token.special or not token.content.isspace()}
     return frozenset(control - {tokenizer.unk_token_id})
+
+
+def _probe(number: int) -> str:
+    return f"{PROBE}-{number:06d}"
 
 
 def _around(probe: str, rendered: str) -> tuple[str, str]:

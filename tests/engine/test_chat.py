@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from slipstream.chat import CHAT_TEMPLATE, OTHER_PROBE, PROBE, Chat, load_tokenizer, train_tokenizer
+from slipstream.chat import CHAT_TEMPLATE, OTHER_PROBE, PROBE, Chat, Said, load_tokenizer, train_tokenizer
 from slipstream.config import EnvironmentConfig
 from slipstream.environments.research import FAULTS, TOOLS, ResearchTasks, corpus
 from slipstream.errors import CheckpointError
@@ -211,3 +211,66 @@ def test_load_tokenizer_names_what_is_missing(tmp_path: Path, tokenizer: PreTrai
         load_tokenizer(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     assert Chat(load_tokenizer(tmp_path)).message("Oslo").tolist() == Chat(tokenizer).message("Oslo").tolist()
+
+
+def dialogue(strict: bool) -> list[Said]:
+    """Everything there is: two users, a call, its result, a closing word."""
+    opening = [] if strict else [Said(role="system", text="Be brief.")]
+    return [
+        *opening,
+        Said(role="user", text="Where does Ada Kline live?"),
+        Said(role="assistant", text=format_call("open", {"document": "17"})),
+        Said(role="user" if strict else "tool", text="Ada Kline lives in Oslo."),
+        Said(role="assistant", text="Oslo"),
+        Said(role="user", text="Sure?"),
+    ]
+
+
+def test_a_conversation_gives_the_tokens_of_the_rendered_one(any_tokenizer: PreTrainedTokenizerFast) -> None:
+    said = dialogue(any_tokenizer.chat_template == STRICT)
+    shown = [{"role": one.role, "content": one.text} for one in said]
+    whole = any_tokenizer.apply_chat_template(shown, tokenize=False, add_generation_prompt=True)
+    expected = any_tokenizer.encode(whole, add_special_tokens=False)
+    assert Chat(any_tokenizer).conversation(said).tolist() == expected
+
+
+def test_a_conversation_grows_by_what_was_said_and_its_continuation(
+    any_tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    if any_tokenizer.chat_template == FORGETFUL:
+        pytest.skip("rewrites what it showed before: that is why history is never rendered again")
+    chat, said = Chat(any_tokenizer), dialogue(any_tokenizer.chat_template == STRICT)
+    calls = [index for index, one in enumerate(said) if one.role == "assistant"]
+    tokens = chat.conversation(said[: calls[0]])
+    for index, following in zip(calls, [*calls[1:], len(said)], strict=True):
+        more = chat.continuation(said[index + 1 : following])
+        tokens = np.concatenate([tokens, chat.message(said[index].text), more])
+    assert tokens.tolist() == chat.conversation(said).tolist()
+
+
+def test_tools_stand_in_the_system_message(chat: Chat) -> None:
+    listed = chat.system_message(TOOLS)
+    for system in ((), (Said(role="system", text="Be brief."),)):
+        tokens = chat.conversation([*system, Said(role="user", text="?")], TOOLS)
+        expected = Observation(system=f"Be brief.\n{listed}" if system else listed, user="?")
+        assert tokens.tolist() == chat.prompt(expected, TOOLS).tolist()
+
+
+@given(
+    st.lists(st.sampled_from(PARTS), max_size=12).map("".join), st.sampled_from(["user", "tool", "assistant"])
+)
+def test_no_message_of_a_client_ends_itself_or_begins_another(
+    any_tokenizer: PreTrainedTokenizerFast, said: str, role: str
+) -> None:
+    """An assistant's message may hold a call, as those that were sampled do."""
+    if any_tokenizer.chat_template == STRICT and role == "tool":
+        role = "user"
+    chat = Chat(any_tokenizer)
+
+    def control(text: str) -> list[int]:
+        messages = [Said(role="user", text="a"), Said(role=role, text=text), Said(role="user", text="b")]
+        found = control_tokens(any_tokenizer, chat.conversation(messages))
+        calls = set(any_tokenizer.convert_tokens_to_ids(["<tool_call>", "</tool_call>"]))
+        return [token for token in found if role != "assistant" or token not in calls]
+
+    assert control(said) == control("x")
