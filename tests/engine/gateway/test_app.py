@@ -1,0 +1,265 @@
+"""The gateway over real sockets, asked by OpenAI's own client: what agents get, and what is recorded."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("starlette")
+pytest.importorskip("uvicorn")
+openai = pytest.importorskip("openai")
+httpx = pytest.importorskip("httpx")
+
+import uvicorn  # noqa: E402
+
+from slipstream.chat import Chat  # noqa: E402
+from slipstream.gateway.app import Gateway  # noqa: E402
+from slipstream.gateway.rollouts import Rollouts  # noqa: E402
+from slipstream.inference.embedded import EmbeddedBackend  # noqa: E402
+from slipstream.interfaces import InferenceBackend  # noqa: E402
+from slipstream.tools.hermes import format_call  # noqa: E402
+from slipstream.types import Completion, Int32Array, Sampling  # noqa: E402
+
+MAX_TOKENS = 256
+SEARCH = {
+    "type": "function",
+    "function": {
+        "name": "search",
+        "description": "Finds documents.",
+        "parameters": {"type": "object", "properties": {"query": {"type": "string"}}, "required": ["query"]},
+    },
+}
+QUESTION = [{"role": "user", "content": "Where does Ada Kline live?"}]
+
+
+class Scripted:
+    """A policy that says given words, one after another, whatever it is asked."""
+
+    def __init__(self, chat: Chat, *words: str) -> None:
+        self._chat, self._words, self.prompts = chat, list(words), list[Int32Array]()
+        self.go = asyncio.Event()
+        self.go.set()
+
+    async def generate(self, token_ids: Int32Array, sampling: Sampling, *, rollout_id: int) -> Completion:
+        await self.go.wait()
+        self.prompts.append(token_ids)
+        said = self._chat.message(self._words.pop(0))
+        logprobs = np.linspace(-1.0, -0.1, len(said), dtype=np.float32)
+        return Completion(
+            token_ids=said, logprobs=logprobs, versions=np.full(len(said), 3, np.int32), stopped=True
+        )
+
+    def release(self, rollout_id: int) -> None:
+        pass
+
+    async def load(self, update: Any) -> Any:
+        raise NotImplementedError
+
+
+class Serving:
+    """A gateway on a port of its own, in a thread with an event loop."""
+
+    def __init__(
+        self, gateway: Gateway, rollouts: Rollouts, loop: asyncio.AbstractEventLoop, url: str
+    ) -> None:
+        self.gateway, self.rollouts, self.loop, self.url = gateway, rollouts, loop, url
+
+    def client(self, key: str = "", **options: Any) -> Any:
+        """OpenAI's client, with a new rollout's key unless another is given."""
+        key = key or self.post("/v1/rollouts")["api_key"]
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, **options)
+
+    def post(self, path: str, status: int = 0, **body: Any) -> Any:
+        response = httpx.post(self.url + path, json=body, timeout=30)
+        if status:
+            assert response.status_code == status, response.text
+        return response.json()
+
+    def graph(self, client: Any) -> Any:
+        rollout = self.rollouts.find(client.api_key)
+        assert rollout is not None
+        return rollout.graph
+
+
+@contextmanager
+def serving(chat: Chat, backend: InferenceBackend) -> Iterator[Serving]:
+    rollouts = Rollouts(chat, backend, sampling=Sampling(max_tokens=48), max_tokens=MAX_TOKENS)
+    gateway = Gateway(rollouts, model="policy")
+    server = uvicorn.Server(uvicorn.Config(gateway.app, port=0, log_level="warning", lifespan="off"))
+    started = threading.Event()
+    found: dict[str, Any] = {}
+
+    async def run() -> None:
+        beside = [asyncio.create_task(backend.run())] if isinstance(backend, EmbeddedBackend) else []
+        task = asyncio.create_task(server.serve())
+        while not server.started:  # noqa: ASYNC110 - uvicorn has no event for it
+            await asyncio.sleep(0.005)
+        found.update(loop=asyncio.get_running_loop(), port=server.servers[0].sockets[0].getsockname()[1])
+        started.set()
+        await task
+        for one in beside:
+            one.cancel()
+
+    thread = threading.Thread(target=lambda: asyncio.run(run()))
+    thread.start()
+    try:
+        assert started.wait(30)
+        yield Serving(gateway, rollouts, found["loop"], f"http://127.0.0.1:{found['port']}")
+    finally:
+        server.should_exit = True
+        thread.join(30)
+        assert not thread.is_alive()
+
+
+def ask(client: Any, messages: list[Any], **more: Any) -> Any:
+    return client.chat.completions.create(model="policy", messages=messages, **more)
+
+
+def test_an_agent_with_tools_is_recorded_as_one_sample(chat: Chat) -> None:
+    """Its client writes the call anew each time; the tokens of the call stay those that were sampled."""
+    call = format_call("search", {"query": "Ada Kline"})
+    policy = Scripted(chat, call, "Oslo")
+    with serving(chat, policy) as served:
+        client = served.client()
+        first = ask(client, QUESTION, tools=[SEARCH]).choices[0]
+        assert first.finish_reason == "tool_calls" and first.message.content is None
+        (asked,) = first.message.tool_calls
+        assert (asked.function.name, asked.function.arguments) == ("search", '{"query":"Ada Kline"}')
+        result = {"role": "tool", "tool_call_id": asked.id, "content": "Ada Kline lives in Oslo."}
+        history = [*QUESTION, first.message.model_dump(exclude_none=True), result]
+        second = ask(client, history, tools=[SEARCH])
+        assert second.choices[0].message.content == "Oslo" and second.choices[0].finish_reason == "stop"
+        (sample,) = served.graph(client).samples()
+        served.post(f"/v1/rollouts/{client.api_key}/reward", 200, value=1)
+        ended = served.post(f"/v1/rollouts/{client.api_key}/finish", 200)
+        assert ended == {"id": client.api_key, "calls": 2, "samples": 1}
+    said = [*chat.message(call), *chat.message("Oslo")]
+    assert sample.token_ids[sample.loss_mask == 1].tolist() == said
+    assert set(sample.versions[sample.loss_mask == 1].tolist()) == {3}
+    more = chat.bridge("Ada Kline lives in Oslo.")
+    assert policy.prompts[1].tolist() == [*policy.prompts[0], *chat.message(call), *more]
+    assert second.usage.prompt_tokens == len(policy.prompts[1])
+
+
+def test_the_embedded_policys_tokens_and_log_probabilities_arrive_unchanged(
+    chat: Chat, make_model: Callable[..., Any]
+) -> None:
+    model = make_model(vocabulary=768, max_tokens=MAX_TOKENS)
+    backend = EmbeddedBackend(model, stop_token=chat.stop_token, rows=4, max_tokens=MAX_TOKENS)
+    with serving(chat, backend) as served:
+        client = served.client()
+        answer = ask(client, QUESTION, max_tokens=5)
+        again = ask(client, [*QUESTION, answer.choices[0].message, {"role": "user", "content": "?"}])
+        graph = served.graph(client)
+        samples = list(graph.samples())
+    turn = graph.turns[0]
+    assert answer.choices[0].model_extra["token_ids"] == turn.completion.token_ids.tolist()
+    assert answer.choices[0].finish_reason == ("stop" if turn.completion.stopped else "length")
+    assert len(turn.completion.token_ids) <= 5
+    assert again.choices[0].message.role == "assistant"
+    assert len(samples) == 1, "what was sampled is the beginning of the next prompt, whatever its text was"
+    assert (samples[0].behavior_logprobs[samples[0].loss_mask == 1] < 0).all()
+
+
+def test_a_stream_says_what_the_whole_answer_would(chat: Chat) -> None:
+    call = format_call("search", {"query": "x"})
+    with serving(chat, Scripted(chat, f"Let me look. {call}")) as served:
+        stream = ask(
+            served.client(), QUESTION, tools=[SEARCH], stream=True, stream_options={"include_usage": True}
+        )
+        chunks = list(stream)
+    deltas = [chunk.choices[0].delta for chunk in chunks if chunk.choices]
+    assert "".join(delta.content or "" for delta in deltas) == "Let me look."
+    (told,) = [one for delta in deltas for one in delta.tool_calls or ()]
+    assert (told.function.name, told.function.arguments) == ("search", '{"query":"x"}')
+    assert [chunk.choices[0].finish_reason for chunk in chunks if chunk.choices][-1] == "tool_calls"
+    assert chunks[-1].usage.completion_tokens > 0
+
+
+def test_a_request_that_comes_twice_is_sampled_once(chat: Chat) -> None:
+    with serving(chat, Scripted(chat, "Oslo", "Rome")) as served:
+        client = served.client(default_headers={"Idempotency-Key": "one"})
+        answers = [ask(client, QUESTION) for _ in range(2)]
+        assert answers[0].id == answers[1].id
+        assert len(served.graph(client).turns) == 1
+        other = client.with_options(default_headers={"Idempotency-Key": "two"})
+        assert ask(other, QUESTION).choices[0].message.content == "Rome"
+
+
+@pytest.mark.parametrize(
+    ("said", "fault"),
+    [
+        ('<tool_call>{"name": "search", "arguments": </tool_call>', "not JSON"),
+        ('<tool_call>{"name": "find", "arguments": {}}</tool_call>', "an unknown tool"),
+        ('<tool_call>{"name": "search", "arguments": {}}</tool_call>', "without query"),
+        ('<tool_call>{"name": "search"}</tool_call>', "without arguments"),
+        ('<tool_call>{"name": "search"', "not closed"),
+    ],
+)
+def test_a_call_that_is_none_is_text_and_a_fault(chat: Chat, said: str, fault: str) -> None:
+    with serving(chat, Scripted(chat, said)) as served:
+        client = served.client()
+        choice = ask(client, QUESTION, tools=[SEARCH]).choices[0]
+        rollout = served.rollouts.find(client.api_key)
+    assert choice.message.tool_calls is None and choice.message.content == said
+    assert rollout is not None and rollout.faults == [(0, fault)]
+
+
+def test_what_is_wrong_is_said_with_its_status(chat: Chat) -> None:
+    with serving(chat, Scripted(chat, "a")) as served:
+        client = served.client()
+        with pytest.raises(openai.AuthenticationError, match="expected a rollout's key"):
+            ask(served.client("nobody"), QUESTION)
+        with pytest.raises(openai.NotFoundError, match="model: expected policy, got gpt"):
+            client.chat.completions.create(model="gpt", messages=QUESTION)
+        with pytest.raises(openai.BadRequestError, match="n: expected 1, got 2"):
+            ask(client, QUESTION, n=2)
+        with pytest.raises(openai.BadRequestError, match="leave no room for an answer") as refused:
+            ask(client, [{"role": "user", "content": "many words " * 400}])
+        assert refused.value.code == "context_length_exceeded"
+        served.gateway.paused = True
+        with pytest.raises(openai.InternalServerError) as paused:
+            ask(client, QUESTION)
+        assert (paused.value.status_code, paused.value.response.headers["retry-after"]) == (503, "1")
+        served.gateway.paused = False
+        assert served.graph(client).turns == [], "nothing of these is recorded"
+        served.post("/v1/rollouts", 409, key=client.api_key)
+        served.post("/v1/rollouts/nobody/finish", 404)
+        served.post(f"/v1/rollouts/{client.api_key}/reward", 400, value="good")
+        served.post(f"/v1/rollouts/{client.api_key}/finish", 200)
+        served.post(f"/v1/rollouts/{client.api_key}/finish", 409)
+        served.post(f"/v1/rollouts/{client.api_key}/reward", 409, value=1)
+        with pytest.raises(openai.ConflictError, match="it is finished; open another"):
+            ask(client, QUESTION)
+
+
+def test_models_are_listed(chat: Chat) -> None:
+    with serving(chat, Scripted(chat)) as served:
+        assert [model.id for model in served.client().models.list()] == ["policy"]
+
+
+def test_two_calls_of_one_agent_are_answered_one_after_the_other(chat: Chat) -> None:
+    policy = Scripted(chat, "a", "b")
+    policy.go.clear()
+    with serving(chat, policy) as served:
+        client, answers = served.client(), list[str]()
+
+        def work() -> None:
+            answers.append(ask(client, QUESTION).choices[0].message.content)
+
+        threads = [threading.Thread(target=work) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        served.loop.call_soon_threadsafe(policy.go.set)
+        for thread in threads:
+            thread.join(30)
+        turns = served.graph(client).turns
+        samples = list(served.graph(client).samples())
+    assert sorted(answers) == ["a", "b"]
+    assert len(turns) == 2 and len(samples) == 1, "the same question twice is a repeated request"
