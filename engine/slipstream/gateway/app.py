@@ -1,6 +1,8 @@
 """Floor 5. The gateway's HTTP interface: OpenAI's for agents, whose API key is their rollout.
 
-    POST /v1/chat/completions            the agent's own client
+    POST /v1/chat/completions            the agent's own client, OpenAI's or, below, Anthropic's
+    POST /v1/responses
+    POST /v1/messages, /v1/messages/count_tokens
     GET  /v1/models
     POST /v1/rollouts                    {"key": optional} -> {"id", "api_key"}
     POST /v1/rollouts/{id}/reward        {"value": number}
@@ -17,6 +19,7 @@ import asyncio
 import json
 import math
 from collections.abc import AsyncIterator, Awaitable, Callable
+from functools import partial
 from typing import Any, Final
 
 from starlette.applications import Starlette
@@ -24,14 +27,21 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from slipstream.gateway import completions
+from slipstream.gateway.anthropic import AnthropicMessages
+from slipstream.gateway.completions import ChatCompletions
+from slipstream.gateway.dialect import Asked, Dialect, event
 from slipstream.gateway.messages import RequestError
+from slipstream.gateway.responses import Responses
 from slipstream.gateway.rollouts import FinishedError, Rollout, Rollouts, TooLongError
 
 KEEP_ALIVE_S: Final = 10.0
 RETRY_AFTER_S: Final = 1
 MOST_BYTES: Final = 64 << 20
+UNKNOWN_KEY: Final = "API key: expected a rollout's key; POST /v1/rollouts gives one"
 Handler = Callable[[HttpRequest], Awaitable[Response]]
+
+
+DIALECTS: Final[tuple[Dialect, ...]] = (ChatCompletions(), Responses(), AnthropicMessages())
 
 
 class Gateway:
@@ -45,57 +55,79 @@ class Gateway:
         self._rollouts, self._model = rollouts, model
         self.paused = False
         """While it is set calls are answered with 503: weights are changing."""
-        routes = (
-            ("/v1/chat/completions", self._chat, "POST"),
+        routes: list[tuple[str, Handler, str]] = [
+            (dialect.path, partial(self._call, dialect), "POST") for dialect in DIALECTS
+        ]
+        routes += [
+            ("/v1/messages/count_tokens", self._count, "POST"),
             ("/v1/models", self._models, "GET"),
             ("/v1/rollouts", self._open, "POST"),
             ("/v1/rollouts/{key}/reward", self._reward, "POST"),
             ("/v1/rollouts/{key}/finish", self._finish, "POST"),
-        )
+        ]
         self.app = Starlette(
             routes=[Route(path, _answering(handler), methods=[verb]) for path, handler, verb in routes]
         )
 
-    async def _chat(self, http: HttpRequest) -> Response:
-        rollout = self._rollout_of(http)
-        if rollout is None:
-            return _error(401, "invalid_api_key", "Authorization: expected a rollout's key as bearer token")
-        request = completions.read_request(await _body(http))
-        if request.model != self._model:
-            return _error(404, "model_not_found", f"model: expected {self._model}, got {request.model}")
-        if self.paused:
-            return _error(503, "paused", "weights are changing; try again", retry_after_s=RETRY_AFTER_S)
-        working = asyncio.create_task(
-            self._completed(rollout, request, http.headers.get("idempotency-key", ""))
-        )
-        if not request.stream:
+    async def _call(self, dialect: Dialect, http: HttpRequest) -> Response:
+        """Let the policy answer, in the dialect it was asked in."""
+        try:
+            rollout, asked = await self._asked(dialect, http)
+            if self.paused:
+                raise _Refusal(503, "paused", "weights are changing; try again")
+        except (_Refusal, RequestError) as error:
+            return _refused(dialect, error)
+        again = http.headers.get("idempotency-key", "")
+        working = asyncio.create_task(self._completed(dialect, rollout, asked, again))
+        if asked.stream:
+            return StreamingResponse(_streamed(dialect, asked, working), media_type="text/event-stream")
+        try:
             return JSONResponse(await working)
-        return StreamingResponse(_streamed(working, usage=request.usage), media_type="text/event-stream")
+        except RequestError as error:
+            return _refused(dialect, error)
+
+    async def _asked(self, dialect: Dialect, http: HttpRequest) -> tuple[Rollout, Asked]:
+        rollout = self._rollouts.find(dialect.key(http.headers))
+        if rollout is None:
+            raise _Refusal(
+                401, "invalid_api_key", "API key: expected a rollout's key; POST /v1/rollouts gives one"
+            )
+        asked = dialect.read(await _body(http), rollout)
+        if asked.model != self._model:
+            raise _Refusal(404, "model_not_found", f"model: expected {self._model}, got {asked.model}")
+        return rollout, asked
+
+    async def _count(self, http: HttpRequest) -> Response:
+        """Count a prompt's tokens; nothing is recorded."""
+        dialect = AnthropicMessages()
+        rollout = self._rollouts.find(dialect.key(http.headers))
+        if rollout is None:
+            return _refused(dialect, _Refusal(401, "invalid_api_key", UNKNOWN_KEY))
+        given = await _body(http)
+        try:
+            asked = dialect.read({"max_tokens": 1, **given} if isinstance(given, dict) else given, rollout)
+        except RequestError as error:
+            return _refused(dialect, error)
+        return JSONResponse({"input_tokens": self._rollouts.count(rollout, asked.messages, asked.tools)})
 
     async def _completed(
-        self, rollout: Rollout, request: completions.Request, idempotency: str
+        self, dialect: Dialect, rollout: Rollout, asked: Asked, idempotency: str
     ) -> dict[str, Any]:
-        if idempotency and idempotency in rollout.answered:
-            again: dict[str, Any] = await asyncio.shield(rollout.answered[idempotency])
-            return again
-        asked = asyncio.ensure_future(
-            self._rollouts.ask(rollout, request.messages, request.tools, max_tokens=request.max_tokens)
-        )
-        made: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
-        if idempotency:
-            self._rollouts.remember(rollout, idempotency, made)
-        try:
-            body = completions.response(request, await asked, rollout.key)
-        except BaseException as error:
-            if isinstance(error, RequestError):
-                made.set_exception(error)
-                made.exception()
-            else:
-                made.cancel()
-            rollout.answered.pop(idempotency, None)
-            raise
-        made.set_result(body)
+        """Return the answer, that of the first of several equal requests.
+
+        An agent that hangs up changes nothing: what is being sampled for it is sampled and recorded.
+        """
+        task = rollout.answered.get(idempotency) if idempotency else None
+        if task is None:
+            task = asyncio.create_task(self._answer(dialect, rollout, asked))
+            task.add_done_callback(lambda done: done.cancelled() or done.exception())
+            self._rollouts.remember(rollout, idempotency or f"call {id(task)}", task)
+        body: dict[str, Any] = await asyncio.shield(task)
         return body
+
+    async def _answer(self, dialect: Dialect, rollout: Rollout, asked: Asked) -> dict[str, Any]:
+        answered = await self._rollouts.ask(rollout, asked.messages, asked.tools, max_tokens=asked.max_tokens)
+        return dialect.body(asked, answered, rollout.key)
 
     async def _models(self, http: HttpRequest) -> Response:
         model = {"id": self._model, "object": "model", "created": 0, "owned_by": "slipstream"}
@@ -133,28 +165,34 @@ class Gateway:
             {"id": rollout.key, "calls": calls, "samples": len(list(rollout.graph.samples()))}
         )
 
-    def _rollout_of(self, http: HttpRequest) -> Rollout | None:
-        scheme, _, key = http.headers.get("authorization", "").partition(" ")
-        return self._rollouts.find(key) if scheme.lower() == "bearer" else None
-
     def _named(self, http: HttpRequest) -> Rollout | None:
         return self._rollouts.find(http.path_params["key"])
 
 
-async def _streamed(working: asyncio.Task[dict[str, Any]], *, usage: bool) -> AsyncIterator[str]:
-    """Yield comments while the answer is being made, then its events; an error is the last event."""
+class _Refusal(Exception):
+    """A request that is refused for another reason than what it holds."""
+
+    def __init__(self, status: int, code: str, message: str) -> None:
+        super().__init__(message)
+        self.status, self.code = status, code
+
+
+async def _streamed(
+    dialect: Dialect, asked: Asked, working: asyncio.Task[dict[str, Any]]
+) -> AsyncIterator[str]:
+    """Yield signs of life while the answer is being made, then its events; an error is the last event."""
     try:
         while not working.done():
             await asyncio.wait([working], timeout=KEEP_ALIVE_S)
             if not working.done():
-                yield ": waiting\n\n"
+                yield dialect.keep_alive
         try:
             body = working.result()
         except RequestError as error:
-            yield f"data: {json.dumps(_problem(*_status(error), str(error)))}\n\n"
+            yield event(dialect.problem(*_status(error), str(error)), "error")
             return
-        for event in completions.events(body, usage=usage):
-            yield event
+        for told in dialect.events(asked, body):
+            yield told
     finally:
         working.cancel()
 
@@ -181,9 +219,15 @@ def _answering(handler: Handler) -> Handler:
         try:
             return await handler(http)
         except RequestError as error:
-            return _error(*_status(error), str(error))
+            return _refused(ChatCompletions(), error)
 
     return handle
+
+
+def _refused(dialect: Dialect, error: _Refusal | RequestError) -> JSONResponse:
+    status, code = (error.status, error.code) if isinstance(error, _Refusal) else _status(error)
+    headers = {"Retry-After": str(RETRY_AFTER_S)} if status == 503 else None
+    return JSONResponse(dialect.problem(status, code, str(error)), status_code=status, headers=headers)
 
 
 def _status(error: RequestError) -> tuple[int, str]:
@@ -192,11 +236,5 @@ def _status(error: RequestError) -> tuple[int, str]:
     return 400, "context_length_exceeded" if isinstance(error, TooLongError) else "invalid_request"
 
 
-def _problem(status: int, code: str, message: str) -> dict[str, Any]:
-    kind = "invalid_request_error" if status < 500 else "server_error"
-    return {"error": {"message": message, "type": kind, "code": code, "param": None}}
-
-
-def _error(status: int, code: str, message: str, *, retry_after_s: int = 0) -> JSONResponse:
-    headers = {"Retry-After": str(retry_after_s)} if retry_after_s else None
-    return JSONResponse(_problem(status, code, message), status_code=status, headers=headers)
+def _error(status: int, code: str, message: str) -> JSONResponse:
+    return _refused(ChatCompletions(), _Refusal(status, code, message))

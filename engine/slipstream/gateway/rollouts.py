@@ -50,8 +50,8 @@ class Rollout:
     faults: list[tuple[int, str]] = field(default_factory=list)
     """(call, why what looked like a tool call was none)."""
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
-    answered: OrderedDict[str, Any] = field(default_factory=OrderedDict)
-    """Idempotency key -> the answer that was given."""
+    answered: OrderedDict[str, asyncio.Task[dict[str, Any]]] = field(default_factory=OrderedDict)
+    """Idempotency key -> the answer that is or was being made."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,6 +127,10 @@ class Rollouts:
             rollout.faults += [(turn.index, fault) for fault in answer.faults]
             return Answered(turn=turn, answer=answer)
 
+    def count(self, rollout: Rollout, messages: Sequence[Message], tools: Sequence[ToolSpec]) -> int:
+        """Return the tokens of the prompt that these messages would make."""
+        return len(self._prompt(rollout.graph, messages, tools))
+
     def _prompt(self, graph: Graph, messages: Sequence[Message], tools: Sequence[ToolSpec]) -> Int32Array:
         """Return the tokens of a conversation: what was sampled verbatim, and only the rest rendered."""
         before = graph.latest_before(messages)
@@ -136,7 +140,7 @@ class Rollouts:
         stop = [] if before.completion.stopped else [self._chat.stop_token]
         return np.concatenate([before.tokens_T, np.array(stop, np.int32), more])
 
-    def remember(self, rollout: Rollout, idempotency: str, answer: Any) -> None:
+    def remember(self, rollout: Rollout, idempotency: str, answer: asyncio.Task[dict[str, Any]]) -> None:
         """Keep an answer for a request that comes again."""
         rollout.answered[idempotency] = answer
         while len(rollout.answered) > _REMEMBERED:

@@ -263,3 +263,121 @@ def test_two_calls_of_one_agent_are_answered_one_after_the_other(chat: Chat) -> 
         samples = list(served.graph(client).samples())
     assert sorted(answers) == ["a", "b"]
     assert len(turns) == 2 and len(samples) == 1, "the same question twice is a repeated request"
+
+
+def claude(served: Serving) -> Any:
+    anthropic = pytest.importorskip("anthropic")
+    key = served.post("/v1/rollouts")["api_key"]
+    return anthropic.Anthropic(base_url=served.url, api_key=key, max_retries=0)
+
+
+TOOL = {"name": "search", "description": "Finds documents.", "input_schema": SEARCH["function"]["parameters"]}
+
+
+def test_anthropics_client_is_recorded_as_openais_is(chat: Chat) -> None:
+    call = format_call("search", {"query": "Ada Kline"})
+    policy = Scripted(chat, f"Let me look. {call}", "Oslo")
+    with serving(chat, policy) as served:
+        client = claude(served)
+        first = client.messages.create(model="policy", max_tokens=64, messages=QUESTION, tools=[TOOL])
+        assert first.stop_reason == "tool_use"
+        text, asked = first.content
+        assert (text.text, asked.name, asked.input) == ("Let me look.", "search", {"query": "Ada Kline"})
+        result = {"type": "tool_result", "tool_use_id": asked.id, "content": "Ada Kline lives in Oslo."}
+        history = [
+            *QUESTION,
+            {"role": "assistant", "content": [block.model_dump() for block in first.content]},
+            {"role": "user", "content": [result]},
+        ]
+        counted = client.messages.count_tokens(model="policy", messages=history, tools=[TOOL])
+        second = client.messages.create(model="policy", max_tokens=64, messages=history, tools=[TOOL])
+        (sample,) = served.graph(client).samples()
+    assert (second.content[0].text, second.stop_reason) == ("Oslo", "end_turn")
+    assert counted.input_tokens == second.usage.input_tokens == len(policy.prompts[1])
+    more = chat.bridge("Ada Kline lives in Oslo.")
+    said = chat.message(f"Let me look. {call}")
+    assert policy.prompts[1].tolist() == [*policy.prompts[0], *said, *more]
+    assert sample.token_ids[sample.loss_mask == 1].tolist() == [*said, *chat.message("Oslo")]
+
+
+def test_anthropics_stream_says_what_the_whole_answer_would(chat: Chat) -> None:
+    call = format_call("search", {"query": "x"})
+    with serving(chat, Scripted(chat, f"Let me look. {call}")) as served:
+        client = claude(served)
+        with client.messages.stream(model="policy", max_tokens=64, messages=QUESTION, tools=[TOOL]) as stream:
+            final = stream.get_final_message()
+    text, asked = final.content
+    assert (text.text, asked.name, asked.input) == ("Let me look.", "search", {"query": "x"})
+    assert final.stop_reason == "tool_use" and final.usage.output_tokens > 0
+
+
+def test_anthropics_errors_are_in_its_form(chat: Chat) -> None:
+    anthropic = pytest.importorskip("anthropic")
+    with serving(chat, Scripted(chat)) as served:
+        client = claude(served)
+        with pytest.raises(anthropic.NotFoundError, match="model: expected policy, got claude"):
+            client.messages.create(model="claude", max_tokens=1, messages=QUESTION)
+        image = [{"role": "user", "content": [{"type": "image"}]}]
+        with pytest.raises(anthropic.BadRequestError, match="got 'image'"):
+            client.messages.create(model="policy", max_tokens=1, messages=image)
+        stranger = anthropic.Anthropic(base_url=served.url, api_key="nobody", max_retries=0)
+        with pytest.raises(anthropic.AuthenticationError, match="expected a rollout's key"):
+            stranger.messages.create(model="policy", max_tokens=1, messages=QUESTION)
+        assert served.graph(client).turns == []
+
+
+FUNCTION = {"type": "function", **SEARCH["function"]}
+RESULT = "Ada Kline lives in Oslo."
+
+
+@pytest.mark.parametrize("goes_on", ["by the whole conversation", "by an id"])
+def test_responses_are_recorded_as_chat_completions_are(chat: Chat, goes_on: str) -> None:
+    call = format_call("search", {"query": "Ada Kline"})
+    policy = Scripted(chat, f"Let me look. {call}", "Oslo")
+    with serving(chat, policy) as served:
+        client = served.client()
+        first = client.responses.create(model="policy", input="Where does Ada Kline live?", tools=[FUNCTION])
+        message, asked = first.output
+        assert first.output_text == "Let me look." and message.role == "assistant"
+        assert (asked.name, asked.arguments) == ("search", '{"query":"Ada Kline"}')
+        result = {
+            "type": "function_call_output",
+            "call_id": asked.call_id,
+            "output": "Ada Kline lives in Oslo.",
+        }
+        if goes_on == "by an id":
+            more: dict[str, Any] = {"input": [result], "previous_response_id": first.id}
+        else:
+            items = [item.model_dump(exclude_none=True) for item in first.output]
+            more = {"input": [{"role": "user", "content": "Where does Ada Kline live?"}, *items, result]}
+        second = client.responses.create(model="policy", tools=[FUNCTION], **more)
+        (sample,) = served.graph(client).samples()
+    assert second.output_text == "Oslo" and second.status == "completed"
+    said = chat.message(f"Let me look. {call}")
+    bridge = chat.bridge(RESULT)
+    assert policy.prompts[1].tolist() == [*policy.prompts[0], *said, *bridge]
+    assert sample.token_ids[sample.loss_mask == 1].tolist() == [*said, *chat.message("Oslo")]
+
+
+def test_a_stream_of_responses_says_what_the_whole_answer_would(chat: Chat) -> None:
+    call = format_call("search", {"query": "x"})
+    with serving(chat, Scripted(chat, f"Let me look. {call}")) as served:
+        client = served.client()
+        with client.responses.stream(model="policy", input="?", tools=[FUNCTION]) as stream:
+            kinds = [told.type for told in stream]
+            final = stream.get_final_response()
+    assert kinds[0] == "response.created" and kinds[-1] == "response.completed"
+    assert final.output_text == "Let me look."
+    assert (final.output[1].name, final.output[1].arguments) == ("search", '{"query":"x"}')
+
+
+def test_what_responses_cannot_do_here_is_said(chat: Chat) -> None:
+    with serving(chat, Scripted(chat)) as served:
+        client = served.client()
+        with pytest.raises(openai.BadRequestError, match="expected type function, got 'web_search'"):
+            client.responses.create(model="policy", input="?", tools=[{"type": "web_search"}])
+        with pytest.raises(openai.BadRequestError, match="this rollout has no answer 'resp-1'"):
+            client.responses.create(model="policy", input="?", previous_response_id="resp-1")
+        with pytest.raises(openai.BadRequestError, match=r"input\[0\]: expected a message"):
+            client.responses.create(model="policy", input=[{"type": "item_reference", "id": "x"}])
+        assert served.graph(client).turns == []
