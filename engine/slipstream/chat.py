@@ -119,6 +119,7 @@ class Chat:
         self._tool_role = "tool" if self._shows("user", "tool") else "user"
         self._system_role = self._shows("system", "user")
         self.bridge = lru_cache(maxsize=65536)(self._bridge)
+        self._frame = lru_cache(maxsize=4096)(self._roles_frame)
 
     def prompt(self, observation: Observation, tools: Sequence[ToolSpec]) -> Int32Array:
         """Return the [T] tokens up to the policy's first message."""
@@ -156,7 +157,7 @@ class Chat:
             said.insert(0, Said(role="system", text=self.system_message(tools)))
         elif tools:
             said[0] = Said(role="system", text=f"{said[0].text}\n{self.system_message(tools)}".lstrip("\n"))
-        return self._encode(self._pieces(said, self._render(self._shown(said), generate=True)))
+        return self._encode(self._pieces(said))
 
     def continuation(self, messages: Sequence[Said]) -> Int32Array:
         """Return the tokens from the policy's stop token to its next message, when these messages come then.
@@ -164,30 +165,42 @@ class Chat:
         Raises CheckpointError when the template does not end messages with that token.
         """
         said = [Said(role="user", text="?"), Said(role="assistant", text="!"), *messages]
-        pieces = self._pieces(said, self._render(self._shown(said), generate=True))
+        pieces = self._pieces(said)
         # Template, question, template, answer; behind it the stop token opens the rest.
         before_stop, stop, after = pieces[4].text.partition(self._stop_text)
         if not stop or before_stop.strip():
             raise self._no_stop()
         return self._encode([Piece(text=after), *pieces[5:]])
 
-    def _shown(self, said: Sequence[Said]) -> list[dict[str, str]]:
-        """Return messages as the template takes them, each content a probe of its own."""
-        roles = {"tool": self._tool_role, "system": "system" if self._system_role else "user"}
-        return [{"role": roles.get(one.role, one.role), "content": _probe(n)} for n, one in enumerate(said)]
+    def _pieces(self, said: Sequence[Said]) -> list[Piece]:
+        """Return what the template puts around the messages, and their contents between, alternating."""
+        frame = self._frame(tuple(one.role for one in said))
+        barred = {"system": frozenset[int](), "assistant": self._control - self._call_tokens}
+        pieces = [Piece(text=frame[0])]
+        for one, behind in zip(said, frame[1:], strict=True):
+            pieces += [
+                Piece(text=one.text, barred=barred.get(one.role, self._control)), Piece(text=behind)
+            ]  # fmt: skip
+        return pieces
 
-    def _pieces(self, said: Sequence[Said], rendered: str) -> list[Piece]:
-        """Return the template's pieces and the contents between them, alternating."""
-        control = {"system": frozenset[int](), "assistant": self._control - self._call_tokens}
-        pieces: list[Piece] = []
-        for number, one in enumerate(said):
-            before, found, rendered = rendered.partition(_probe(number))
+    def _roles_frame(self, roles: tuple[str, ...]) -> tuple[str, ...]:
+        """Return what the template puts before, between and behind messages of these roles.
+
+        Each content is a probe of its own. Raises CheckpointError when one is left out.
+        """
+        shown = {"tool": self._tool_role, "system": "system" if self._system_role else "user"}
+        messages = [
+            {"role": shown.get(role, role), "content": _probe(number)} for number, role in enumerate(roles)
+        ]
+        rest, frame = self._render(messages, generate=True), list[str]()
+        for number, role in enumerate(roles):
+            before, found, rest = rest.partition(_probe(number))
             if not found:
                 raise CheckpointError(
-                    f"the chat template leaves out a message of role {one.role}; choose one that shows all"
+                    f"the chat template leaves out a message of role {role}; choose one that shows all"
                 )
-            pieces += [Piece(text=before), Piece(text=one.text, barred=control.get(one.role, self._control))]
-        return [*pieces, Piece(text=rendered)]
+            frame.append(before)
+        return (*frame, rest)
 
     def _prompt(self, system: str, user: str) -> Int32Array:
         messages = [{"role": "system", "content": system}, {"role": "user", "content": PROBE}]
