@@ -22,8 +22,6 @@ import torch
 import uvloop
 
 from slipstream.config import RunConfig
-from slipstream.environments import environment_factory
-from slipstream.episodes import EpisodeRunner
 from slipstream.errors import CheckpointError, DeadlineError, StorageError
 from slipstream.flight_recorder import FLIGHT
 from slipstream.inference.embedded import EmbeddedBackend
@@ -35,6 +33,7 @@ from slipstream.process import collect_garbage_seldom, keep_freed_memory
 from slipstream.redaction import Redactor, guard_logs
 from slipstream.rendezvous import await_hub, run_id
 from slipstream.retries import Backoff, Brake
+from slipstream.runners import configured_runner
 from slipstream.spool import Spool
 from slipstream.stop_signals import STOPPED, end_when_asked
 from slipstream.transport.client import ActorClient
@@ -103,14 +102,9 @@ class Actor:
         self._config, self._client = config, client
         self._warm = folder / "checkpoints" / "warmup"
         policy = load_policy(self._warm, config=config.model, device=choose_device(config.device))
-        self._runner = EpisodeRunner(
-            factory=environment_factory(config.environment, config.rewards),
-            chat=policy.chat,
-            environment=config.environment,
-            rewards=config.rewards,
-            redactor=Redactor.of_process(config.environment.canaries),
-        )
-        guard_logs(self._runner.redactor)
+        redactor = Redactor.of_process(config.environment.canaries)
+        guard_logs(redactor)
+        self._runner = configured_runner(config, policy.chat, redactor)
         self._brake = Brake(Backoff(first_s=config.environment.backoff_s))
         self._train = self._backend(config.actor.concurrency)
         self._pinned: EmbeddedBackend | None = None
@@ -151,7 +145,7 @@ class Actor:
             self._failed.result()
         await self._client.drain()
         await self._client.close()
-        self._runner.factory.close()
+        await self._runner.close()
 
     def _backend(self, rows: int) -> EmbeddedBackend:
         config = self._config

@@ -23,6 +23,7 @@ from pydantic_core import ErrorDetails
 from slipstream.addresses import stays_on_machine
 from slipstream.config_parts import (
     ActorConfig,
+    AgentConfig,
     BatchConfig,
     CheckpointConfig,
     EnvironmentConfig,
@@ -44,6 +45,7 @@ from slipstream.errors import ConfigurationError
 
 __all__ = [
     "ActorConfig",
+    "AgentConfig",
     "BatchConfig",
     "CheckpointConfig",
     "EnvironmentConfig",
@@ -83,6 +85,7 @@ class RunConfig(Part):
     stall_timeout_s: float = Field(default=600.0, gt=0.0)
     """A process that shows no sign of life for so long is killed, with a report in the folder `flight`."""
     environment: EnvironmentConfig = EnvironmentConfig()
+    agent: AgentConfig = AgentConfig()
     model: ModelConfig = ModelConfig()
     warmup: WarmupConfig = WarmupConfig()
     sampling: SamplingConfig = SamplingConfig()

@@ -72,6 +72,14 @@ class EnvironmentConfig(Part):
     """Planted secrets: they are cut out of whatever the policy is shown, and out of records and logs."""
 
 
+class AgentConfig(Part):
+    """Who plays the episodes."""
+
+    program: str = ""
+    """`module:function` or `path.py:function`: an agent of one's own, given each task, the address of a
+    gateway and a key, and asked for a reward; empty: the policy alone, in the environment's own loop."""
+
+
 class ModelConfig(Part):
     """The policy: a local Hugging Face folder, or a small Llama built from these sizes."""
 

@@ -176,6 +176,10 @@ class EpisodeRunner:
         finally:
             backend.release(rollout_id)
 
+    async def close(self) -> None:
+        """End what the environments share."""
+        self.factory.close()
+
     async def scripted(self, lease: Lease, script: Generator[str, str, None]) -> Trajectory:
         """Run one episode with a script in the policy's place."""
         opening = next(script)
@@ -280,6 +284,6 @@ class EpisodeRunner:
         return Outcome.TRUNCATED
 
 
-def one_line(error: Exception) -> str:
+def one_line(error: BaseException) -> str:
     """Return an error's message as one line of at most MAX_NOTE characters."""
     return " ".join(str(error).split())[:MAX_NOTE]

@@ -20,8 +20,10 @@ from slipstream.inference.trial import held_trial
 from slipstream.metrics import wilson_interval
 from slipstream.model import VOCABULARY, choose_device, load_policy
 from slipstream.policy_step import describe
+from slipstream.redaction import Redactor
 from slipstream.rewards import components, reward
 from slipstream.run_folder import write_json
+from slipstream.runners import configured_runner
 from slipstream.types import Split, Trajectory
 
 
@@ -57,20 +59,15 @@ def tried(
 ) -> list[Trajectory]:
     """Return one trajectory per task of the policy in a folder."""
     policy = load_policy(checkpoint, config=config.model, device=choose_device(config.device))
-    runner = EpisodeRunner(
-        factory=environment_factory(config.environment, config.rewards),
-        chat=policy.chat,
-        environment=config.environment,
-        rewards=config.rewards,
-    )
     return held_trial(
         policy,
-        runner,
+        configured_runner(config, policy.chat, Redactor.of_process(config.environment.canaries)),
         split=split,
         tasks=tasks,
         temperature=temperature,
         top_p=config.evaluation.top_p,
         config=config,
+        close=True,
     )
 
 

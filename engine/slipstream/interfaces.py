@@ -9,6 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 from slipstream.types import (
     Completion,
     Int32Array,
+    Lease,
     Sampling,
     Score,
     Split,
@@ -120,6 +121,28 @@ class InferenceBackend(Protocol):
 
     async def load(self, update: WeightUpdate) -> WeightProof:
         """Take new weights between two decode steps and prove it."""
+
+
+class Runner(Protocol):
+    """Runs leased episodes, many at once."""
+
+    async def sampled(
+        self, lease: Lease, backend: InferenceBackend, sampling: Sampling, *, rollout_id: int
+    ) -> Trajectory:
+        """Run one with a backend, which forgets the rollout whatever happens."""
+
+    async def close(self) -> None:
+        """End what the episodes share."""
+
+
+class AgentProgram(Protocol):
+    """An agent of any framework: `async def run(task, *, base_url, api_key) -> float | None`."""
+
+    async def __call__(self, task: Task, *, base_url: str, api_key: str) -> float | None:
+        """Do a task by asking the OpenAI-compatible `base_url` under `api_key`; return the reward.
+
+        None: the rewards posted to the gateway count.
+        """
 
 
 class TrajectorySink(Protocol):

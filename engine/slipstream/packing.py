@@ -90,54 +90,69 @@ def pack(
     """Split trajectories into micro-batches of at most `token_budget` packed tokens.
 
     `advantages` is [trajectories]; `weights` holds a [T] array each, at most the trajectory's loss
-    mask. Trajectories that begin alike are neighbours. A single trajectory longer than the budget
-    gets a micro-batch of its own; one without tokens is left out.
+    mask. Segments that begin alike are neighbours. A single segment longer than the budget gets a
+    micro-batch of its own; one without tokens is left out.
     """
-    held = [index for index, trajectory in enumerate(trajectories) if len(trajectory.token_ids)]
-    order, shared = prefix_order([trajectories[index].token_ids for index in held])
+    segments = [
+        _Segment(
+            source=index,
+            token_ids=trajectory.token_ids[span],
+            behavior_logprobs=trajectory.behavior_logprobs[span],
+            weight=weight[span],
+        )
+        for index, (trajectory, weight) in enumerate(zip(trajectories, weights, strict=True))
+        for span in trajectory.spans
+        if span.start < span.stop
+    ]
+    order, shared = prefix_order([segment.token_ids for segment in segments])
     batches: list[PackedBatch] = []
-    chosen: list[int] = []
+    chosen: list[_Segment] = []
     commons: list[int] = []
     used = 0
-    for index, common in zip([held[i] for i in order], shared.tolist(), strict=True):
-        length = len(trajectories[index].token_ids)
+    for segment, common in zip([segments[i] for i in order], shared.tolist(), strict=True):
+        length = len(segment.token_ids)
         if chosen and used + length - common > token_budget:
-            batches.append(_packed(trajectories, advantages, weights, chosen, commons))
+            batches.append(_packed(chosen, commons, advantages))
             chosen, commons, used = [], [], 0
         commons.append(common if chosen else 0)
-        chosen.append(index)
+        chosen.append(segment)
         used += length - commons[-1]
     if chosen:
-        batches.append(_packed(trajectories, advantages, weights, chosen, commons))
+        batches.append(_packed(chosen, commons, advantages))
     return batches
 
 
-def _packed(
-    trajectories: Sequence[Trajectory],
-    advantages: Float32Array,
-    weights: Sequence[Float32Array],
-    chosen: Sequence[int],
-    commons: Sequence[int],
-) -> PackedBatch:
-    parts = [trajectories[i] for i in chosen]
-    lengths = np.array([len(t.token_ids) for t in parts], dtype=np.int64)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Segment:
+    """A part of a trajectory that is scored by itself."""
+
+    source: int
+    """Index of the trajectory."""
+    token_ids: Int32Array
+    behavior_logprobs: Float32Array
+    weight: Float32Array
+
+
+def _packed(parts: Sequence[_Segment], commons: Sequence[int], advantages: Float32Array) -> PackedBatch:
+    lengths = np.array([len(part.token_ids) for part in parts], dtype=np.int64)
+    source = np.array([part.source for part in parts], dtype=np.int64)
     shared = np.array(commons, dtype=np.int64)
     starts = np.cumsum(lengths) - lengths
-    weight = np.concatenate([weights[i] for i in chosen]).astype(np.float32)
+    weight = np.concatenate([part.weight for part in parts]).astype(np.float32)
     # Nothing precedes a first token, so nothing can predict it.
     weight[starts] = 0.0
     within = np.arange(lengths.sum()) - np.repeat(starts, lengths)
     own = within >= np.repeat(shared, lengths)
     return PackedBatch(
-        token_ids=np.concatenate([t.token_ids for t in parts])[own],
+        token_ids=np.concatenate([part.token_ids for part in parts])[own],
         positions=within[own].astype(np.int32),
         path=shared_paths(lengths, shared),
         shared=shared,
         cu_seqlens=np.append(starts, lengths.sum()),
         weight=weight,
         behavior_logprobs=np.where(
-            weight > 0, np.concatenate([t.behavior_logprobs for t in parts]), 0.0
+            weight > 0, np.concatenate([part.behavior_logprobs for part in parts]), 0.0
         ).astype(np.float32),
-        advantages=np.repeat(advantages[np.array(chosen)], lengths).astype(np.float32),
-        source=np.array(chosen, dtype=np.int64),
+        advantages=np.repeat(advantages[source], lengths).astype(np.float32),
+        source=source,
     )

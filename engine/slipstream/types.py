@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -198,6 +199,18 @@ class Trajectory:
     timings: Timings = field(default_factory=Timings)
     note: str = ""
     """The reason of an infrastructure failure or a time-out, in one line."""
+    segments: tuple[int, ...] = ()
+    """Where in [T] tokens begin that do not go on from those before them; the first segment begins at 0.
+
+    An agent that cuts its history short, or asks beside it, is shown something else than it was: no token of
+    a segment depends on one of another.
+    """
+
+    @property
+    def spans(self) -> list[slice]:
+        """Where each segment lies in [T]."""
+        edges = [0, *self.segments, len(self.token_ids)]
+        return [slice(start, end) for start, end in pairwise(edges)]
 
     @property
     def success(self) -> bool:

@@ -18,6 +18,7 @@ import hashlib
 import math
 import struct
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any, Final
 
 import msgspec
@@ -63,6 +64,7 @@ class Header(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     sampling: Sampling
     timings: Timings
     note: str
+    segments: tuple[int, ...] = ()
 
 
 _ENCODER: Final = msgspec.msgpack.Encoder()
@@ -106,6 +108,7 @@ def encode_trajectory(trajectory: Trajectory, identity: TrajectoryId | None = No
     """
     arrays = _checked_arrays(trajectory)
     _check_scores(trajectory.scores)
+    _check_segments(trajectory.segments, trajectory.token_ids.size)
     header = _ENCODER.encode(_header(trajectory, identity or trajectory.identity))
     calls = _encode_tool_calls(trajectory.tool_calls)
     if len(header) > MAX_HEADER_BYTES or len(calls) > MAX_TOOL_CALL_BYTES:
@@ -129,7 +132,7 @@ def decode_trajectory(record: Buffer) -> Trajectory:
     return Trajectory(
         identity=header.identity, attempt=header.attempt, split=header.split, evaluation=header.evaluation,
         issue=header.issue, scores=header.scores, outcome=header.outcome, sampling=header.sampling,
-        timings=header.timings, note=header.note, tool_calls=calls, **arrays,
+        timings=header.timings, note=header.note, segments=header.segments, tool_calls=calls, **arrays,
     )  # fmt: skip
 
 
@@ -230,6 +233,7 @@ def _decode_meta(record: Buffer, shape: Summary) -> tuple[Header, tuple[ToolCall
         bytes(view[between - shape.header_bytes : between]), _HEADER, what="header", limit=MAX_HEADER_BYTES
     )
     _check_scores(header.scores)
+    _check_segments(header.segments, shape.tokens)
     calls = decode_struct(
         bytes(view[between:behind]), _TOOL_CALLS, what="tool calls", limit=MAX_TOOL_CALL_BYTES, free_form=True
     )
@@ -254,6 +258,7 @@ def _header(trajectory: Trajectory, identity: TrajectoryId) -> Header:
         sampling=trajectory.sampling,
         timings=trajectory.timings,
         note=trajectory.note,
+        segments=trajectory.segments,
     )
 
 
@@ -262,6 +267,12 @@ def _encode_tool_calls(calls: Sequence[ToolCall]) -> bytes:
         return _ENCODER.encode(tuple(calls))
     except (TypeError, ValueError, OverflowError, RecursionError) as error:
         raise FrameError(f"tool calls: expected plain JSON-like arguments, got {error}") from error
+
+
+def _check_segments(starts: Sequence[int], tokens: int) -> None:
+    edges = (0, *starts, tokens)
+    if starts and not all(start < end for start, end in pairwise(edges)):
+        raise FrameError(f"segments: expected ascending starts within 1 .. {tokens - 1}, got {starts[:8]}")
 
 
 def _check_scores(scores: Sequence[Score]) -> None:

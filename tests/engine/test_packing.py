@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import numpy as np
 import pytest
@@ -119,3 +120,27 @@ def test_device_rows_predict_the_trained_tokens(lengths: list[int]) -> None:
     assert rows.behavior_N.tolist() == batch.behavior_logprobs[trained].tolist()
     counts = [int((batch.weight[span] > 0).sum()) for _, span in segments(batch)]
     assert rows.cu_seqlens_B.tolist() == [0, *np.cumsum(counts).tolist()]
+
+
+def test_the_segments_of_a_trajectory_are_packed_as_trajectories_of_their_own() -> None:
+    """A history that was cut: the second segment begins like the first, and depends on none of its tokens."""
+    trajectories, _, weights = made([12, 20])
+    trajectories[1].token_ids[8:11] = trajectories[1].token_ids[:3]
+    whole = dataclasses.replace(trajectories[1], segments=(8, 13))
+    cut = [0, 8, 13, 20]
+    names = ("token_ids", "loss_mask", "behavior_logprobs", "versions", "turns")
+    parts = [
+        dataclasses.replace(trajectories[1], **{name: getattr(whole, name)[a:b] for name in names})
+        for a, b in itertools.pairwise(cut)
+    ]
+    worth = np.array([1, 2], np.float32)
+    (batch,) = pack([trajectories[0], whole], worth, weights, token_budget=100)
+    (apart,) = pack(
+        [trajectories[0], *parts], np.array([1, 2, 2, 2], np.float32),
+        [weights[0], *(weights[1][a:b] for a, b in itertools.pairwise(cut))], token_budget=100,
+    )  # fmt: skip
+    assert sorted(batch.source.tolist()) == [0, 1, 1, 1]
+    for field in dataclasses.fields(batch):
+        if field.name != "source":
+            np.testing.assert_array_equal(getattr(batch, field.name), getattr(apart, field.name))
+    assert len(batch.token_ids) <= 32 - 3

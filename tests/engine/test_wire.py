@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import struct
+from unittest import mock
 
 import google_crc32c
 import msgpack
@@ -148,6 +149,19 @@ def test_wrong_shapes_are_named() -> None:
         wire.decode_trajectory(record[:-1])
     with pytest.raises(FrameError, match="expected at least 36 bytes, got 35"):
         wire.decode_trajectory(record[:35])
+
+
+@pytest.mark.parametrize("segments", [(0,), (32,), (9, 9), (20, 10), (-1,)])
+def test_segments_that_are_none_are_refused_by_both_ends(segments: tuple[int, ...]) -> None:
+    made = synthetic.trajectory(32)
+    cut = dataclasses.replace(made, segments=(9, 20))
+    assert wire.decode_trajectory(wire.encode_trajectory(cut)).segments == (9, 20)
+    with pytest.raises(FrameError, match=r"segments: expected ascending starts within 1 .. 31, got"):
+        wire.encode_trajectory(dataclasses.replace(made, segments=segments))
+    with mock.patch.object(wire, "_check_segments"):
+        record = wire.encode_trajectory(dataclasses.replace(made, segments=segments))
+    with pytest.raises(FrameError, match="segments: expected"):
+        wire.inspect_trajectory(record)
 
 
 def test_more_turns_than_tokens_are_refused() -> None:

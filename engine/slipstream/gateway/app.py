@@ -4,13 +4,13 @@
     POST /v1/responses
     POST /v1/messages, /v1/messages/count_tokens
     GET  /v1/models
-    POST /v1/rollouts                    {"key": optional} -> {"id", "api_key"}
+    POST /v1/rollouts                    {"key": optional} -> {"id", "api_key", "task"}
     POST /v1/rollouts/{id}/reward        {"value": number}
     POST /v1/rollouts/{id}/finish
 
 Errors have OpenAI's form, {"error": {"message", "type", "code"}}: 400 a request that is not what the
 interface says, 401 an unknown key, 404 an unknown model or rollout, 409 a rollout that is finished or exists,
-503 with Retry-After while weights change.
+503 with Retry-After while weights change or no task is free.
 """
 
 from __future__ import annotations
@@ -32,13 +32,22 @@ from slipstream.gateway.completions import ChatCompletions
 from slipstream.gateway.dialect import Asked, Dialect, event
 from slipstream.gateway.messages import RequestError
 from slipstream.gateway.responses import Responses
-from slipstream.gateway.rollouts import FinishedError, Rollout, Rollouts, TooLongError
+from slipstream.gateway.rollouts import (
+    FinishedError,
+    NoTaskError,
+    Rollout,
+    Rollouts,
+    TooLongError,
+    TooManyCallsError,
+)
 
 KEEP_ALIVE_S: Final = 10.0
 RETRY_AFTER_S: Final = 1
 MOST_BYTES: Final = 64 << 20
 UNKNOWN_KEY: Final = "API key: expected a rollout's key; POST /v1/rollouts gives one"
 Handler = Callable[[HttpRequest], Awaitable[Response]]
+Opener = Callable[[str], Rollout]
+"""Begins a rollout for an agent outside, under a key of its own if it gave one."""
 
 
 DIALECTS: Final[tuple[Dialect, ...]] = (ChatCompletions(), Responses(), AnthropicMessages())
@@ -47,12 +56,12 @@ DIALECTS: Final[tuple[Dialect, ...]] = (ChatCompletions(), Responses(), Anthropi
 class Gateway:
     """The interface over a set of rollouts.
 
-    Example: ``uvicorn.run(Gateway(rollouts, model="policy").app)``.
+    Example: ``uvicorn.run(Gateway(rollouts, model="policy", opener=opener).app)``.
     """
 
-    def __init__(self, rollouts: Rollouts, *, model: str) -> None:
-        """Serve one model under its name."""
-        self._rollouts, self._model = rollouts, model
+    def __init__(self, rollouts: Rollouts, *, model: str, opener: Opener) -> None:
+        """Serve one model under its name; agents outside begin rollouts with `opener`."""
+        self._rollouts, self._model, self._opener = rollouts, model, opener
         self.paused = False
         """While it is set calls are answered with 503: weights are changing."""
         routes: list[tuple[str, Handler, str]] = [
@@ -138,8 +147,12 @@ class Gateway:
         key = given.get("key", "") if isinstance(given, dict) else None
         if not isinstance(key, str):
             raise RequestError("key: expected text, or nothing")
-        rollout = self._rollouts.open(key)
-        return JSONResponse({"id": rollout.key, "api_key": rollout.key}, status_code=201)
+        try:
+            rollout = self._opener(key)
+        except NoTaskError as error:
+            return _error(503, "no_task", str(error))
+        told = {"id": rollout.key, "api_key": rollout.key, "task": rollout.task}
+        return JSONResponse(told, status_code=201)
 
     async def _reward(self, http: HttpRequest) -> Response:
         rollout, given = self._named(http), await _body(http)
@@ -233,6 +246,8 @@ def _refused(dialect: Dialect, error: _Refusal | RequestError) -> JSONResponse:
 def _status(error: RequestError) -> tuple[int, str]:
     if isinstance(error, FinishedError):
         return 409, "rollout_finished"
+    if isinstance(error, TooManyCallsError):
+        return 400, "too_many_calls"
     return 400, "context_length_exceeded" if isinstance(error, TooLongError) else "invalid_request"
 
 

@@ -7,15 +7,16 @@ conversations of their own. Each call of the policy is a node:
     parent(call) = the call whose tokens are the longest that the prompt begins with, if any
 
 A path from a root to a leaf is one sample: its tokens are the leaf's, those that the path's calls sampled are
-trained, each exactly as it was sampled. A call that was asked again with the same prompt and was then left
-alone is a retry: nobody read its answer, so it ends no path.
+trained, each exactly as it was sampled; what two paths share is trained in the first of them. A call that
+was asked again with the same prompt and was then left alone is a retry: nobody read its answer, so it ends no
+path.
 
 Dimensions: P tokens of a prompt, S sampled ones, T tokens of a path.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -64,8 +65,11 @@ class Sample:
     behavior_logprobs: Float32Array
     versions: Int32Array
     turns: Int16Array
+    """Which of the rollout's trained calls sampled each token; -1 where none did."""
     calls: tuple[int, ...]
     """Indices of its calls."""
+    trained: tuple[int, ...]
+    """Those of them that no sample before it trains."""
 
 
 @dataclass(slots=True)
@@ -100,9 +104,13 @@ class Graph:
     def samples(self) -> Iterator[Sample]:
         """Yield each path from a root to a leaf, in the order of the leaves."""
         parents = {id(turn.parent) for turn in self.turns if turn.parent is not None}
+        seen: set[int] = set()
         for turn in self.turns:
             if id(turn) not in parents and not self._is_retried(turn, parents):
-                yield _sample(turn.path())
+                path = turn.path()
+                fresh = [call.index for call in path if call.index not in seen]
+                yield _sample(path, {index: len(seen) + place for place, index in enumerate(fresh)})
+                seen.update(fresh)
 
     def _parent_of(self, prompt_P: Int32Array) -> Turn | None:
         begun = [
@@ -122,16 +130,19 @@ class Graph:
         )
 
 
-def _sample(path: Sequence[Turn]) -> Sample:
+def _sample(path: Sequence[Turn], numbers: Mapping[int, int]) -> Sample:
+    """Return a path as a sample; `numbers` has those of its calls that are trained in it."""
     leaf = path[-1]
     count = leaf.length
     mask_T = np.zeros(count, dtype=np.uint8)
     logprobs_T = np.zeros(count, dtype=np.float32)
     versions_T = np.full(count, -1, dtype=np.int32)
     turns_T = np.full(count, -1, dtype=np.int16)
-    for number, turn in enumerate(path):
+    for turn in path:
+        if turn.index not in numbers:
+            continue
         span = slice(len(turn.prompt_P), turn.length)
-        mask_T[span], turns_T[span] = 1, number
+        mask_T[span], turns_T[span] = 1, numbers[turn.index]
         logprobs_T[span], versions_T[span] = turn.completion.logprobs, turn.completion.versions
     return Sample(
         token_ids=leaf.tokens_T.astype(np.int32),
@@ -140,4 +151,5 @@ def _sample(path: Sequence[Turn]) -> Sample:
         versions=versions_T,
         turns=turns_T,
         calls=tuple(turn.index for turn in path),
+        trained=tuple(numbers),
     )

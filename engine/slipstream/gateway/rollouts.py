@@ -11,13 +11,14 @@ import asyncio
 import secrets
 import time
 from collections import OrderedDict
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 import numpy as np
 
 from slipstream.chat import Chat, Said
+from slipstream.errors import UserError
 from slipstream.gateway.calls import Answer, read_answer, written
 from slipstream.gateway.graph import Graph, Turn
 from slipstream.gateway.messages import Call, Message, RequestError
@@ -36,19 +37,37 @@ class TooLongError(RequestError):
     """The prompt leaves no room for an answer; the gateway answers 400, context_length_exceeded."""
 
 
+class NoTaskError(UserError):
+    """There is no task for an agent outside; the gateway answers 503."""
+
+
+class TooManyCallsError(RequestError):
+    """The rollout has had all its calls; the gateway answers 400, too_many_calls."""
+
+
 @dataclass(slots=True, kw_only=True, eq=False)
 class Rollout:
     """One agent's episode."""
 
     key: str
+    task: Mapping[str, Any]
+    """What an agent outside is told of its task."""
+    backend: InferenceBackend
+    sampling: Sampling
+    """As the trainer says, whatever the agent asks for."""
     number: int
     """Keys the backend's cache and random numbers."""
     graph: Graph = field(default_factory=Graph)
     rewards: list[float] = field(default_factory=list)
     finished: bool = False
     opened_s: float = field(default_factory=time.monotonic)
-    faults: list[tuple[int, str]] = field(default_factory=list)
-    """(call, why what looked like a tool call was none)."""
+    said: list[tuple[int, Answer]] = field(default_factory=list)
+    """(call, what was read out of its answer)."""
+    denied: str = ""
+    """"too long" or "too many calls": why the agent could not go on."""
+    generate_s: float = 0.0
+    """Seconds in which the policy sampled for it."""
+    ended: asyncio.Event = field(default_factory=asyncio.Event)
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     answered: OrderedDict[str, asyncio.Task[dict[str, Any]]] = field(default_factory=OrderedDict)
     """Idempotency key -> the answer that is or was being made."""
@@ -63,24 +82,37 @@ class Answered:
 
 
 class Rollouts:
-    """Opens, finds and serves rollouts over one backend.
+    """Opens, finds and serves rollouts in one chat format.
 
-    Example: ``rollout = rollouts.open()``; ``await rollouts.ask(rollout, messages, tools, max_tokens=64)``.
+    Example: ``rollout = rollouts.open(backend, sampling, number=0)``; ``await rollouts.ask(rollout, messages,
+    tools, max_tokens=64)``.
     """
 
-    def __init__(self, chat: Chat, backend: InferenceBackend, *, sampling: Sampling, max_tokens: int) -> None:
-        """Sample as `sampling` says, whatever agents ask for; `max_tokens` of a prompt and its answer."""
-        self._chat, self._backend, self._sampling, self._max_tokens = chat, backend, sampling, max_tokens
-        self._rollouts: dict[str, Rollout] = {}
-        self._next = 0
+    def __init__(
+        self, chat: Chat, *, max_tokens: int, max_calls: int, redact: Callable[[str], str] = str
+    ) -> None:
+        """Bound each prompt with its answer by `max_tokens`, and a rollout's calls by `max_calls`.
 
-    def open(self, key: str = "") -> Rollout:
-        """Begin a rollout under a key, or a new random one; raises RequestError for a key in use."""
+        `redact` takes secrets out of what the policy is shown.
+        """
+        self._chat, self._max_tokens, self._max_calls = chat, max_tokens, max_calls
+        self._redact = redact
+        self._rollouts: dict[str, Rollout] = {}
+
+    def open(
+        self,
+        backend: InferenceBackend,
+        sampling: Sampling,
+        *,
+        number: int,
+        key: str = "",
+        task: Mapping[str, Any] | None = None,
+    ) -> Rollout:
+        """Begin a rollout under a key, or a new random one; raises FinishedError for a key in use."""
         key = key or f"rollout-{secrets.token_urlsafe(16)}"
         if key in self._rollouts:
             raise FinishedError(f"rollout {key}: it exists; open another, or finish it first")
-        rollout = Rollout(key=key, number=self._next)
-        self._next += 1
+        rollout = Rollout(key=key, task=task or {}, backend=backend, sampling=sampling, number=number)
         self._rollouts[key] = rollout
         return rollout
 
@@ -91,7 +123,8 @@ class Rollouts:
     def finish(self, rollout: Rollout) -> None:
         """End a rollout: it is asked nothing more."""
         rollout.finished = True
-        self._backend.release(rollout.number)
+        rollout.ended.set()
+        rollout.backend.release(rollout.number)
 
     def forget(self, rollout: Rollout) -> None:
         """Let a finished rollout's key go."""
@@ -100,23 +133,20 @@ class Rollouts:
     async def ask(
         self, rollout: Rollout, messages: Sequence[Message], tools: Sequence[ToolSpec], *, max_tokens: int
     ) -> Answered:
-        """Let the policy answer a conversation, and note it; raises FinishedError, TooLongError."""
+        """Let the policy answer a conversation, and note it.
+
+        Raises FinishedError, TooLongError, TooManyCallsError.
+        """
         async with rollout.lock:
             if rollout.finished:
                 raise FinishedError(f"rollout {rollout.key}: it is finished; open another")
             prompt_P = self._prompt(rollout.graph, messages, tools)
-            room = self._max_tokens - len(prompt_P)
-            if room < 2:
-                raise TooLongError(
-                    f"messages: {len(prompt_P)} tokens leave no room for an answer, expected at most "
-                    f"{self._max_tokens - 2}; shorten the conversation"
-                )
-            sampling = Sampling(
-                temperature=self._sampling.temperature,
-                top_p=self._sampling.top_p,
-                max_tokens=max(1, min(max_tokens, self._sampling.max_tokens, room)),
-            )
-            completion = await self._backend.generate(prompt_P, sampling, rollout_id=rollout.number)
+            room = self._room(rollout, prompt_P)
+            most = max(1, min(max_tokens, rollout.sampling.max_tokens, room))
+            sampling = replace(rollout.sampling, max_tokens=most)
+            began = time.monotonic()
+            completion = await rollout.backend.generate(prompt_P, sampling, rollout_id=rollout.number)
+            rollout.generate_s += time.monotonic() - began
             answer = read_answer(self._chat.text(completion.token_ids), tools)
             said = Message(
                 role="assistant",
@@ -124,19 +154,36 @@ class Rollouts:
                 calls=tuple(Call(name=name, arguments=arguments) for name, arguments in answer.calls),
             )
             turn = rollout.graph.add(prompt_P, completion, [*messages, said])
-            rollout.faults += [(turn.index, fault) for fault in answer.faults]
+            rollout.said.append((turn.index, answer))
             return Answered(turn=turn, answer=answer)
 
     def count(self, rollout: Rollout, messages: Sequence[Message], tools: Sequence[ToolSpec]) -> int:
         """Return the tokens of the prompt that these messages would make."""
         return len(self._prompt(rollout.graph, messages, tools))
 
+    def _room(self, rollout: Rollout, prompt_P: Int32Array) -> int:
+        """Return how many tokens an answer may have; raises TooLongError, TooManyCallsError."""
+        if len(rollout.graph.turns) >= self._max_calls:
+            rollout.denied = "too many calls"
+            raise TooManyCallsError(
+                f"rollout {rollout.key}: it has had its {self._max_calls} calls (environment.max_turns); "
+                f"finish it"
+            )
+        room = self._max_tokens - len(prompt_P)
+        if room < 2:
+            rollout.denied = "too long"
+            raise TooLongError(
+                f"messages: {len(prompt_P)} tokens leave no room for an answer, expected at most "
+                f"{self._max_tokens - 2}; shorten the conversation"
+            )
+        return room
+
     def _prompt(self, graph: Graph, messages: Sequence[Message], tools: Sequence[ToolSpec]) -> Int32Array:
         """Return the tokens of a conversation: what was sampled verbatim, and only the rest rendered."""
         before = graph.latest_before(messages)
         if before is None:
-            return self._chat.conversation(_said(messages), tools)
-        more = self._chat.continuation(_said(messages[len(before.conversation) :]))
+            return self._chat.conversation(self._said(messages), tools)
+        more = self._chat.continuation(self._said(messages[len(before.conversation) :]))
         stop = [] if before.completion.stopped else [self._chat.stop_token]
         return np.concatenate([before.tokens_T, np.array(stop, np.int32), more])
 
@@ -146,6 +193,5 @@ class Rollouts:
         while len(rollout.answered) > _REMEMBERED:
             rollout.answered.popitem(last=False)
 
-
-def _said(messages: Sequence[Message]) -> list[Said]:
-    return [Said(role=one.role, text=written(one)) for one in messages]
+    def _said(self, messages: Sequence[Message]) -> list[Said]:
+        return [Said(role=one.role, text=self._redact(written(one))) for one in messages]

@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 
 from slipstream.config import RunConfig
-from slipstream.episodes import EpisodeRunner
 from slipstream.inference.embedded import EmbeddedBackend
 from slipstream.inference.sampling import rollout_key
+from slipstream.interfaces import Runner
 from slipstream.model import Policy
 from slipstream.types import Lease, Sampling, Split, TaskAttempt, Trajectory
 
@@ -22,15 +22,18 @@ def lease_key(lease: Lease) -> int:
 
 def held_trial(
     policy: Policy,
-    runner: EpisodeRunner,
+    runner: Runner,
     *,
     split: Split,
     tasks: int,
     temperature: float,
     top_p: float,
     config: RunConfig,
+    close: bool = False,
 ) -> list[Trajectory]:
     """Run tasks 0 .. tasks - 1 of a split once each and return their trajectories in order.
+
+    `close`: the runner is not used again.
 
     The model's training mode and gradients are as before when it returns.
     """
@@ -42,7 +45,7 @@ def held_trial(
     training = policy.model.training
     wanted = [parameter.requires_grad for parameter in policy.model.parameters()]
     try:
-        return asyncio.run(_all(policy, runner, leases, sampling, config))
+        return asyncio.run(_all(policy, runner, leases, sampling, config, close=close))
     finally:
         policy.model.train(training)
         for parameter, flag in zip(policy.model.parameters(), wanted, strict=True):
@@ -50,7 +53,13 @@ def held_trial(
 
 
 async def _all(
-    policy: Policy, runner: EpisodeRunner, leases: list[Lease], sampling: Sampling, config: RunConfig
+    policy: Policy,
+    runner: Runner,
+    leases: list[Lease],
+    sampling: Sampling,
+    config: RunConfig,
+    *,
+    close: bool,
 ) -> list[Trajectory]:
     backend = EmbeddedBackend(
         policy.model,
@@ -69,4 +78,6 @@ async def _all(
         episodes = [group.create_task(one(lease)) for lease in leases]
         shown = await asyncio.gather(*episodes)
         serving.cancel()
+    if close:
+        await runner.close()
     return shown

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,13 +21,14 @@ import uvicorn  # noqa: E402
 
 from slipstream.chat import Chat  # noqa: E402
 from slipstream.gateway.app import Gateway  # noqa: E402
-from slipstream.gateway.rollouts import Rollouts  # noqa: E402
+from slipstream.gateway.rollouts import Rollout, Rollouts  # noqa: E402
 from slipstream.inference.embedded import EmbeddedBackend  # noqa: E402
 from slipstream.interfaces import InferenceBackend  # noqa: E402
 from slipstream.tools.hermes import format_call  # noqa: E402
 from slipstream.types import Completion, Int32Array, Sampling  # noqa: E402
 
 MAX_TOKENS = 256
+MAX_CALLS = 6
 SEARCH = {
     "type": "function",
     "function": {
@@ -89,8 +91,13 @@ class Serving:
 
 @contextmanager
 def serving(chat: Chat, backend: InferenceBackend) -> Iterator[Serving]:
-    rollouts = Rollouts(chat, backend, sampling=Sampling(max_tokens=48), max_tokens=MAX_TOKENS)
-    gateway = Gateway(rollouts, model="policy")
+    rollouts, numbers = Rollouts(chat, max_tokens=MAX_TOKENS, max_calls=MAX_CALLS), itertools.count()
+
+    def opened(key: str) -> Rollout:
+        sampling = Sampling(max_tokens=48)
+        return rollouts.open(backend, sampling, number=next(numbers), key=key, task={"question": "q"})
+
+    gateway = Gateway(rollouts, model="policy", opener=opened)
     server = uvicorn.Server(uvicorn.Config(gateway.app, port=0, log_level="warning", lifespan="off"))
     started = threading.Event()
     found: dict[str, Any] = {}
@@ -208,7 +215,9 @@ def test_a_call_that_is_none_is_text_and_a_fault(chat: Chat, said: str, fault: s
         choice = ask(client, QUESTION, tools=[SEARCH]).choices[0]
         rollout = served.rollouts.find(client.api_key)
     assert choice.message.tool_calls is None and choice.message.content == said
-    assert rollout is not None and rollout.faults == [(0, fault)]
+    assert rollout is not None and [(index, answer.faults) for index, answer in rollout.said] == [
+        (0, (fault,))
+    ]
 
 
 def test_what_is_wrong_is_said_with_its_status(chat: Chat) -> None:

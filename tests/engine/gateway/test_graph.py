@@ -84,7 +84,7 @@ def test_of_two_answers_at_the_end_the_newer_counts() -> None:
     assert sample.token_ids.tolist() == [1, 2, 4] and sample.calls == (2,)
 
 
-def test_a_branch_shares_what_lies_before_it_and_is_a_sample_of_its_own() -> None:
+def test_a_branch_is_a_sample_of_its_own_and_what_it_shares_is_trained_once() -> None:
     """Two different questions behind one answer: its tokens are in both paths."""
     graph = Graph()
     ask(graph, (1,), said(2), user("a"), assistant("b"))
@@ -93,6 +93,10 @@ def test_a_branch_shares_what_lies_before_it_and_is_a_sample_of_its_own() -> Non
     samples = list(graph.samples())
     assert tokens_of(samples) == [[1, 2, 3, 4], [1, 2, 5, 6]]
     assert [sample.calls for sample in samples] == [(0, 1), (0, 2)]
+    assert [sample.loss_mask.tolist() for sample in samples] == [[0, 1, 0, 1], [0, 0, 0, 1]]
+    assert [sample.turns.tolist() for sample in samples] == [[-1, 0, -1, 1], [-1, -1, -1, 2]]
+    assert samples[1].behavior_logprobs.tolist() == pytest.approx([0, 0, 0, -0.06])
+    assert samples[1].versions.tolist() == [-1, -1, -1, 0]
 
 
 def test_another_agent_and_a_summed_up_history_are_roots() -> None:
