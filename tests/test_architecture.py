@@ -358,6 +358,8 @@ def _blocks(node: ast.AST) -> bool:
 
 
 PERMITTED_WAITS = {
+    # Released by the backend; whoever asks has the deadline, be it a client or an episode.
+    "slipstream.gateway.app": {"Gateway._call: await working"},
     # Ends when the run does: the role's main wait. Its peers watch it by pings, the supervisor by its ring.
     "slipstream.actor": {
         "_serve: await serving",

@@ -1,4 +1,4 @@
-"""Floor 5. The gateway's HTTP interface: OpenAI's for agents, whose API key is their rollout.
+"""Floor 4. The gateway's HTTP interface: OpenAI's for agents, whose API key is their rollout.
 
     POST /v1/chat/completions            the agent's own client, OpenAI's or, below, Anthropic's
     POST /v1/responses
