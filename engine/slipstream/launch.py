@@ -26,6 +26,7 @@ from slipstream.config import RunConfig
 from slipstream.errors import CheckpointError, RoleError, StorageError, disk_failure
 from slipstream.flight_recorder import FOLDER
 from slipstream.metrics import FILE as METRICS
+from slipstream.programs import check_program
 from slipstream.rendezvous import expect_hub, known_address
 from slipstream.restarts import count_restart
 from slipstream.stop_signals import StoppedBySignal, raising_signals
@@ -59,6 +60,8 @@ def train(
     Raises: RunFolderError when the folder cannot be used; UserError, NumericsError or RoleError when a
     role ended the run, the latter saying how to go on.
     """
+    if config.agent.program:
+        check_program(config.agent.program)
     with raising_signals(), run_folder.opened(folder, config, resume=resume), screen:
         run = _Run(config, folder, screen)
         run.supervisor = Supervisor(

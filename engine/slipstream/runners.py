@@ -6,8 +6,8 @@ from slipstream.chat import Chat
 from slipstream.config import RunConfig
 from slipstream.environments import environment_factory
 from slipstream.episodes import EpisodeRunner
-from slipstream.errors import ConfigurationError
 from slipstream.interfaces import Runner
+from slipstream.programs import check_program, load_program
 from slipstream.redaction import Redactor
 
 
@@ -22,13 +22,9 @@ def configured_runner(config: RunConfig, chat: Chat, redactor: Redactor) -> Runn
             rewards=config.rewards,
             redactor=redactor,
         )
-    try:
-        from slipstream.gateway.program import ProgramRunner, load_program
-    except ModuleNotFoundError as error:
-        raise ConfigurationError(
-            f"agent.program needs the extra gateway, and {error.name} is not installed; "
-            f"run pip install 'slipstream[gateway]'"
-        ) from error
+    check_program(config.agent.program)
+    from slipstream.gateway.program import ProgramRunner
+
     return ProgramRunner(
         load_program(config.agent.program),
         tasks=factory.tasks,

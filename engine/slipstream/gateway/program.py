@@ -16,30 +16,25 @@ lease ─▶ rollout ─▶ program(task, base_url=..., api_key=...) ─▶ rewa
 from __future__ import annotations
 
 import asyncio
-import importlib
-import importlib.util
 import inspect
 import json
-import sys
 import time
-from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from itertools import accumulate
-from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 
 from slipstream.chat import Chat
 from slipstream.config import EnvironmentConfig, RewardConfig
 from slipstream.episodes import UNSENT, TokenArrays, one_line
-from slipstream.errors import ConfigurationError
 from slipstream.flight_recorder import FLIGHT
 from slipstream.gateway.app import Gateway
 from slipstream.gateway.graph import Sample
 from slipstream.gateway.rollouts import NoTaskError, Rollout, Rollouts
 from slipstream.gateway.server import GatewayServer
 from slipstream.interfaces import InferenceBackend, TaskSource
+from slipstream.programs import Program
 from slipstream.redaction import Redactor
 from slipstream.rewards import turn_rewards
 from slipstream.types import (
@@ -55,35 +50,8 @@ from slipstream.types import (
     Trajectory,
 )
 
-Program = Callable[..., Awaitable[float | None] | float | None]
-"""``program(task, *, base_url, api_key)``: a coroutine function, or a plain one, which gets a thread."""
 MODEL = "policy"
 """What agents call the model."""
-
-
-def load_program(name: str) -> Program:
-    """Return the function that `module:function` or `path.py:function` names; raises ConfigurationError."""
-    where, _, function = name.rpartition(":")
-    if not where or not function:
-        raise ConfigurationError(f"agent.program: expected module:function or path.py:function, got {name!r}")
-    try:
-        module = _module_of_file(Path(where)) if where.endswith(".py") else importlib.import_module(where)
-    except (ImportError, SyntaxError, OSError) as error:
-        raise ConfigurationError(f"agent.program: cannot load {where} ({one_line(error)})") from error
-    program = getattr(module, function, None)
-    if not callable(program):
-        raise ConfigurationError(f"agent.program: expected a function {function} in {where}, found none")
-    return cast(Program, program)
-
-
-def _module_of_file(path: Path) -> Any:
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    if spec is None or spec.loader is None:
-        raise ImportError(f"no Python file: {path}")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

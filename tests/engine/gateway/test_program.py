@@ -7,6 +7,7 @@ import sys
 from collections.abc import Awaitable, Callable, Iterable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -21,14 +22,15 @@ sys.path.insert(0, str(EXAMPLES))
 
 import openai_agent  # noqa: E402
 
-from slipstream import wire  # noqa: E402
+from slipstream import launch, wire  # noqa: E402
 from slipstream.chat import Chat  # noqa: E402
 from slipstream.config import RunConfig, load_config  # noqa: E402
 from slipstream.demonstrations import demonstrations  # noqa: E402
 from slipstream.environments import environment_factory  # noqa: E402
 from slipstream.episodes import EpisodeRunner  # noqa: E402
 from slipstream.errors import ConfigurationError  # noqa: E402
-from slipstream.gateway.program import ProgramRunner, load_program  # noqa: E402
+from slipstream.gateway.program import ProgramRunner  # noqa: E402
+from slipstream.programs import check_program, load_program  # noqa: E402
 from slipstream.redaction import Redactor  # noqa: E402
 from slipstream.runners import configured_runner  # noqa: E402
 from slipstream.types import (  # noqa: E402
@@ -233,3 +235,12 @@ def test_secrets_are_kept_from_the_policy(chat: Chat) -> None:
 def test_a_program_that_is_none_is_one_sentence(name: str, message: str) -> None:
     with pytest.raises(ConfigurationError, match=message):
         load_program(name)
+
+
+def test_a_program_that_cannot_be_found_ends_the_run_before_it_begins(tmp_path: Path) -> None:
+    for name in (f"{tmp_path}/agent.py:run", "no_such_module:run"):
+        config = load_config("research", [f"agent.program={name}"])
+        with pytest.raises(ConfigurationError, match=r"agent.program: cannot find .*; give path.py:function"):
+            launch.train(config, tmp_path / "run", resume=False, serial=False, screen=mock.MagicMock())
+    assert not (tmp_path / "run").exists()
+    check_program("json:dumps")

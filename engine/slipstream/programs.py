@@ -1,0 +1,63 @@
+"""Floor 4. Programs of users by name: agents that play the episodes."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Awaitable, Callable
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
+from pathlib import Path
+from types import ModuleType
+from typing import Final, cast
+
+from slipstream.errors import ConfigurationError
+
+Program = Callable[..., Awaitable[float | None] | float | None]
+"""``program(task, *, base_url, api_key)``: a coroutine function, or a plain one, which gets a thread."""
+_PACKAGES: Final = ("starlette", "uvicorn")
+
+
+def check_program(name: str) -> None:
+    """Refuse early what cannot be loaded, without running it; raises ConfigurationError."""
+    where, _ = _parts(name)
+    missing = [package for package in _PACKAGES if find_spec(package) is None]
+    if missing:
+        raise ConfigurationError(
+            f"agent.program needs the extra gateway, and {missing[0]} is not installed; "
+            f"run pip install 'slipstream[gateway]'"
+        )
+    package = where.partition(".")[0]
+    if not (Path(where).is_file() if where.endswith(".py") else find_spec(package)):
+        raise ConfigurationError(
+            f"agent.program: cannot find {where}; give path.py:function, or a module that Python can import"
+        )
+
+
+def load_program(name: str) -> Program:
+    """Return the function that `module:function` or `path.py:function` names; raises ConfigurationError."""
+    where, function = _parts(name)
+    try:
+        module = _module_of_file(Path(where)) if where.endswith(".py") else importlib.import_module(where)
+    except (ImportError, SyntaxError, OSError) as error:
+        raise ConfigurationError(f"agent.program: cannot load {where} ({error})") from error
+    program = getattr(module, function, None)
+    if not callable(program):
+        raise ConfigurationError(f"agent.program: expected a function {function} in {where}, found none")
+    return cast(Program, program)
+
+
+def _parts(name: str) -> tuple[str, str]:
+    where, _, function = name.rpartition(":")
+    if not where or not function:
+        raise ConfigurationError(f"agent.program: expected module:function or path.py:function, got {name!r}")
+    return where, function
+
+
+def _module_of_file(path: Path) -> ModuleType:
+    spec = spec_from_file_location(path.stem, path)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"no Python file: {path}")
+    module = module_from_spec(spec)
+    sys.modules[path.stem] = module
+    spec.loader.exec_module(module)
+    return module
