@@ -360,6 +360,14 @@ def _blocks(node: ast.AST) -> bool:
 PERMITTED_WAITS = {
     # Released by the backend; whoever asks has the deadline, be it a client or an episode.
     "slipstream.gateway.app": {"Gateway._call: await working"},
+    # The role's main wait, and what it has just cancelled.
+    "slipstream.open_gateway": {
+        "_serve: stopping.wait()",
+        "_serve: asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)",
+        "_serve: asyncio.gather(*tasks, return_exceptions=True)",
+        # Until an agent has finished, for which it has environment.timeout_s.
+        "_offer: room.acquire()",
+    },
     # Ends when the run does: the role's main wait. Its peers watch it by pings, the supervisor by its ring.
     "slipstream.actor": {
         "_serve: await serving",

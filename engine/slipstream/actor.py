@@ -65,7 +65,8 @@ async def _serve(config: RunConfig, folder: Path, name: str, address: str) -> in
         log.warning("%s", note)
     channel = DealerChannel(address, client_keys(config.hub.keys, name))
     client = ActorClient(channel, spool, run_id(folder), name)
-    actor = Actor(config, folder, client)
+    port = config.agent.port + _number_of(name) if config.agent.port else 0
+    actor = Actor(config, folder, client, port=port)
     serving, asked = asyncio.create_task(actor.serve()), False
 
     def stop() -> None:
@@ -91,20 +92,28 @@ async def _serve(config: RunConfig, folder: Path, name: str, address: str) -> in
     return STOPPED if asked else 0
 
 
+def _number_of(name: str) -> int:
+    digits = name.rpartition("-")[2]
+    return int(digits) if digits.isdecimal() else 0
+
+
 class Actor:
     """One actor's episodes, backends and connection.
 
     Example: ``await Actor(config, folder, client).serve()``.
     """
 
-    def __init__(self, config: RunConfig, folder: Path, client: ActorClient) -> None:
-        """Load the warm-start policy, which gives tokenizer and architecture; the hub tells of weights."""
+    def __init__(self, config: RunConfig, folder: Path, client: ActorClient, *, port: int = 0) -> None:
+        """Load the warm-start policy, which gives tokenizer and architecture; the hub tells of weights.
+
+        port: of a gateway for agents, if the configuration asks for one.
+        """
         self._config, self._client = config, client
         self._warm = folder / "checkpoints" / "warmup"
         policy = load_policy(self._warm, config=config.model, device=choose_device(config.device))
         redactor = Redactor.of_process(config.environment.canaries)
         guard_logs(redactor)
-        self._runner = configured_runner(config, policy.chat, redactor)
+        self._runner = configured_runner(config, policy.chat, redactor, port=port)
         self._brake = Brake(Backoff(first_s=config.environment.backoff_s))
         self._train = self._backend(config.actor.concurrency)
         self._pinned: EmbeddedBackend | None = None
@@ -128,6 +137,8 @@ class Actor:
     async def serve(self) -> None:
         """Run until stopped by the hub or by `stop`; whatever fails ends it."""
         self._failed = asyncio.get_running_loop().create_future()
+        if url := await self._runner.start():
+            log.warning("agents find the gateway of this actor at %s", url)
         welcome = await self._client.connect()
         loops = [self._train.run(), self._receive(), self._ask(), self._report()]
         for loop in loops:

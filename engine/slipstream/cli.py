@@ -114,6 +114,7 @@ def _commands() -> dict[str, Command]:
         ("hub", _role_args, _hub, "Run the hub alone."),
         ("actor", _actor_args, _actor, "Run one actor; it may join a hub at any time."),
         ("learner", _joining_args, _learner, "Run the learner alone."),
+        ("gateway", _gateway_args, _gateway, "Serve a policy to agents outside, through OpenAI's interface."),
         ("keys", _keys_args, _keys, "Make the keys with which a hub and its clients know each other."),
         ("version", lambda parser: None, _version, "Print the version."),
     ]
@@ -147,6 +148,13 @@ def _joining_args(parser: argparse.ArgumentParser) -> None:
 def _actor_args(parser: argparse.ArgumentParser) -> None:
     _joining_args(parser)
     parser.add_argument("--name", default="actor-0", help="unique among the actors of a run")
+
+
+def _gateway_args(parser: argparse.ArgumentParser) -> None:
+    _role_args(parser)
+    parser.add_argument("--checkpoint", type=Path, help="policy to serve (default: the run's best)")
+    parser.add_argument("--split", choices=[split.value for split in Split], default=Split.HELDOUT.value)
+    parser.add_argument("--port", type=int, default=8000, help="on the loopback; 0: a free one")
 
 
 def _keys_args(parser: argparse.ArgumentParser) -> None:
@@ -281,6 +289,16 @@ def _learner(chosen: argparse.Namespace) -> int:
     from slipstream import learner
 
     return _recorded(_ring(folder, "learner-0"), lambda: learner.main(config, folder))
+
+
+def _gateway(chosen: argparse.Namespace) -> int:
+    config, folder = _resolve(chosen, existing=True)
+    from slipstream.programs import OUTSIDE, check_program
+
+    check_program(OUTSIDE)
+    from slipstream import open_gateway
+
+    return open_gateway.main(config, folder, chosen.checkpoint, split=Split(chosen.split), port=chosen.port)
 
 
 def _keys(chosen: argparse.Namespace) -> int:

@@ -77,7 +77,10 @@ class AgentConfig(Part):
 
     program: str = ""
     """`module:function` or `path.py:function`: an agent of one's own, given each task, the address of a
-    gateway and a key, and asked for a reward; empty: the policy alone, in the environment's own loop."""
+    gateway and a key, and asked for a reward; "outside": agents that ask a gateway for tasks; empty: the
+    policy alone, in the environment's own loop."""
+    port: int = Field(default=0, ge=0, le=65535)
+    """Where the gateway of the first actor listens, the others at the ports behind it; 0: at free ones."""
 
 
 class ModelConfig(Part):

@@ -176,6 +176,10 @@ class EpisodeRunner:
         finally:
             backend.release(rollout_id)
 
+    async def start(self) -> str:
+        """Return "": no agent looks for it."""
+        return ""
+
     async def close(self) -> None:
         """End what the environments share."""
         self.factory.close()

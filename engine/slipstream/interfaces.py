@@ -126,6 +126,9 @@ class InferenceBackend(Protocol):
 class Runner(Protocol):
     """Runs leased episodes, many at once."""
 
+    async def start(self) -> str:
+        """Get ready; returns the address at which agents find it, or ""."""
+
     async def sampled(
         self, lease: Lease, backend: InferenceBackend, sampling: Sampling, *, rollout_id: int
     ) -> Trajectory:

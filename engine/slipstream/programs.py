@@ -14,18 +14,22 @@ from slipstream.errors import ConfigurationError
 
 Program = Callable[..., Awaitable[float | None] | float | None]
 """``program(task, *, base_url, api_key)``: a coroutine function, or a plain one, which gets a thread."""
+OUTSIDE: Final = "outside"
+"""Named in the place of a program: agents come by themselves."""
 _PACKAGES: Final = ("starlette", "uvicorn")
 
 
 def check_program(name: str) -> None:
     """Refuse early what cannot be loaded, without running it; raises ConfigurationError."""
-    where, _ = _parts(name)
     missing = [package for package in _PACKAGES if find_spec(package) is None]
     if missing:
         raise ConfigurationError(
             f"agent.program needs the extra gateway, and {missing[0]} is not installed; "
             f"run pip install 'slipstream[gateway]'"
         )
+    if name == OUTSIDE:
+        return
+    where, _ = _parts(name)
     package = where.partition(".")[0]
     if not (Path(where).is_file() if where.endswith(".py") else find_spec(package)):
         raise ConfigurationError(

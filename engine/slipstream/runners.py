@@ -7,12 +7,15 @@ from slipstream.config import RunConfig
 from slipstream.environments import environment_factory
 from slipstream.episodes import EpisodeRunner
 from slipstream.interfaces import Runner
-from slipstream.programs import check_program, load_program
+from slipstream.programs import OUTSIDE, check_program, load_program
 from slipstream.redaction import Redactor
 
 
-def configured_runner(config: RunConfig, chat: Chat, redactor: Redactor) -> Runner:
-    """Return the runner that a configuration asks for; raises ConfigurationError."""
+def configured_runner(config: RunConfig, chat: Chat, redactor: Redactor, *, port: int = 0) -> Runner:
+    """Return the runner that a configuration asks for; raises ConfigurationError.
+
+    port: where a gateway listens, 0 for a free port.
+    """
     factory = environment_factory(config.environment, config.rewards)
     if not config.agent.program:
         return EpisodeRunner(
@@ -25,11 +28,15 @@ def configured_runner(config: RunConfig, chat: Chat, redactor: Redactor) -> Runn
     check_program(config.agent.program)
     from slipstream.gateway.program import ProgramRunner
 
+    program = config.agent.program
     return ProgramRunner(
-        load_program(config.agent.program),
+        None if program == OUTSIDE else load_program(program),
         tasks=factory.tasks,
         chat=chat,
         environment=config.environment,
         rewards=config.rewards,
         redactor=redactor,
+        port=port,
+        # When a lease's time is over, another actor gets it.
+        patience_s=config.hub.lease_timeout_s / 2,
     )

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import json
+import re
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from books import check_books, read_books
-from runs import ROOT, Run
+from runs import ROOT, Process, Run, until
 
 from slipstream.metrics import read_rows, rows_of
 
 pytestmark = [pytest.mark.timeout(1800), pytest.mark.slow]
 pytest.importorskip("uvicorn")
 pytest.importorskip("openai")
+httpx = pytest.importorskip("httpx")
 
 FORGETFUL = '''
 import httpx
@@ -53,3 +57,45 @@ def test_an_agent_is_trained_on_what_was_sampled_for_it(
     assert {len(made.segments) for made in trained} == ({0} if agent == "openai" else {1})
     assert all(made.loss_mask.sum() for made in trained)
     assert not any(books.received[identity].verdict == "failed_infrastructure" for identity in books.received)
+
+
+def test_a_policy_is_served_to_agents_outside(new_run: Callable[..., Run]) -> None:
+    """The README's requests, and the line that a finished rollout leaves."""
+    run = new_run("run")
+    gateway = run.command("gateway", "--port", "0")
+    said = run.folder.with_name("run-1.out")
+    until(
+        lambda: "/rollouts gives a task" in said.read_text() or gateway.popen.poll() is not None,
+        "its address",
+    )
+    found = re.search(r"as policy at (\S+);", said.read_text())
+    assert found is not None, run.story(gateway.end())
+    assert "checkpoints/warmup as policy" in said.read_text()
+    with httpx.Client(base_url=found[1], timeout=60) as client:
+        opened = client.post("/rollouts").json()
+        question = [{"role": "user", "content": opened["task"]["question"]}]
+        answered = client.post(
+            "/chat/completions", json={"model": "policy", "messages": question},
+            headers={"authorization": f"Bearer {opened['api_key']}"},
+        )  # fmt: skip
+        assert answered.status_code == 200, answered.text
+        assert client.post(f"/rollouts/{opened['id']}/reward", json={"value": 1}).status_code == 200
+        assert client.post(f"/rollouts/{opened['id']}/finish").status_code == 200
+        until(lambda: (run.folder / "rollouts.jsonl").exists(), "the rollout's line")
+    gateway.signal(signal.SIGTERM)
+    ended = gateway.end()
+    assert ended.code == 0, run.story(ended)
+    (row,) = map(json.loads, (run.folder / "rollouts.jsonl").read_text().splitlines())
+    assert (row["outcome"], row["reward"], row["calls"], row["task"]) == ("completed", 1.0, 1, 0)
+    sampled = answered.json()["choices"][0]["token_ids"]
+    assert row["sampled"] == len(sampled)
+    assert opened["task"]["question"] in row["segments"][0]
+
+
+def test_a_gateway_without_a_policy_is_one_sentence(tmp_path: Path) -> None:
+    folder = tmp_path / "none"
+    ended = Process("gateway", "research", "--output", str(folder), log=tmp_path / "gateway.log").end()
+    assert ended.code == 2
+    assert ended.sentence == (
+        f"{folder} holds no policy; train one (slipstream train --output {folder}), or give --checkpoint"
+    )

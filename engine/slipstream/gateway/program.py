@@ -4,22 +4,13 @@ lease ─▶ rollout ─▶ program(task, base_url=..., api_key=...) ─▶ rewa
                        │  ▲
                        ▼  │  any framework that speaks to OpenAI or Anthropic
                      gateway ─▶ backend       what was sampled is recorded before the agent reads it
-
-    the program                              outcome                  score
-    returns a number                         completed                the number
-    returns None                             completed                the sum of the rewards it posted
-    could not go on: too long, all calls     truncated                likewise, or 0 when it raised
-    is not done after `timeout_s`            timed out                0
-    raises anything else                     infrastructure failure   none: it says nothing about the policy
 """
 
 from __future__ import annotations
 
 import asyncio
-import inspect
 import json
 import time
-from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
@@ -27,11 +18,12 @@ import numpy as np
 
 from slipstream.chat import Chat
 from slipstream.config import EnvironmentConfig, RewardConfig
-from slipstream.episodes import UNSENT, TokenArrays, one_line
+from slipstream.episodes import UNSENT, TokenArrays
 from slipstream.flight_recorder import FLIGHT
 from slipstream.gateway.app import Gateway
 from slipstream.gateway.graph import Sample
-from slipstream.gateway.rollouts import NoTaskError, Rollout, Rollouts
+from slipstream.gateway.players import End, OutsidePlayer, Player, ProgramPlayer
+from slipstream.gateway.rollouts import Rollout, Rollouts
 from slipstream.gateway.server import GatewayServer
 from slipstream.interfaces import InferenceBackend, TaskSource
 from slipstream.programs import Program
@@ -43,7 +35,6 @@ from slipstream.types import (
     Sampling,
     Score,
     ScoreKind,
-    Task,
     Timings,
     ToolCall,
     ToolStatus,
@@ -54,34 +45,30 @@ MODEL = "policy"
 """What agents call the model."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _End:
-    """How a program ended."""
-
-    outcome: Outcome
-    reward: float | None = None
-    note: str = ""
-
-
 class ProgramRunner:
-    """Runs leased tasks with a program; its gateway starts with the first.
+    """Runs leased tasks with a program, or, where that is None, with agents outside.
 
     Example: ``await ProgramRunner(program, tasks=tasks, chat=chat, environment=environment,
-    rewards=rewards).sampled(lease, backend, sampling, rollout_id=7)``.
+    rewards=rewards).sampled(lease, backend, sampling, rollout_id=7)``; the gateway starts with the first.
     """
 
     def __init__(
         self,
-        program: Program,
+        program: Program | None,
         *,
         tasks: TaskSource,
         chat: Chat,
         environment: EnvironmentConfig,
         rewards: RewardConfig,
         redactor: Redactor | None = None,
+        port: int = 0,
+        patience_s: float = 60.0,
     ) -> None:
-        """Give each task of `tasks` to `program`, with the bounds of `environment`."""
-        self._program, self._tasks, self._limits, self._rewards = program, tasks, environment, rewards
+        """Give each task of `tasks` to `program`, with the bounds of `environment`.
+
+        port: of the gateway, 0 for a free one; patience_s: how long a task waits for an agent outside.
+        """
+        self._tasks, self._rewards, self._port = tasks, rewards, port
         self.redactor = redactor or Redactor.of_process()
         """What the policy is shown and what is recorded goes through it."""
         self._rollouts = Rollouts(
@@ -89,6 +76,12 @@ class ProgramRunner:
             max_tokens=environment.max_tokens,
             max_calls=environment.max_turns,
             redact=self.redactor.text,
+        )
+        seconds = environment.timeout_s
+        self._player: Player = (
+            OutsidePlayer(self._rollouts, timeout_s=seconds, patience_s=patience_s)
+            if program is None
+            else ProgramPlayer(program, timeout_s=seconds)
         )
         self._server: GatewayServer | None = None
         self._starting = asyncio.Lock()
@@ -98,12 +91,13 @@ class ProgramRunner:
     ) -> Trajectory:
         """Run one leased task with a backend; what the rollout held is released whatever happens."""
         FLIGHT.beat()
-        url = await self._serving()
+        url = await self.start()
         task = self._tasks.task(lease.split, lease.attempt.task)
         started_s, began = time.time(), time.monotonic()
-        rollout = self._rollouts.open(backend, sampling, number=rollout_id)
+        told = {"question": task.question, "data": dict(task.data), "split": task.split, "index": task.index}
+        rollout = self._rollouts.open(backend, sampling, number=rollout_id, task=told)
         try:
-            end = await self._played(task, rollout, url)
+            end = await self._player.play(task, rollout, url)
         finally:
             self._rollouts.finish(rollout)
             self._rollouts.forget(rollout)
@@ -121,42 +115,17 @@ class ProgramRunner:
         if self._server is not None:
             await self._server.stop()
 
-    async def _serving(self) -> str:
+    async def start(self) -> str:
+        """Start the gateway and return its address; raises AddressError."""
         async with self._starting:
             if self._server is None:
-                app = Gateway(self._rollouts, model=MODEL, opener=_nothing_outside).app
-                self._server = GatewayServer(app)
+                app = Gateway(self._rollouts, model=MODEL, opener=self._player.opened).app
+                self._server = GatewayServer(app, port=self._port)
                 await self._server.start()
         return self._server.url
 
-    async def _played(self, task: Task, rollout: Rollout, url: str) -> _End:
-        """Run the program to its end or its time-out."""
-        arguments = {"base_url": url, "api_key": rollout.key}
-        if inspect.iscoroutinefunction(self._program):
-            work = asyncio.create_task(self._program(task, **arguments))
-        else:
-            work = asyncio.create_task(asyncio.to_thread(self._program, task, **arguments))
-        try:
-            await asyncio.wait([work], timeout=self._limits.timeout_s)
-        finally:
-            work.cancel()
-        if not work.done():
-            note = f"no end within environment.timeout_s = {self._limits.timeout_s:g} s"
-            return _End(outcome=Outcome.TIMED_OUT, reward=0.0, note=note)
-        outcome = Outcome.TRUNCATED if rollout.denied else Outcome.COMPLETED
-        error = work.exception()
-        if error is not None and not rollout.denied:
-            note = f"agent.program: {type(error).__name__}: {one_line(error)}"
-            return _End(outcome=Outcome.INFRASTRUCTURE_FAILURE, note=note)
-        if error is not None:
-            return _End(outcome=outcome, reward=sum(rollout.rewards), note=rollout.denied)
-        given = work.result()
-        if given is None and rollout.rewards:
-            given = sum(rollout.rewards)
-        return _End(outcome=outcome, reward=None if given is None else float(given), note=rollout.denied)
-
     def _trajectory(
-        self, lease: Lease, rollout: Rollout, end: _End, sampling: Sampling, timings: Timings
+        self, lease: Lease, rollout: Rollout, end: End, sampling: Sampling, timings: Timings
     ) -> Trajectory:
         samples = list(rollout.graph.samples())
         trained = [index for sample in samples for index in sample.trained]
@@ -191,10 +160,6 @@ class ProgramRunner:
                 calls.append(_call(numbers[index], name, read, ToolStatus.OK))
             calls += [_call(numbers[index], "", {}, ToolStatus.INVALID) for _ in answer.faults]
         return calls
-
-
-def _nothing_outside(_key: str) -> Rollout:
-    raise NoTaskError("rollouts: this gateway serves the agents of its own actor only")
 
 
 def _score(reward: float | None) -> Score:

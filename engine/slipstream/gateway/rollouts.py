@@ -116,6 +116,13 @@ class Rollouts:
         self._rollouts[key] = rollout
         return rollout
 
+    def rename(self, rollout: Rollout, key: str) -> None:
+        """Give a rollout another key; raises FinishedError for one in use."""
+        if key in self._rollouts:
+            raise FinishedError(f"rollout {key}: it exists; open another, or finish it first")
+        self._rollouts[key] = self._rollouts.pop(rollout.key)
+        rollout.key = key
+
     def find(self, key: str) -> Rollout | None:
         """Return the rollout of a key."""
         return self._rollouts.get(key)

@@ -29,6 +29,7 @@ from slipstream.demonstrations import demonstrations  # noqa: E402
 from slipstream.environments import environment_factory  # noqa: E402
 from slipstream.episodes import EpisodeRunner  # noqa: E402
 from slipstream.errors import ConfigurationError  # noqa: E402
+from slipstream.gateway.players import ProgramPlayer  # noqa: E402
 from slipstream.gateway.program import ProgramRunner  # noqa: E402
 from slipstream.programs import check_program, load_program  # noqa: E402
 from slipstream.redaction import Redactor  # noqa: E402
@@ -218,7 +219,8 @@ def test_secrets_are_kept_from_the_policy(chat: Chat) -> None:
     )
     runner = configured_runner(config, chat, Redactor.of_process(config.environment.canaries))
     assert isinstance(runner, ProgramRunner)
-    runner._program = program
+    assert isinstance(runner._player, ProgramPlayer)
+    runner._player._program = program
     made = asyncio.run(one_episode(runner, Sampled([chat.message("Bern")])))
     assert "sesame" not in chat.text(made.token_ids)
 
