@@ -13,7 +13,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 INPUTS := pyproject.toml setup.py constraints.txt $(shell find csrc -type f 2>/dev/null)
 OUTPUT ?= runs/research
-BENCH ?= dataflow asynchrony kernels
+BENCH ?= dataflow asynchrony gateway kernels
 ARGS ?=
 # Two at a time: many tests wait for processes of their own.
 PARALLEL := -n 2 --dist worksteal

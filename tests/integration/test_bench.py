@@ -109,6 +109,18 @@ def test_dataflow_measures_both_sides(tmp_path: Path) -> None:
     assert figures["encode_32768_tokens_ms"] > 0
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_gateway_measures_both_servers(tmp_path: Path) -> None:
+    output = tmp_path / "figures.json"
+    printed = bench("gateway", "--rounds", "1", "--agents", "2", "--turns", "2", "--json", str(output))
+    figures = json.loads(output.read_text())
+    assert all(
+        figures[way]["calls_per_s"] > 0 and figures[way]["overhead_ms"] > 0 for way in ("plain", "gateway")
+    )
+    assert "wanted of the gateway: at most 6 ms, at least 250 calls/s; 2 agents at once" in printed
+
+
 def bench(name: str, *options: str) -> str:
     """Run a benchmark as a user does; its output."""
     command = [sys.executable, "-m", "slipstream", "bench", name, "--", *options]
