@@ -52,7 +52,7 @@ clean:
 
 .venv/installed: .venv/created $(INPUTS)
 	@echo "Installing Slipstream and its dependencies into .venv (once; minutes, most of it PyTorch)."
-	@$(PIP) -c constraints.txt -e .
+	@$(PIP) -c constraints.txt -e '.[gateway]'
 	@$(BIN)/python -c "from slipstream_kernels import native; print('Native kernels:', native.description())"
 	@touch $@
 
