@@ -1,0 +1,311 @@
+"""A real vLLM server: its log-probabilities are the policy's, its versions right, its lies found out."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+import torch
+
+from slipstream.attention import PackedSegments, run_decoder
+from slipstream.errors import CheckpointError, ConfigurationError, InfrastructureError
+from slipstream.inference.vllm.backend import VllmBackend
+from slipstream.inference.vllm.contract import VllmClient
+from slipstream.inference.vllm.transports import FilesystemTransport, GlooTransport, Offer, WeightTransport
+from slipstream.model import canary_logprobs, copy_weights, head
+from slipstream.types import Completion, Sampling, WeightUpdate
+
+if TYPE_CHECKING:
+    from conftest import World
+
+PROMPT = np.arange(5, 25, dtype=np.int32)
+AGREE = 1e-4
+"""Nats between float32 holders of the same weights, on every token."""
+
+
+def logprobs_under(world: World, tokens: tuple[int, ...], serial: int) -> np.ndarray:
+    """Return our own model's log-probabilities of tokens 1.., with the weights of a serial."""
+    model = world.policy.model
+    with torch.no_grad():
+        copy_weights(model, world.history[serial])
+    found = np.array(canary_logprobs(model, tokens))
+    with torch.no_grad():
+        copy_weights(model, world.history[world.serial])
+    return found
+
+
+def check_every_token(world: World, prompt: np.ndarray, completion: Completion) -> None:
+    """Check each token's log-probability under the version it claims."""
+    tokens = (*prompt.tolist(), *completion.token_ids.tolist())
+    for serial in np.unique(completion.versions).tolist():
+        own = logprobs_under(world, tokens, serial)[len(prompt) - 1 :]
+        claimed = completion.versions == serial
+        assert np.abs(own - completion.logprobs)[claimed].max() < AGREE
+
+
+@pytest.mark.parametrize("transport", [FilesystemTransport(), GlooTransport()], ids=lambda t: t.name)
+def test_logprobs_are_the_policys_after_each_update(world: World, transport: WeightTransport) -> None:
+    async def work(backend: VllmBackend) -> None:
+        for _ in range(3):
+            update = world.publish()
+            proof = await backend.load(update)
+            assert (proof.serial, proof.checksum64) == (update.version.serial, update.version.checksum64)
+            assert np.allclose(proof.canary_logprobs, update.canary_logprobs, atol=AGREE)
+            tasks = [
+                backend.generate(PROMPT[: 4 + n], Sampling(max_tokens=24), rollout_id=n) for n in range(8)
+            ]
+            for n, completion in enumerate(await asyncio.gather(*tasks)):
+                assert set(completion.versions.tolist()) == {world.serial}
+                check_every_token(world, PROMPT[: 4 + n], completion)
+
+    world.run(work, transport=transport)
+
+
+def test_a_tempered_distribution_is_the_one_drawn_from(world: World) -> None:
+    async def work(backend: VllmBackend) -> Completion:
+        await backend.load(world.publish())
+        return await backend.generate(PROMPT, Sampling(temperature=0.7, max_tokens=32), rollout_id=1)
+
+    completion = world.run(work)
+    tokens = torch.tensor([*PROMPT.tolist(), *completion.token_ids.tolist()])
+    model = world.policy.model
+    with torch.no_grad():
+        segments = PackedSegments(np.array([0, len(tokens)]), head(model).device)
+        hidden = run_decoder(model, tokens, torch.arange(len(tokens)), segments)
+        logprobs = torch.log_softmax(hidden @ head(model).T / 0.7, dim=-1)
+    own = logprobs[len(PROMPT) - 1 : -1].gather(1, tokens[len(PROMPT) :, None])[:, 0]
+    assert np.abs(own.numpy() - completion.logprobs).max() < AGREE
+
+
+def test_the_same_rollout_draws_the_same_and_another_another(world: World) -> None:
+    async def work(backend: VllmBackend) -> list[list[int]]:
+        await backend.load(world.publish())
+        sampling = Sampling(max_tokens=32)
+        drawn = [await backend.generate(PROMPT, sampling, rollout_id=rollout) for rollout in (7, 7, 8)]
+        return [completion.token_ids.tolist() for completion in drawn]
+
+    first, again, other = world.run(work)
+    assert first == again != other
+
+
+def test_the_stop_token_ends_a_message_and_is_part_of_it(world: World) -> None:
+    async def work(backend: VllmBackend) -> list[Completion]:
+        await backend.load(world.publish())
+        tasks = [backend.generate(PROMPT, Sampling(max_tokens=400), rollout_id=n) for n in range(12)]
+        return await asyncio.gather(*tasks)
+
+    stop = world.policy.chat.stop_token
+    completions = world.run(work)
+    assert any(completion.stopped for completion in completions)
+    for completion in completions:
+        assert (completion.token_ids[-1] == stop) == completion.stopped
+        assert stop not in completion.token_ids[:-1]
+
+
+def test_versions_are_right_with_requests_in_flight_over_many_updates(world: World) -> None:
+    """Each token, before and after a switch in the middle of a message, is of the weights it claims."""
+
+    async def work(backend: VllmBackend) -> list[Completion]:
+        await backend.load(world.publish())
+        ends = asyncio.Event()
+        done: list[tuple[np.ndarray, Completion]] = []
+
+        async def keep_sampling(rollout: int) -> None:
+            turn = 0
+            while not ends.is_set():
+                prompt = np.append(PROMPT, np.int32(30 + rollout))
+                rollout_id = 100 * rollout + turn
+                done.append(
+                    (prompt, await backend.generate(prompt, Sampling(max_tokens=300), rollout_id=rollout_id))
+                )
+                turn += 1
+
+        async with asyncio.TaskGroup() as group:
+            for rollout in range(4):
+                group.create_task(keep_sampling(rollout))
+            for _ in range(20):
+                before = len(done)
+                await backend.load(world.publish())
+                async with asyncio.timeout(60):
+                    while len(done) < before + 1:  # noqa: ASYNC110
+                        await asyncio.sleep(0.01)
+            ends.set()
+        assert sum(len(set(completion.versions.tolist())) > 1 for _, completion in done) >= 10
+        for prompt, completion in done:
+            assert (np.diff(completion.versions) >= 0).all()
+            check_every_token(world, prompt, completion)
+        return [completion for _, completion in done]
+
+    versions = {version for completion in world.run(work) for version in completion.versions.tolist()}
+    assert len(versions) >= 15
+
+
+class KeepsPrefixes(VllmClient):
+    """Trap 2: keys and values of earlier prompts survive."""
+
+    async def pause(self) -> None:
+        await self._control("/pause", params={"mode": "keep", "clear_cache": "false"})
+
+    async def reset_prefix_cache(self) -> None:
+        return
+
+
+def test_a_prefix_cache_of_older_weights_is_found_out(world: World) -> None:
+    async def work(backend: VllmBackend) -> None:
+        with pytest.raises(InfrastructureError, match=r"fenced.*its prefix cache is of other weights"):
+            await backend.load(world.publish(scale=0.5))
+
+    async def mend(backend: VllmBackend) -> None:
+        await backend.load(world.publish())
+
+    world.run(mend)
+    world.run(work, client=KeepsPrefixes)
+    world.run(mend)
+
+
+class Loses(FilesystemTransport):
+    """Offers another version's tensors under the announced name, as a stale mount would."""
+
+    def __init__(self, other: WeightUpdate) -> None:
+        self._other = other
+
+    def offer(self, update: WeightUpdate, *, workers: int) -> Offer:
+        mixed = replace(self._other, version=replace(self._other.version, serial=update.version.serial))
+        return super().offer(mixed, workers=workers)
+
+
+def test_a_failed_update_is_made_once_more_and_then_the_server_is_fenced(
+    world: World, tmp_path: Path
+) -> None:
+    """Trap 3: until then requests in flight wait, and none of them is answered by unknown weights."""
+
+    async def work(backend: VllmBackend) -> None:
+        update = world.publish()
+        await backend.load(update)
+        broken = world.publish()
+        shutil.copytree(broken.folder, tmp_path / "broken")
+        with (tmp_path / "broken" / "model.safetensors").open("r+b") as file:
+            file.seek(-1, 2)
+            file.write(b"\x55")
+        running = asyncio.create_task(backend.generate(PROMPT, Sampling(max_tokens=480), rollout_id=3))
+        with pytest.raises(
+            InfrastructureError, match=r"fenced and must be restarted.*failed 2 times.*checksum64"
+        ):
+            await backend.load(replace(broken, folder=str(tmp_path / "broken")))
+        with pytest.raises(InfrastructureError, match="fenced and must be restarted"):
+            await running
+        with pytest.raises(InfrastructureError, match="fenced and must be restarted"):
+            await backend.generate(PROMPT, Sampling(), rollout_id=4)
+        with pytest.raises(InfrastructureError, match="fenced and must be restarted"):
+            await backend.load(update)
+
+    async def after(backend: VllmBackend) -> None:
+        # What was refused never reached the model, so that this server can be used by another backend.
+        await backend.load(world.publish())
+        check_every_token(world, PROMPT, await backend.generate(PROMPT, Sampling(), rollout_id=5))
+
+    world.run(work)
+    world.run(after)
+
+
+class FailsOnce(FilesystemTransport):
+    """Its first offer cannot be taken."""
+
+    failed = False
+
+    def offer(self, update: WeightUpdate, *, workers: int) -> Offer:
+        offer = super().offer(update, workers=workers)
+        if not self.failed:
+            self.failed = True
+            offer.info["folder"] += "-gone"
+        return offer
+
+
+def test_a_second_attempt_mends_an_update(world: World) -> None:
+    async def work(backend: VllmBackend) -> int:
+        return (await backend.load(world.publish())).serial
+
+    assert world.run(work, transport=FailsOnce()) == world.serial
+
+
+def test_weights_of_another_version_are_found_out(world: World) -> None:
+    """Trap 4: the server's own checksum of packed weights cannot tell; that of what arrived does."""
+
+    async def work(backend: VllmBackend) -> None:
+        await backend.load(first)
+        with pytest.raises(InfrastructureError, match=r"fenced.*proof of serial \d+: expected checksum"):
+            await backend.load(second)
+
+    first, second = world.publish(), world.publish()
+    relabelled = replace(first.version, serial=second.version.serial)
+    folder = world.publisher.folder / "relabelled"
+    other = world.publisher.__class__(folder).publish(
+        world.history[first.version.serial], serial=relabelled.serial
+    )
+    world.run(work, transport=Loses(replace(first, folder=other)))
+
+
+def test_the_gross_check_finds_weights_that_are_not_in_use(world: World) -> None:
+    """Trap 1 and its like: everything arrived, and the model computes with something else."""
+
+    async def work(backend: VllmBackend) -> None:
+        update = world.publish()
+        wrong = replace(update, canary_logprobs=tuple(value - 0.01 for value in update.canary_logprobs))
+        with pytest.raises(InfrastructureError, match=r"fenced.*canary log-probabilities within"):
+            await backend.load(wrong)
+
+    world.run(work)
+
+
+def test_a_tokenizer_that_is_not_the_servers_is_refused(world: World) -> None:
+    vocabulary = world.policy.tokenizer.get_vocab()
+    swapped = dict(zip(vocabulary, reversed(list(vocabulary.values())), strict=True))
+
+    class Other:
+        def get_vocab(self) -> dict[str, int]:
+            return swapped
+
+    async def work() -> None:
+        async with VllmClient(world.server.url) as client:
+            with pytest.raises(ConfigurationError, match="expected the run's vocabulary"):
+                await world.backend(client).attach(Other())
+
+    asyncio.run(work())
+
+
+def test_weights_that_do_not_fit_leave_the_model_as_it_was(world: World, tmp_path: Path) -> None:
+    async def work(backend: VllmBackend) -> None:
+        update = world.publish()
+        await backend.load(update)
+        weights = dict(world.history[world.serial])
+        weights["model.norm.weight"] = weights["model.norm.weight"][:-1]
+        folder = world.publisher.__class__(tmp_path).publish(weights, serial=world.serial + 1000)
+        from slipstream_kernels import checksum64_named
+
+        version = replace(update.version, serial=world.serial + 1000, checksum64=checksum64_named(weights))
+        with pytest.raises(InfrastructureError, match="fenced"):
+            await backend.load(replace(update, folder=folder, version=version))
+
+    async def after(backend: VllmBackend) -> Any:
+        await backend.load(world.publish())
+        return await backend.generate(PROMPT, Sampling(), rollout_id=6)
+
+    world.run(work)
+    check_every_token(world, PROMPT, world.run(after))
+
+
+def test_damage_of_published_weights_is_the_learners_fault(world: World) -> None:
+    async def work(backend: VllmBackend) -> None:
+        update = world.publish()
+        (Path(update.folder) / "model.safetensors").unlink()
+        with pytest.raises(CheckpointError, match="no file"):
+            await backend.load(update)
+        assert not backend.fenced
+        await backend.load(world.publish())
+
+    world.run(work, transport=GlooTransport())
