@@ -86,6 +86,11 @@ class World:
         """Return a backend over the server."""
         return VllmBackend(client, stop_token=self.policy.chat.stop_token, transport=transport)
 
+    async def plant(self, fault: str) -> None:
+        """Plant a fault inside the server (plants.py), or with "" take all out."""
+        async with VllmClient(self.server.url) as client:
+            await client.worker_call("plant", fault=fault)
+
     def run(
         self,
         work: Callable[[VllmBackend], Awaitable[T]],
@@ -137,7 +142,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     """The policy and its running server."""
     folder = tmp_path_factory.mktemp("vllm")
     policy = small_policy()
-    server = server_of(folder, policy)
+    server = server_of(folder, policy, arguments=("--worker-extension-cls", "plants.PlantedWorker"))
+    (folder / "server" / "path").mkdir(parents=True)
+    shutil.copy(Path(__file__).with_name("plants.py"), folder / "server" / "path")
     asyncio.run(server.start())
     yield World(policy=policy, server=server, publisher=FilesystemPublisher(folder / "weights", keep=64))
     server.stop()

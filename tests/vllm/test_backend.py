@@ -237,7 +237,6 @@ def test_weights_of_another_version_are_found_out(world: World) -> None:
     """Trap 4: the server's own checksum of packed weights cannot tell; that of what arrived does."""
 
     async def work(backend: VllmBackend) -> None:
-        await backend.load(first)
         with pytest.raises(InfrastructureError, match=r"fenced.*proof of serial \d+: expected checksum"):
             await backend.load(second)
 
@@ -250,16 +249,53 @@ def test_weights_of_another_version_are_found_out(world: World) -> None:
     world.run(work, transport=Loses(replace(first, folder=other)))
 
 
-def test_the_gross_check_finds_weights_that_are_not_in_use(world: World) -> None:
-    """Trap 1 and its like: everything arrived, and the model computes with something else."""
+@pytest.mark.parametrize("fault", ["stale head", "loses a tensor"])
+def test_weights_that_arrived_and_are_not_in_use_are_found_out(world: World, fault: str) -> None:
+    """Trap 1 and its like: every checksum is right, and the model computes with something else."""
 
     async def work(backend: VllmBackend) -> None:
-        update = world.publish()
-        wrong = replace(update, canary_logprobs=tuple(value - 0.01 for value in update.canary_logprobs))
+        await backend.load(world.publish())
+        await world.plant(fault)
         with pytest.raises(InfrastructureError, match=r"fenced.*canary log-probabilities within"):
-            await backend.load(wrong)
+            await backend.load(world.publish())
+
+    async def mend(backend: VllmBackend) -> Completion:
+        await world.plant("")
+        await backend.load(world.publish())
+        return await backend.generate(PROMPT, Sampling(), rollout_id=8)
 
     world.run(work)
+    check_every_token(world, PROMPT, world.run(mend))
+
+
+def test_a_model_left_half_loaded_is_loaded_whole_again(world: World) -> None:
+    async def work(backend: VllmBackend) -> Completion:
+        await world.plant("breaks off once")
+        await backend.load(world.publish())
+        return await backend.generate(PROMPT, Sampling(), rollout_id=9)
+
+    check_every_token(world, PROMPT, world.run(work))
+
+
+def test_a_model_that_stays_half_loaded_answers_nobody(world: World) -> None:
+    """Trap 3: its /health is 200 all the while."""
+
+    async def work(backend: VllmBackend) -> None:
+        await backend.load(world.publish())
+        await world.plant("breaks off")
+        running = asyncio.create_task(backend.generate(PROMPT, Sampling(max_tokens=480), rollout_id=3))
+        with pytest.raises(InfrastructureError, match=r"fenced and must be restarted.*planted: broke off"):
+            await backend.load(world.publish())
+        with pytest.raises(InfrastructureError, match="fenced and must be restarted"):
+            await running
+
+    async def mend(backend: VllmBackend) -> Completion:
+        await world.plant("")
+        await backend.load(world.publish())
+        return await backend.generate(PROMPT, Sampling(), rollout_id=8)
+
+    world.run(work)
+    check_every_token(world, PROMPT, world.run(mend))
 
 
 def test_a_tokenizer_that_is_not_the_servers_is_refused(world: World) -> None:

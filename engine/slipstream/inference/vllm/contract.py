@@ -132,7 +132,8 @@ class VllmClient:
             base_url=base_url,
             timeout=None,
             trust_env=False,
-            limits=httpx2.Limits(max_connections=None, max_keepalive_connections=64),
+            # The server closes idle connections, and those it failed on, just when one may be used again.
+            limits=httpx2.Limits(max_connections=None, max_keepalive_connections=0),
         )
 
     async def __aenter__(self) -> VllmClient:
