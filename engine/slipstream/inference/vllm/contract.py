@@ -307,12 +307,10 @@ def _generated(choice: _Choice, server: str) -> Generated:
         raise ProtocolError(
             f"{server}: expected a log-probability of each of {len(tokens)} tokens, got {len(entries)}"
         )
-    spans, end = choice.weight_versions or [], 0
-    for span in spans:
-        if span.start != end or span.end <= span.start:
-            break
-        end = span.end
-    if end != len(tokens) or (spans and spans[-1].end != end):
+    spans = choice.weight_versions or []
+    ends = [0, *(span.end for span in spans)]
+    follow = all(span.start == end < span.end for span, end in zip(spans, ends, strict=False))
+    if not follow or ends[-1] != len(tokens):
         raise ProtocolError(f"{server}: expected versions of all {len(tokens)} tokens in order, got {spans}")
     if choice.finish_reason not in ("stop", "length", "abort"):
         raise ProtocolError(f"{server}: expected stop, length or abort, got {choice.finish_reason!r}")
