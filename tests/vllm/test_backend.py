@@ -48,6 +48,22 @@ def check_every_token(world: World, prompt: np.ndarray, completion: Completion) 
         assert np.abs(own - completion.logprobs)[claimed].max() < AGREE
 
 
+async def in_flight(backend: VllmBackend) -> list[asyncio.Task[Completion]]:
+    """Return long requests that the server is working on; some may draw the stop token early."""
+    sampling = Sampling(max_tokens=480)
+    running = [asyncio.create_task(backend.generate(PROMPT, sampling, rollout_id=n)) for n in range(8)]
+    # One that comes later is answered only once they run.
+    await backend.generate(PROMPT, Sampling(max_tokens=1), rollout_id=8)
+    return running
+
+
+async def fenced(running: list[asyncio.Task[Completion]]) -> bool:
+    """Return whether requests that were running have ended by the fence, or before it."""
+    ends = await asyncio.gather(*running, return_exceptions=True)
+    errors = [end for end in ends if not isinstance(end, Completion)]
+    return bool(errors) and all("fenced and must be restarted" in str(error) for error in errors)
+
+
 @pytest.mark.parametrize("transport", [FilesystemTransport(), GlooTransport()], ids=lambda t: t.name)
 def test_logprobs_are_the_policys_after_each_update(world: World, transport: WeightTransport) -> None:
     async def work(backend: VllmBackend) -> None:
@@ -168,6 +184,30 @@ def test_a_prefix_cache_of_older_weights_is_found_out(world: World) -> None:
     world.run(mend)
 
 
+class KeepsRunning(VllmClient):
+    """Keys and values of requests in flight survive."""
+
+    async def pause(self) -> None:
+        await self._control("/pause", params={"mode": "keep", "clear_cache": "false"})
+
+
+def test_requests_that_keep_what_was_cached_are_found_out(world: World) -> None:
+    """They would go on with log-probabilities of neither the old weights nor the new."""
+
+    async def work(backend: VllmBackend) -> None:
+        await backend.load(world.publish())
+        running = await in_flight(backend)
+        with pytest.raises(InfrastructureError, match=r"fenced.*prefix cache is in use and was not reset"):
+            await backend.load(world.publish())
+        assert await fenced(running)
+
+    async def mend(backend: VllmBackend) -> None:
+        await backend.load(world.publish())
+
+    world.run(work, client=KeepsRunning)
+    world.run(mend)
+
+
 class Loses(FilesystemTransport):
     """Offers another version's tensors under the announced name, as a stale mount would."""
 
@@ -192,13 +232,12 @@ def test_a_failed_update_is_made_once_more_and_then_the_server_is_fenced(
         with (tmp_path / "broken" / "model.safetensors").open("r+b") as file:
             file.seek(-1, 2)
             file.write(b"\x55")
-        running = asyncio.create_task(backend.generate(PROMPT, Sampling(max_tokens=480), rollout_id=3))
+        running = await in_flight(backend)
         with pytest.raises(
             InfrastructureError, match=r"fenced and must be restarted.*failed 2 times.*checksum64"
         ):
             await backend.load(replace(broken, folder=str(tmp_path / "broken")))
-        with pytest.raises(InfrastructureError, match="fenced and must be restarted"):
-            await running
+        assert await fenced(running)
         with pytest.raises(InfrastructureError, match="fenced and must be restarted"):
             await backend.generate(PROMPT, Sampling(), rollout_id=4)
         with pytest.raises(InfrastructureError, match="fenced and must be restarted"):
@@ -283,11 +322,10 @@ def test_a_model_that_stays_half_loaded_answers_nobody(world: World) -> None:
     async def work(backend: VllmBackend) -> None:
         await backend.load(world.publish())
         await world.plant("breaks off")
-        running = asyncio.create_task(backend.generate(PROMPT, Sampling(max_tokens=480), rollout_id=3))
+        running = await in_flight(backend)
         with pytest.raises(InfrastructureError, match=r"fenced and must be restarted.*planted: broke off"):
             await backend.load(world.publish())
-        with pytest.raises(InfrastructureError, match="fenced and must be restarted"):
-            await running
+        assert await fenced(running)
 
     async def mend(backend: VllmBackend) -> Completion:
         await world.plant("")

@@ -6,7 +6,9 @@ import asyncio
 import importlib.util
 import json
 import os
+import subprocess
 import sys
+import time
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +18,7 @@ import numpy as np
 import psutil
 import pytest
 
+from slipstream.deadlines import Deadline
 from slipstream.errors import (
     ConfigurationError,
     DeadlineError,
@@ -332,9 +335,45 @@ def test_a_server_that_never_answers_is_ended_with_all_it_started(tmp_path: Path
     server = VllmServer(options, folder=tmp_path / "server")
     with pytest.raises(DeadlineError, match="a first token of http"):
         asyncio.run(server.start())
-    for pid in (tmp_path / "pids").read_text().split():
-        ends = [process for process in psutil.process_iter() if process.pid == int(pid)]
-        assert all(process.status() == psutil.STATUS_ZOMBIE for process in ends)
+    assert not any(alive(int(pid)) for pid in (tmp_path / "pids").read_text().split())
+
+
+def alive(pid: int) -> bool:
+    """Return whether a process runs; one that nobody has waited for yet does not."""
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def test_a_server_ends_with_the_process_that_wanted_it(tmp_path: Path) -> None:
+    program = fake_program(
+        tmp_path,
+        "import os, pathlib, subprocess, time\n"
+        "child = subprocess.Popen(['sleep', '600'])\n"
+        f"path = pathlib.Path({str(tmp_path / 'pids')!r})\n"
+        "path.with_suffix('.new').write_text(f'{os.getpid()} {child.pid} {os.getppid()}')\n"
+        "path.with_suffix('.new').rename(path)\n"
+        "time.sleep(600)\n",
+    )
+    wants = (
+        "import asyncio, pathlib\n"
+        "from slipstream.inference.vllm.server import ServerOptions, VllmServer\n"
+        f"options = ServerOptions(program={str(program)!r}, model='m')\n"
+        f"asyncio.run(VllmServer(options, folder=pathlib.Path({str(tmp_path / 'server')!r})).start())\n"
+    )
+    wanting = subprocess.Popen([sys.executable, "-c", wants])
+    deadline = Deadline(60.0, "test", "the program's start and its end")
+    while not (tmp_path / "pids").exists():
+        deadline.check()
+        time.sleep(0.02)
+    pids = [int(pid) for pid in (tmp_path / "pids").read_text().split()]
+    assert all(alive(pid) for pid in pids)
+    wanting.kill()
+    wanting.wait(timeout=10)
+    while any(alive(pid) for pid in pids):
+        deadline.check()
+        time.sleep(0.02)
 
 
 def test_a_server_sees_only_the_two_packages_of_this_process(tmp_path: Path) -> None:
