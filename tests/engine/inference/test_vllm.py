@@ -211,7 +211,8 @@ def test_an_answer_whose_logprobs_are_not_numbers_is_refused(server: Any) -> Non
 
 
 @pytest.mark.parametrize(
-    "path", ["/pause", "/start_weight_update", "/update_weights", "/finish_weight_update", "/resume"]
+    "path",
+    ["/pause", "/start_weight_update", "/update_weights", "/finish_weight_update", "/reset_prefix_cache"],
 )
 def test_an_update_is_made_again_whole_and_then_fences(server: Any, path: str) -> None:
     async def once(backend: VllmBackend) -> None:
@@ -232,6 +233,18 @@ def test_an_update_is_made_again_whole_and_then_fences(server: Any, path: str) -
 
     run(server, once)
     run(server, twice)
+
+
+def test_a_server_that_went_on_sampling_gets_no_second_try(server: Any) -> None:
+    """Else tokens of a first, wrong load would pass under the serial that the second proves."""
+
+    async def work(backend: VllmBackend) -> None:
+        server.faults["/resume"] = [500]
+        with pytest.raises(InfrastructureError, match="fenced"):
+            await loaded(backend)
+        assert server.calls.count("/update_weights") == 1
+
+    run(server, work)
 
 
 def test_a_fence_ends_what_waits_for_the_server(server: Any) -> None:

@@ -10,8 +10,9 @@
     generate  one answer                        it, its deadline, or the fence
     load      the update before it              its end
 
-An update that fails is made once more, whole. When that fails as well the server is fenced: it may be half
-loaded while it answers "healthy", so that every later call fails until another server takes its place.
+A delivery that fails is made once more, whole, while the server is paused. When that fails as well, or the
+proof does, the server is fenced: it may be half loaded while it answers "healthy", so that every later call
+fails until another server takes its place.
 """
 
 from __future__ import annotations
@@ -40,7 +41,6 @@ from slipstream.types import Completion, Int32Array, Sampling, WeightProof, Weig
 
 TOLERANCE: Final = {"float32": 1e-3, "bfloat16": 0.5}
 """Nats by which two sound holders of the same weights may differ in a log-probability, by dtype."""
-ATTEMPTS: Final = 2
 MAX_ABORTS: Final = 8
 """An answer cut off so often is given up."""
 PROBE_TOKENS: Final = 4
@@ -129,22 +129,25 @@ class VllmBackend:
     async def load(self, update: WeightUpdate) -> WeightProof:
         """Give the server new weights between two of its steps and have it prove them.
 
-        Raises InfrastructureError once the server is fenced, which it is after a second failure.
+        Raises InfrastructureError once the server is fenced, which it is after a delivery that failed twice
+        or a proof that is none, and CheckpointError, having done nothing, for damaged published weights.
         """
         async with self._updating:
-            failures: list[str] = []
-            while len(failures) < ATTEMPTS:
-                self._check_fence()
-                try:
-                    return await self._load_once(update)
-                except _FAILURES as error:
-                    failures.append(str(error))
-                    FLIGHT.note(f"update to serial {update.version.serial} failed: {error}")
-                except asyncio.CancelledError:
-                    self._fence(f"its update to serial {update.version.serial} was given up half-way")
-                    raise
-            self._fence(f"update to serial {update.version.serial} failed {ATTEMPTS} times: {failures[-1]}")
-            raise self._fence_error()
+            self._check_fence()
+            name = f"update to serial {update.version.serial}"
+            try:
+                await self._delivered(update, name)
+                await self._client.resume()
+                proof = await self.prove(update)
+            except _FAILURES as error:
+                # Not tried again: tokens sampled since it goes on would pass as those of a second try.
+                self._fence(f"{name} failed: {error}")
+                raise self._fence_error() from error
+            except asyncio.CancelledError:
+                self._fence(f"{name} was given up half-way")
+                raise
+            self.serial = update.version.serial
+            return proof
 
     async def prove(self, update: WeightUpdate) -> WeightProof:
         """Return the server's proof of an update; raises InfrastructureError when it is not one."""
@@ -171,21 +174,24 @@ class VllmBackend:
             raise InfrastructureError(f"{self._client.base_url}: {reason}")
         return proof
 
-    async def _load_once(self, update: WeightUpdate) -> WeightProof:
-        client, serial = self._client, update.version.serial
+    async def _delivered(self, update: WeightUpdate, name: str) -> None:
+        """Deliver an update, once more if that fails; the server is paused then, and samples nothing."""
+        try:
+            await self._deliver(update)
+        except _FAILURES as error:
+            FLIGHT.note(f"{name} failed and is made once more: {error}")
+            await self._deliver(update)
+
+    async def _deliver(self, update: WeightUpdate) -> None:
+        client = self._client
         offer = self._transport.offer(update, workers=self._workers)
         await client.pause()
         # What an earlier update left half-way would refuse this one.
         await client.worker_call("slipstream_abandon")
         await client.start_weight_update()
         await self._hand_over(offer)
-        await client.finish_weight_update(str(serial))
+        await client.finish_weight_update(str(update.version.serial))
         await client.reset_prefix_cache()
-        # Only now: what failed before leaves the server paused, not sampling from weights unknown.
-        await client.resume()
-        proof = await self.prove(update)
-        self.serial = serial
-        return proof
 
     async def _hand_over(self, offer: Offer) -> None:
         """Have the workers take an offer, and send it meanwhile where its transport sends."""
