@@ -93,8 +93,8 @@ class VllmBackend:
         self._workers = await self._client.world_size()
         (model,) = await self._client.models()
         block, longest = int(identity["block_tokens"]), model.max_model_len or 0
-        # Beyond one full block, which the prefix cache may keep, or as much as the server takes.
-        length = min(2 * block + 1, longest - PROBE_TOKENS - 1)
+        # One full block, which the prefix cache keeps, and a token to sample behind.
+        length = min(block + 1, longest - PROBE_TOKENS - 1)
         self._probe = tuple(int(i) for i in np.resize(np.linspace(0, len(vocabulary) - 1, 31), length))
         await self._client.init_weight_transfer({"transport": self._transport.name})
 
