@@ -336,18 +336,36 @@ def test_a_server_that_ends_at_once_says_its_last_lines(tmp_path: Path) -> None:
     assert server.pid is None
 
 
-def test_a_server_that_never_answers_is_ended_with_all_it_started(tmp_path: Path) -> None:
+def test_a_server_that_never_answers_is_given_up(tmp_path: Path) -> None:
+    program = fake_program(tmp_path, "import time; time.sleep(600)")
+    options = ServerOptions(program=str(program), model="m", start_s=0.3)
+    server = VllmServer(options, folder=tmp_path / "server")
+    with pytest.raises(DeadlineError, match="a first token of http"):
+        asyncio.run(server.start())
+    assert server.pid is None
+
+
+def test_a_start_that_is_given_up_ends_all_it_started(tmp_path: Path) -> None:
     source = (
         "import os, signal, subprocess, sys, time\n"
         "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
         f"child = subprocess.Popen(['sleep', '600'])\n"
-        f"open({str(tmp_path / 'pids')!r}, 'w').write(f'{{os.getpid()}} {{child.pid}}')\n"
+        f"open({str(tmp_path / 'new')!r}, 'w').write(f'{{os.getpid()}} {{child.pid}}')\n"
+        f"os.rename({str(tmp_path / 'new')!r}, {str(tmp_path / 'pids')!r})\n"
         "time.sleep(600)\n"
     )
-    options = ServerOptions(program=str(fake_program(tmp_path, source)), model="m", start_s=2.0, stop_s=0.5)
+    options = ServerOptions(program=str(fake_program(tmp_path, source)), model="m", stop_s=0.5)
     server = VllmServer(options, folder=tmp_path / "server")
-    with pytest.raises(DeadlineError, match="a first token of http"):
-        asyncio.run(server.start())
+
+    async def give_up() -> None:
+        starting = asyncio.create_task(server.start())
+        async with asyncio.timeout(60):
+            while not (tmp_path / "pids").exists():  # noqa: ASYNC110
+                await asyncio.sleep(0.02)
+        starting.cancel()
+        await asyncio.wait([starting], timeout=20)
+
+    asyncio.run(give_up())
     assert not any(alive(int(pid)) for pid in (tmp_path / "pids").read_text().split())
 
 
