@@ -145,9 +145,13 @@ def play(name: str, **changes: object) -> Outcome:
 
 
 def on_a_small_disk() -> None:
-    """Start this program again with 12 MB of memory as its disk, in a mount namespace of its own."""
+    """Start this program again with 48 MB of memory as its disk, in a mount namespace of its own.
+
+    Several times what a run of this length writes: log segments are kept for the checker, and a disk that the
+    run itself has filled would never have room again.
+    """
     folder = tempfile.mkdtemp(prefix="slipstream-disk-")
-    mount = 'mount -t tmpfs -o size=12m none "$0" && exec "$@"'
+    mount = 'mount -t tmpfs -o size=48m none "$0" && exec "$@"'
     program = [sys.executable, *sys.orig_argv[1:], "--disk", folder]
     os.execvp("unshare", ["unshare", "-rm", "sh", "-c", mount, folder, *program])
 
