@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
 from typing import Final, cast
 
 from slipstream.errors import ConfigurationError
+from slipstream.interfaces import AgentProgram
 
-Program = Callable[..., Awaitable[float | None] | float | None]
-"""``program(task, *, base_url, api_key)``: a coroutine function, or a plain one, which gets a thread."""
+Program = AgentProgram | Callable[..., float | None]
+"""A coroutine function, or a plain one of the same arguments, which gets a thread."""
 OUTSIDE: Final = "outside"
 """Named in the place of a program: agents come by themselves."""
 _PACKAGES: Final = ("starlette", "uvicorn")

@@ -98,9 +98,7 @@ class Gateway:
     async def _asked(self, dialect: Dialect, http: HttpRequest) -> tuple[Rollout, Asked]:
         rollout = self._rollouts.find(dialect.key(http.headers))
         if rollout is None:
-            raise _Refusal(
-                401, "invalid_api_key", "API key: expected a rollout's key; POST /v1/rollouts gives one"
-            )
+            raise _Refusal(401, "invalid_api_key", UNKNOWN_KEY)
         asked = dialect.read(await _body(http), rollout)
         if asked.model != self._model:
             raise _Refusal(404, "model_not_found", f"model: expected {self._model}, got {asked.model}")
@@ -109,13 +107,13 @@ class Gateway:
     async def _count(self, http: HttpRequest) -> Response:
         """Count a prompt's tokens; nothing is recorded."""
         dialect = AnthropicMessages()
-        rollout = self._rollouts.find(dialect.key(http.headers))
-        if rollout is None:
-            return _refused(dialect, _Refusal(401, "invalid_api_key", UNKNOWN_KEY))
-        given = await _body(http)
         try:
+            rollout = self._rollouts.find(dialect.key(http.headers))
+            if rollout is None:
+                raise _Refusal(401, "invalid_api_key", UNKNOWN_KEY)
+            given = await _body(http)
             asked = dialect.read({"max_tokens": 1, **given} if isinstance(given, dict) else given, rollout)
-        except RequestError as error:
+        except (_Refusal, RequestError) as error:
             return _refused(dialect, error)
         return JSONResponse({"input_tokens": self._rollouts.count(rollout, asked.messages, asked.tools)})
 

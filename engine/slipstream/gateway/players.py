@@ -76,6 +76,8 @@ class ProgramPlayer:
             work.cancel()
         if not work.done():
             return _late(self._timeout_s)
+        if work.cancelled():
+            return _failed("it cancelled itself")
         error = work.exception()
         if error is not None and not rollout.denied:
             return _failed(f"{type(error).__name__}: {one_line(error)}")

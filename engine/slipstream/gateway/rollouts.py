@@ -1,8 +1,10 @@
 """Floor 4. Rollouts of agents outside: who holds which key, and what each of its calls became.
 
-opened ── calls … ── finished          A key is one rollout. Its calls are answered one after another,
-   │                                   in the order in which they came; whatever was sampled stands in
-   └── abandoned after `longest_s`     its graph before the agent reads it.
+opened ── calls … ── finished ── forgotten
+
+A key is one rollout. Its calls are answered one after another, in the order in which they came; whatever was
+sampled stands in its graph before the agent reads it. Of a rollout that is forgotten the key is still known
+for a while, so that a late call is told so.
 """
 
 from __future__ import annotations
@@ -27,6 +29,8 @@ from slipstream.types import Int32Array, Sampling
 
 _REMEMBERED: Final = 256
 """Answers that a repeated request is given again."""
+_KEYS_KNOWN: Final = 1 << 16
+"""Of rollouts that are over."""
 
 
 class FinishedError(RequestError):
@@ -60,7 +64,6 @@ class Rollout:
     graph: Graph = field(default_factory=Graph)
     rewards: list[float] = field(default_factory=list)
     finished: bool = False
-    opened_s: float = field(default_factory=time.monotonic)
     said: list[tuple[int, Answer]] = field(default_factory=list)
     """(call, what was read out of its answer)."""
     denied: str = ""
@@ -98,6 +101,7 @@ class Rollouts:
         self._chat, self._max_tokens, self._max_calls = chat, max_tokens, max_calls
         self._redact = redact
         self._rollouts: dict[str, Rollout] = {}
+        self._over: OrderedDict[str, None] = OrderedDict()
 
     def open(
         self,
@@ -110,21 +114,23 @@ class Rollouts:
     ) -> Rollout:
         """Begin a rollout under a key, or a new random one; raises FinishedError for a key in use."""
         key = key or f"rollout-{secrets.token_urlsafe(16)}"
-        if key in self._rollouts:
-            raise FinishedError(f"rollout {key}: it exists; open another, or finish it first")
+        if key in self._rollouts or key in self._over:
+            raise FinishedError(f"rollout {key}: its key is taken; give another, or none")
         rollout = Rollout(key=key, task=task or {}, backend=backend, sampling=sampling, number=number)
         self._rollouts[key] = rollout
         return rollout
 
     def rename(self, rollout: Rollout, key: str) -> None:
         """Give a rollout another key; raises FinishedError for one in use."""
-        if key in self._rollouts:
-            raise FinishedError(f"rollout {key}: it exists; open another, or finish it first")
+        if key in self._rollouts or key in self._over:
+            raise FinishedError(f"rollout {key}: its key is taken; give another, or none")
         self._rollouts[key] = self._rollouts.pop(rollout.key)
         rollout.key = key
 
     def find(self, key: str) -> Rollout | None:
-        """Return the rollout of a key."""
+        """Return the rollout of a key, or None; raises FinishedError for one that is over."""
+        if key in self._over:
+            raise FinishedError(f"rollout {key}: it is finished; open another")
         return self._rollouts.get(key)
 
     def finish(self, rollout: Rollout) -> None:
@@ -134,8 +140,11 @@ class Rollouts:
         rollout.backend.release(rollout.number)
 
     def forget(self, rollout: Rollout) -> None:
-        """Let a finished rollout's key go."""
+        """Let a finished rollout go; its key stays known for a while."""
         self._rollouts.pop(rollout.key, None)
+        self._over[rollout.key] = None
+        while len(self._over) > _KEYS_KNOWN:
+            self._over.popitem(last=False)
 
     async def ask(
         self, rollout: Rollout, messages: Sequence[Message], tools: Sequence[ToolSpec], *, max_tokens: int

@@ -274,7 +274,7 @@ def test_two_calls_of_one_agent_are_answered_one_after_the_other(chat: Chat) -> 
     assert len(turns) == 2 and len(samples) == 1, "the same question twice is a repeated request"
 
 
-def claude(served: Serving) -> Any:
+def anthropics_client(served: Serving) -> Any:
     anthropic = pytest.importorskip("anthropic")
     key = served.post("/v1/rollouts")["api_key"]
     return anthropic.Anthropic(base_url=served.url, api_key=key, max_retries=0)
@@ -287,7 +287,7 @@ def test_anthropics_client_is_recorded_as_openais_is(chat: Chat) -> None:
     call = format_call("search", {"query": "Ada Kline"})
     policy = Scripted(chat, f"Let me look. {call}", "Oslo")
     with serving(chat, policy) as served:
-        client = claude(served)
+        client = anthropics_client(served)
         first = client.messages.create(model="policy", max_tokens=64, messages=QUESTION, tools=[TOOL])
         assert first.stop_reason == "tool_use"
         text, asked = first.content
@@ -312,7 +312,7 @@ def test_anthropics_client_is_recorded_as_openais_is(chat: Chat) -> None:
 def test_anthropics_stream_says_what_the_whole_answer_would(chat: Chat) -> None:
     call = format_call("search", {"query": "x"})
     with serving(chat, Scripted(chat, f"Let me look. {call}")) as served:
-        client = claude(served)
+        client = anthropics_client(served)
         with client.messages.stream(model="policy", max_tokens=64, messages=QUESTION, tools=[TOOL]) as stream:
             final = stream.get_final_message()
     text, asked = final.content
@@ -323,9 +323,9 @@ def test_anthropics_stream_says_what_the_whole_answer_would(chat: Chat) -> None:
 def test_anthropics_errors_are_in_its_form(chat: Chat) -> None:
     anthropic = pytest.importorskip("anthropic")
     with serving(chat, Scripted(chat)) as served:
-        client = claude(served)
-        with pytest.raises(anthropic.NotFoundError, match="model: expected policy, got claude"):
-            client.messages.create(model="claude", max_tokens=1, messages=QUESTION)
+        client = anthropics_client(served)
+        with pytest.raises(anthropic.NotFoundError, match="model: expected policy, got another"):
+            client.messages.create(model="another", max_tokens=1, messages=QUESTION)
         image = [{"role": "user", "content": [{"type": "image"}]}]
         with pytest.raises(anthropic.BadRequestError, match="got 'image'"):
             client.messages.create(model="policy", max_tokens=1, messages=image)

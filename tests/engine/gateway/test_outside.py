@@ -106,7 +106,10 @@ def test_agents_come_for_tasks_and_each_is_given_once(chat: Chat) -> None:
             await post(client, "/rollouts/mine/finish", status=200)
             await post(client, f"/rollouts/{first['id']}/finish", status=200)
             made = await asyncio.gather(*leases)
-            await post(client, "/chat/completions", QUESTION, status=401, key="mine")
+            late = await post(client, "/chat/completions", QUESTION, status=409, key="mine")
+            assert late["error"]["message"] == "rollout mine: it is finished; open another"
+            await post(client, "/rollouts/mine/reward", {"value": 1}, status=409)
+            await post(client, "/messages/count_tokens", QUESTION, status=401, key="nobody")
             await outside.runner.close()
             return list(made)
 
@@ -125,7 +128,7 @@ def test_a_key_in_use_takes_no_task(chat: Chat) -> None:
             leases = [outside.lease(1), outside.lease(2)]
             await taken(client, key="mine")
             refused = await post(client, "/rollouts", {"key": "mine"}, status=409)
-            assert "rollout mine: it exists" in refused["error"]["message"]
+            assert "rollout mine: its key is taken" in refused["error"]["message"]
             assert (await taken(client))["task"]["index"] == 2
             for lease in leases:
                 lease.cancel()

@@ -162,6 +162,11 @@ async def _raises(task: Task, *, base_url: str, api_key: str) -> float:
     raise KeyError("a bug of the agent")
 
 
+async def _gives_up(task: Task, *, base_url: str, api_key: str) -> float:
+    await ask(base_url, api_key, "hello")
+    raise asyncio.CancelledError
+
+
 async def _never_ends(task: Task, *, base_url: str, api_key: str) -> float:
     await ask(base_url, api_key, "hello")
     await asyncio.Event().wait()
@@ -193,6 +198,7 @@ def _plain(task: Task, *, base_url: str, api_key: str) -> float:
         (_returns_nothing, Outcome.COMPLETED, None, "", 1),
         (_asks_too_often, Outcome.TRUNCATED, 0.0, "too many calls", 4),
         (_never_ends, Outcome.TIMED_OUT, 0.0, "no end within environment.timeout_s = 2 s", 1),
+        (_gives_up, Outcome.INFRASTRUCTURE_FAILURE, None, "agent.program: it cancelled itself", 1),
         (_raises, Outcome.INFRASTRUCTURE_FAILURE, None, "agent.program: KeyError: 'a bug of the agent'", 1),
     ],
 )
