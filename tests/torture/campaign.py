@@ -1,9 +1,9 @@
 """The whole torture, for about an hour, or a share of it; writes one JSON file.
 
-    python tests/torture/campaign.py [--scale 1.0] [--seed N] [--json FILE]
+    python tests/torture/campaign.py [--scale 1.0] [--seed N] [--json FILE] [--go-on FILE]
 
 Two processes share what there is to do. Every part is replayable by its name and seed: `again` in the
-result is the command.
+result is the command. A campaign that was cut off goes on from its result: what it has done counts.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +78,14 @@ class Total:
     hangs: int = 0
     longest_settle_s: float = 0.0
     wrong: list[dict[str, Any]] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, result: dict[str, Any]) -> Total:
+        """Return what a result of `report` had come to."""
+        known = {each.name: result[each.name] for each in fields(cls)}
+        return cls(
+            **{name: Counter(value) if isinstance(value, dict) else value for name, value in known.items()}
+        )
 
     @property
     def network(self) -> int:
@@ -145,10 +153,19 @@ def parts_of(total: Total) -> Iterator[Part]:
         yield Part("fuzz", seed + number, ("--inputs", str(share[1])))
 
 
-def run(scale: float, seed: int, keep: Callable[[Total], None]) -> Total:
-    """Run everything, say how it goes, and keep what there is after each part."""
-    total = Total(scale=scale, seed=seed)
-    todo, running = parts_of(total), list[tuple[Part, Any, float]]()
+def without(parts: Iterator[Part], done: Counter[str]) -> Iterator[Part]:
+    """Yield the parts but the first `done[name]` of each name."""
+    seen = Counter[str]()
+    for part in parts:
+        seen[part.name] += 1
+        if seen[part.name] > done[part.name]:
+            yield part
+
+
+def run(total: Total, keep: Callable[[Total], None]) -> Total:
+    """Run all that `total` has not come to, say how it goes, and keep what there is after each part."""
+    todo = without(parts_of(total), Counter(total.parts))
+    running = list[tuple[Part, Any, float]]()
     while True:
         while len(running) < LANES and (part := next(todo, None)) is not None:
             running.append((part, part.start(), time.monotonic()))
@@ -215,11 +232,19 @@ def main() -> int:
     parser.add_argument("--scale", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=int(time.time()))
     parser.add_argument("--json", type=Path)
+    parser.add_argument(
+        "--go-on", type=Path, metavar="FILE", help="the result of a campaign that was cut off"
+    )
     options = parser.parse_args()
     started, clock = datetime.datetime.now(datetime.UTC), time.monotonic()
+    total, seconds = Total(scale=options.scale, seed=options.seed), 0.0
+    if options.go_on:
+        before = json.loads(options.go_on.read_text())
+        total, seconds = Total.of(before), before["seconds"]
+        started = datetime.datetime.fromisoformat(before["date"])
 
     def keep(total: Total, whole: bool = False) -> None:
-        text = report(total, started, time.monotonic() - clock, whole=whole)
+        text = report(total, started, seconds + time.monotonic() - clock, whole=whole)
         if options.json:
             # Whole at any time: a campaign that is cut off keeps what it has.
             options.json.parent.mkdir(parents=True, exist_ok=True)
@@ -229,7 +254,7 @@ def main() -> int:
         if whole:
             sys.stdout.write(text)
 
-    total = run(options.scale, options.seed, keep)
+    run(total, keep)
     keep(total, whole=True)
     return 1 if total.wrong else 0
 
