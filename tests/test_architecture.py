@@ -380,6 +380,30 @@ PERMITTED_WAITS = {
         # Until a place becomes free; each episode has a deadline.
         "Actor._ask: self._changed.wait()",
     },
+    "slipstream.serve": {
+        # The role's main wait: its supervisor watches its ring, its keepers and its client raise.
+        "Serve._until_stopped: self._stopping.wait()",
+        "Serve._until_stopped: asyncio.wait([*tasks, stopping], return_when=asyncio.FIRST_COMPLETED)",
+        # Tasks just cancelled.
+        "Serve._until_stopped: asyncio.gather(*tasks, return_exceptions=True)",
+        # Its own client raises when the hub has been silent too long.
+        "Serve._receive: self._client.receive()",
+    },
+    # Whoever asks has the deadline, and hangs up.
+    "slipstream.inference.vllm.front": {
+        "Front._handed_on: asyncio.wait({asking, gone}, return_when=asyncio.FIRST_COMPLETED)",
+        "_hung_up: request.receive()",
+        # Tasks just cancelled.
+        "Front.close: asyncio.gather(*self._working, return_exceptions=True)",
+        "Front._handed_on: asyncio.gather(asking, gone, return_exceptions=True)",
+    },
+    "slipstream.inference.vllm.fleet": {
+        # Tasks just cancelled.
+        "Fleet.load: asyncio.gather(*asking, return_exceptions=True)",
+        "Fleet.close: asyncio.gather(*self._proving.values(), return_exceptions=True)",
+    },
+    # Its caller has the deadline; the end of the server's life releases it, too.
+    "slipstream.inference.vllm.keeper": {"Keeper.proof: self._proven.wait()"},
     # In the foreground: whoever started the benchmark sees it and can stop it.
     "slipstream.cli": {"_bench: subprocess.run(command, check=False)"},
     "slipstream.inference.embedded": {

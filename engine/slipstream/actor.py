@@ -26,10 +26,12 @@ from slipstream.errors import CheckpointError, DeadlineError, StorageError
 from slipstream.flight_recorder import FLIGHT
 from slipstream.inference.embedded import EmbeddedBackend
 from slipstream.inference.trial import lease_key
+from slipstream.interfaces import Sampler
 from slipstream.keys import client_keys
 from slipstream.messages import Grant, Stop, Weights
 from slipstream.model import choose_device, load_policy
 from slipstream.process import collect_garbage_seldom, keep_freed_memory
+from slipstream.receiving import canary_tolerance
 from slipstream.redaction import Redactor, guard_logs
 from slipstream.rendezvous import await_hub, run_id
 from slipstream.retries import Backoff, Brake
@@ -108,14 +110,14 @@ class Actor:
 
         port: of a gateway for agents, if the configuration asks for one.
         """
-        self._config, self._client = config, client
+        self._config, self._folder, self._client = config, folder, client
         self._warm = folder / "checkpoints" / "warmup"
         policy = load_policy(self._warm, config=config.model, device=choose_device(config.device))
         redactor = Redactor.of_process(config.environment.canaries)
         guard_logs(redactor)
         self._runner = configured_runner(config, policy.chat, redactor, port=port)
         self._brake = Brake(Backoff(first_s=config.environment.backoff_s))
-        self._train = self._backend(config.actor.concurrency)
+        self._train = self._sampler(policy.chat.stop_token)
         self._pinned: EmbeddedBackend | None = None
         self._free = [config.actor.concurrency, config.actor.concurrency]
         """Free places for training and for evaluation."""
@@ -144,7 +146,7 @@ class Actor:
         for loop in loops:
             self._start(loop)
         if welcome.update is not None:
-            await self._load(self._train, welcome.update)
+            self._start(self._load(self._train, welcome.update))
         stopping: asyncio.Future[bool] = asyncio.create_task(self._stopping.wait())
         ends: list[asyncio.Future[Any]] = [stopping, self._failed]
         await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
@@ -155,8 +157,24 @@ class Actor:
         if self._failed.done():
             self._failed.result()
         await self._client.drain()
+        await self._train.close()
         await self._client.close()
         await self._runner.close()
+
+    def _sampler(self, stop_token: int) -> Sampler:
+        config = self._config
+        if config.inference.backend == "embedded":
+            return self._backend(config.actor.concurrency)
+        from slipstream.inference.vllm.fleet import Fleet
+
+        return Fleet(
+            self._folder,
+            show=self._client.prove,
+            stop_token=stop_token,
+            max_tokens=config.environment.max_tokens,
+            most=config.actor.concurrency,
+            tolerance=canary_tolerance(config),
+        )
 
     def _backend(self, rows: int) -> EmbeddedBackend:
         config = self._config
@@ -189,9 +207,10 @@ class Actor:
         while True:
             match await self._client.receive():
                 case Weights(update=update):
+                    self._train.announce(update)
                     # Behind an actor that was busy for long, older versions may be gone from disk already.
                     if update.version.serial == self._client.newest_serial:
-                        await self._load(self._train, update)
+                        self._start(self._load(self._train, update))
                 case Grant(leases=leases, pinned=None):
                     self._begin(leases, self._train)
                 case Grant(leases=leases, pinned=WeightUpdate() as update):
@@ -208,17 +227,17 @@ class Actor:
             await self._load(self._pinned, update)
         return self._pinned
 
-    async def _load(self, backend: EmbeddedBackend, update: WeightUpdate) -> None:
+    async def _load(self, backend: Sampler, update: WeightUpdate) -> None:
         await self._client.prove(await backend.load(update))
         FLIGHT.note(f"serial {update.version.serial} loaded and proven")
         self._changed.set()
 
-    def _begin(self, leases: tuple[Lease, ...], backend: EmbeddedBackend) -> None:
+    def _begin(self, leases: tuple[Lease, ...], backend: Sampler) -> None:
         for lease in leases:
             self._free[lease.evaluation >= 0] -= 1
             self._start(self._episode(lease, backend))
 
-    async def _episode(self, lease: Lease, backend: EmbeddedBackend) -> None:
+    async def _episode(self, lease: Lease, backend: Sampler) -> None:
         evaluation, config = lease.evaluation >= 0, self._config
         sampling = Sampling(
             temperature=config.evaluation.temperature if evaluation else config.sampling.temperature,

@@ -121,6 +121,11 @@ class Chat:
         self.bridge = lru_cache(maxsize=65536)(self._bridge)
         self._frame = lru_cache(maxsize=4096)(self._roles_frame)
 
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer whose chat template is spoken."""
+        return self._tokenizer
+
     def prompt(self, observation: Observation, tools: Sequence[ToolSpec]) -> Int32Array:
         """Return the [T] tokens up to the policy's first message."""
         return self._prompt(observation.system or self.system_message(tools), observation.user)

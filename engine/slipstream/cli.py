@@ -114,6 +114,7 @@ def _commands() -> dict[str, Command]:
         ("hub", _role_args, _hub, "Run the hub alone."),
         ("actor", _actor_args, _actor, "Run one actor; it may join a hub at any time."),
         ("learner", _joining_args, _learner, "Run the learner alone."),
+        ("serve", _serve_args, _serve, "Serve a run's policy to its actors with vLLM, or check who does."),
         ("gateway", _gateway_args, _gateway, "Serve a policy to agents outside, through OpenAI's interface."),
         ("keys", _keys_args, _keys, "Make the keys with which a hub and its clients know each other."),
         ("version", lambda parser: None, _version, "Print the version."),
@@ -148,6 +149,12 @@ def _joining_args(parser: argparse.ArgumentParser) -> None:
 def _actor_args(parser: argparse.ArgumentParser) -> None:
     _joining_args(parser)
     parser.add_argument("--name", default="actor-0", help="unique among the actors of a run")
+
+
+def _serve_args(parser: argparse.ArgumentParser) -> None:
+    _joining_args(parser)
+    parser.add_argument("--name", default="serve-0", help="unique among the roles of a run")
+    parser.add_argument("--check", action="store_true", help="have the run's servers prove what they hold")
 
 
 def _gateway_args(parser: argparse.ArgumentParser) -> None:
@@ -289,6 +296,22 @@ def _learner(chosen: argparse.Namespace) -> int:
     from slipstream import learner
 
     return _recorded(_ring(folder, "learner-0"), lambda: learner.main(config, folder))
+
+
+def _serve(chosen: argparse.Namespace) -> int:
+    from slipstream.inference.vllm.serving import check_installed
+
+    check_installed()
+    from slipstream import serve
+
+    if chosen.check:
+        config, folder = _resolve(chosen, existing=True)
+        report, well = serve.check(config, folder)
+        sys.stdout.write(report)
+        return 0 if well else 1
+    config, folder = _role_folder(chosen)
+    _note_hub(folder, chosen.hub, chosen.run)
+    return _recorded(_ring(folder, chosen.name), lambda: serve.main(config, folder, chosen.name))
 
 
 def _gateway(chosen: argparse.Namespace) -> int:

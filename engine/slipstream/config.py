@@ -29,6 +29,7 @@ from slipstream.config_parts import (
     EnvironmentConfig,
     EvaluationConfig,
     HubConfig,
+    InferenceConfig,
     LearnerConfig,
     ModelConfig,
     ObjectiveConfig,
@@ -51,6 +52,7 @@ __all__ = [
     "EnvironmentConfig",
     "EvaluationConfig",
     "HubConfig",
+    "InferenceConfig",
     "LearnerConfig",
     "ModelConfig",
     "ObjectiveConfig",
@@ -86,6 +88,7 @@ class RunConfig(Part):
     """A process that shows no sign of life for so long is killed, with a report in the folder `flight`."""
     environment: EnvironmentConfig = EnvironmentConfig()
     agent: AgentConfig = AgentConfig()
+    inference: InferenceConfig = InferenceConfig()
     model: ModelConfig = ModelConfig()
     warmup: WarmupConfig = WarmupConfig()
     sampling: SamplingConfig = SamplingConfig()

@@ -83,6 +83,33 @@ class AgentConfig(Part):
     """Where the gateway of the first actor listens, the others at the ports behind it; 0: at free ones."""
 
 
+class InferenceConfig(Part):
+    """What samples training episodes; evaluations are always sampled in the actor."""
+
+    backend: Literal["embedded", "vllm"] = "embedded"
+    """PyTorch in each actor, or vLLM servers that all actors share (`slipstream serve`)."""
+    servers: int = Field(default=1, ge=1)
+    """vLLM servers of one `slipstream serve`."""
+    program: str = "vllm"
+    """vLLM's command line, by name or path; it has an environment of its own."""
+    attach: tuple[str, ...] = ()
+    """Addresses of running servers to use instead, started with the arguments that `serve` gives its own."""
+    transport: Literal["filesystem", "gloo"] = "filesystem"
+    """How weights reach a server: from the folder they are published in, or broadcast over TCP."""
+    requests: int = Field(default=64, ge=1)
+    """Requests that a server works on at once."""
+    eager: bool = True
+    """Without compilation: faster to start, and the only sensible way on a CPU."""
+    devices: tuple[str, ...] = ()
+    """CUDA_VISIBLE_DEVICES of each server, such as "0" or "0,1"; empty: what the role has itself."""
+    arguments: tuple[str, ...] = ()
+    """More arguments of `vllm serve`."""
+    host: str = "127.0.0.1"
+    """Where actors reach the servers, behind a key; vLLM itself always listens on the loopback."""
+    port: int = Field(default=0, ge=0, le=65535)
+    """0: a free one."""
+
+
 class ModelConfig(Part):
     """The policy: a local Hugging Face folder, or a small Llama built from these sizes."""
 
@@ -91,7 +118,7 @@ class ModelConfig(Part):
     hidden_size: int = Field(default=96, ge=8)
     intermediate_size: int = Field(default=256, ge=8)
     layers: int = Field(default=2, ge=1)
-    heads: int = Field(default=4, ge=1)
+    heads: int = Field(default=3, ge=1)
     dtype: Literal["float32", "bfloat16"] = "float32"
 
 

@@ -105,6 +105,12 @@ class Recorder:
         """Return what each turn earned; one that was cut before its result earned nothing."""
         return self._earned + [0.0] * (self.turns - len(self._earned))
 
+    def samplers(self) -> tuple[tuple[str, int], ...]:
+        """Return which servers sampled under which serials."""
+        return tuple(
+            sorted(frozenset[tuple[str, int]]().union(*(said.samplers for _, said in self._completions)))
+        )
+
     def arrays(self) -> TokenArrays:
         """Return the per-token arrays of a `Trajectory`."""
         mask = np.zeros(self.length, dtype=np.uint8)
@@ -234,6 +240,7 @@ class EpisodeRunner:
             scores=scores,
             outcome=outcome,
             tool_calls=recorder.calls,
+            samplers=recorder.samplers(),
             sampling=sampling,
             timings=clock.timings(),
             note=self.redactor.text(note),

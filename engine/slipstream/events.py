@@ -120,11 +120,12 @@ class Published(Event, frozen=True, kw_only=True, tag=True):
 
 
 class Proven(Event, frozen=True, kw_only=True, tag=True):
-    """An actor's session proved that it holds a serial."""
+    """An actor's session proved that it, or the server that it samples from, holds a serial."""
 
     actor: str
     session: str
     serial: int
+    server: str = ""
 
 
 class RolledBack(Event, frozen=True, kw_only=True, tag=True):
@@ -188,8 +189,8 @@ class State(Event, frozen=True, kw_only=True, tag=True):
     epochs: dict[str, int]
     sessions: tuple[tuple[str, int, str], ...]
     """(actor, epoch, session)."""
-    proven: tuple[tuple[str, str, tuple[int, ...]], ...]
-    """(actor, session, serials)."""
+    proven: tuple[tuple[str, str, tuple[tuple[str, int], ...]], ...]
+    """(actor, session, (server, serial) pairs)."""
     seen: tuple[tuple[str, int, tuple[tuple[int, int], ...]], ...]
     """(actor, epoch, intervals of sequence numbers): the watermarks against duplicates, with their gaps."""
     incarnation: int
@@ -281,8 +282,8 @@ def brief(event: AnyEvent) -> str:
             return f"{len(identities)} trajectories dropped: {reason}"
         case Published(update=update):
             return f"serial {update.version.serial} of step {update.version.step} announced"
-        case Proven(actor=actor, serial=serial):
-            return f"serial {serial} proven by {actor}"
+        case Proven(actor=actor, serial=serial, server=server):
+            return f"serial {serial} proven by {server or actor}"
         case RolledBack(step=step):
             return f"learner went back to step {step}"
         case EvaluationDone(serial=serial, success=success):

@@ -123,6 +123,23 @@ class InferenceBackend(Protocol):
         """Take new weights between two decode steps and prove it."""
 
 
+class Sampler(InferenceBackend, Protocol):
+    """A backend with a life of its own, as an actor keeps it."""
+
+    serial: int
+    """Of the weights that it holds and has proven, or -1."""
+    tokens_generated: int
+
+    def announce(self, update: WeightUpdate) -> None:
+        """Learn of published weights, which some server may hold before they are loaded here."""
+
+    async def run(self) -> None:
+        """Serve, or watch what serves, until cancelled; an error in it ends the actor."""
+
+    async def close(self) -> None:
+        """End what it has started."""
+
+
 class Runner(Protocol):
     """Runs leased episodes, many at once."""
 

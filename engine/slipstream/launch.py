@@ -25,6 +25,7 @@ from slipstream.checkpoint import load_latest, verify
 from slipstream.config import RunConfig
 from slipstream.errors import CheckpointError, RoleError, StorageError, disk_failure
 from slipstream.flight_recorder import FOLDER
+from slipstream.inference.vllm.serving import check_installed
 from slipstream.metrics import FILE as METRICS
 from slipstream.programs import check_program
 from slipstream.rendezvous import expect_hub, known_address
@@ -62,6 +63,8 @@ def train(
     """
     if config.agent.program:
         check_program(config.agent.program)
+    if config.inference.backend == "vllm":
+        check_installed()
     with raising_signals(), run_folder.opened(folder, config, resume=resume), screen:
         run = _Run(config, folder, screen)
         run.supervisor = Supervisor(
@@ -169,7 +172,8 @@ class _Run:
         ]  # fmt: skip
         hub = self._spec("hub", awaited=False, outlives=True)
         learner = self._spec("learner", threads=config.learner.threads)
-        self.supervisor.supervise([hub, *actors, learner])
+        servers = [self._spec("serve", awaited=False)] if config.inference.backend == "vllm" else []
+        self.supervisor.supervise([hub, *servers, *actors, learner])
         if known_address(self._folder):  # the hub died behind the learner's end: its status is not its last
             hub_role.settle(config, self._folder)
 
@@ -251,7 +255,7 @@ class _Run:
         """Start the hub's clients again when it came back elsewhere: they would ask a dead address."""
         address = known_address(self._folder)
         if address and self._hub and address != self._hub:
-            for role in ("actor", "learner"):
+            for role in ("actor", "learner", "serve"):
                 self.supervisor.renew(role, f"the hub has moved to {address}")
         self._hub = address or self._hub
 

@@ -30,13 +30,18 @@ from slipstream.ledger_snapshot import restored
 from slipstream.ledger_state import LedgerState
 from slipstream.patience import Patience
 from slipstream.peers import Peer, Pulling, metrics_rows, snapshot
-from slipstream.receiving import check_sender, describe, refuse_line, refuse_proof, verdict_on
+from slipstream.receiving import (
+    canary_tolerance,
+    check_sender,
+    describe,
+    refuse_line,
+    refuse_proof,
+    verdict_on,
+)
 from slipstream.transport.channel import Reply
 from slipstream.types import Lease
 from slipstream.wire import inspect_trajectory, schema_hash
 
-CANARY_TOLERANCE: Final = 1e-3
-"""Most that two float32 back ends may differ in a canary log-probability, in nats."""
 _PING_AFTER_S: Final = 5.0
 _SWEEP_EVERY_S: Final = 1.0
 _REPLACED: Final = "another process took this name"
@@ -71,11 +76,10 @@ class Ledger:
 
     def __init__(
         self, config: RunConfig, run: str, journal: Journal, quarantine: Callable[[Sequence[m.Buffer]], str],
-        *, canary_tolerance: float = CANARY_TOLERANCE,
     ) -> None:  # fmt: skip
         """Rebuild the state from the journal; `quarantine` keeps bad bytes and returns where."""
         self._config, self._run, self._journal, self._quarantine = config, run, journal, quarantine
-        self._tolerance = canary_tolerance
+        self._tolerance = canary_tolerance(config)
         self.state = _replayed(config, journal)
         self._dispatcher = Dispatcher(config, self.state, self._log)
         self._peers: dict[bytes, Peer] = {}
@@ -324,8 +328,10 @@ class Ledger:
         if reason:
             self.refused_proofs += 1
             return [(peer, m.Refused(reason=reason), ())]
-        if proof.serial not in self.state.proven.get((who.name, who.session), ()):
-            self._log(events.Proven(actor=who.name, session=who.session, serial=proof.serial))
+        if (proof.server, proof.serial) not in self.state.proven.get((who.name, who.session), ()):
+            self._log(
+                events.Proven(actor=who.name, session=who.session, serial=proof.serial, server=proof.server)
+            )
         return []
 
     def _publish(self, peer: bytes, message: m.Publish) -> list[Reply]:

@@ -18,7 +18,7 @@ def snapshot(state: LedgerState) -> events.State:
     return events.State(
         epochs=dict(state.epochs),
         sessions=tuple((actor, epoch, session) for (actor, epoch), session in state.sessions.items()),
-        proven=tuple((*who, tuple(sorted(serials))) for who, serials in state.proven.items()),
+        proven=tuple((*who, tuple(sorted(pairs))) for who, pairs in state.proven.items()),
         seen=tuple(state.seen.intervals()),
         incarnation=state.incarnation,
         fork_step=state.fork_step,
@@ -61,7 +61,7 @@ def restored(config: RunConfig, event: events.State) -> LedgerState:
     state = LedgerState(config)
     state.epochs = dict(event.epochs)
     state.sessions = {(actor, epoch): session for actor, epoch, session in event.sessions}
-    state.proven = {(actor, session): set(serials) for actor, session, serials in event.proven}
+    state.proven = {(actor, session): set(pairs) for actor, session, pairs in event.proven}
     state.seen = Seen(event.seen)
     state.incarnation, state.fork_step = event.incarnation, event.fork_step
     state.learner_session, state.former_learners = event.learner_session, set(event.former_learners)

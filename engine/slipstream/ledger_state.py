@@ -70,7 +70,8 @@ class LedgerState:
         self._config = config
         self.epochs: dict[str, int] = {}
         self.sessions: dict[tuple[str, int], str] = {}
-        self.proven: dict[tuple[str, str], set[int]] = {}
+        self.proven: dict[tuple[str, str], set[tuple[str, int]]] = {}
+        """(actor, session) -> (server, serial) pairs that it has proven; "" is its own backend."""
         self.incarnation, self.fork_step, self.learner_session = -1, 0, ""
         self.former_learners: set[str] = set()
         """Sessions of learners that another has replaced."""
@@ -139,7 +140,7 @@ class LedgerState:
             case events.Epoch():
                 self._joined(event)
             case events.Proven():
-                self.proven.setdefault((event.actor, event.session), set()).add(event.serial)
+                self.proven.setdefault((event.actor, event.session), set()).add((event.server, event.serial))
             case events.Incarnation():
                 if self.incarnation >= 0:
                     self.former_learners.add(self.learner_session)
@@ -221,10 +222,16 @@ class LedgerState:
         """Return the complete groups of which every token would be older than max_slip at a step."""
         return [group for group in sorted(self.complete) if self._is_overage(group, step)]
 
-    def is_proven(self, received_by: TrajectoryId, serials: Iterable[int]) -> bool:
-        """Return whether the session that made a trajectory has proven every serial."""
+    def is_proven(
+        self, received_by: TrajectoryId, serials: Iterable[int], samplers: Iterable[tuple[str, int]] = ()
+    ) -> bool:
+        """Return whether the session that made a trajectory has proven every serial, where it was sampled."""
         session = self.sessions.get((received_by.actor, received_by.epoch))
-        return session is not None and self.proven.get((received_by.actor, session), set()) >= set(serials)
+        if session is None:
+            return False
+        pairs = set(samplers) or {("", serial) for serial in serials}
+        named = {serial for _, serial in pairs}
+        return named >= set(serials) and pairs <= self.proven.get((received_by.actor, session), set())
 
     def is_replaced(self, role: str, name: str, session: str) -> bool:
         """Return whether another process has taken this one's place: it may never come back."""
@@ -406,5 +413,6 @@ class LedgerState:
         recent = {version.serial for version in self.versions if version.step >= horizon}
         self.versions.keep(named | evaluated | pinned | recent)
         self.updates = {serial: self.updates[serial] for serial in self.updates if serial in pinned | recent}
-        proven = {key: serials & (named | pinned | recent) for key, serials in self.proven.items()}
-        self.proven = {key: serials for key, serials in proven.items() if serials}
+        known = named | pinned | recent
+        proven = {key: {pair for pair in pairs if pair[1] in known} for key, pairs in self.proven.items()}
+        self.proven = {key: pairs for key, pairs in proven.items() if pairs}

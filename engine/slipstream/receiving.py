@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Literal
+from typing import Final, Literal
 
 import numpy as np
 
@@ -21,6 +21,9 @@ from slipstream.types import (
     succeeded,
 )
 from slipstream.wire import Arrival, Header
+
+CANARY_TOLERANCE: Final = {"float32": 1e-3, "bfloat16": 0.5}
+"""Most that two sound holders of the same weights may differ in a log-probability, in nats, by dtype."""
 
 Verdict = Literal["buffered", "evaluated", "duplicate", "failed_infrastructure", "unproven"]
 
@@ -79,7 +82,7 @@ def verdict_on(arrival: Arrival, state: LedgerState, config: RunConfig) -> Verdi
     if header.outcome is Outcome.INFRASTRUCTURE_FAILURE:
         return "failed_infrastructure"
     pinned = evaluation < 0 or not set(serials) - {evaluation}
-    if not pinned or not state.is_proven(header.identity, serials):
+    if not pinned or not state.is_proven(header.identity, serials, header.samplers):
         return "unproven"
     return "evaluated" if evaluation >= 0 else "buffered"
 
@@ -106,6 +109,16 @@ def _check_attempt(header: Header, state: LedgerState, config: RunConfig) -> Non
             f"attempt: expected one that was leased, got {attempt} of {header.split} for evaluation "
             f"{evaluation}"
         )
+
+
+def canary_tolerance(config: RunConfig) -> float:
+    """Return the nats by which whatever samples in a run may differ from its learner.
+
+    Embedded backends run the learner's own code; a server has kernels of its own, whose noise in bfloat16
+    exceeds one update's change: its checksum tells what it holds, the canary only that it computes with it.
+    """
+    dtype = config.model.dtype if config.inference.backend == "vllm" else "float32"
+    return CANARY_TOLERANCE[dtype]
 
 
 def refuse_proof(proof: WeightProof, update: WeightUpdate, tolerance: float) -> str:

@@ -95,9 +95,14 @@ def read_json(path: Path) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Replace a JSON file atomically (not fsynced: readers never see half, a power cut may lose it)."""
+def write_json(path: Path, value: Mapping[str, Any], *, private: bool = False) -> None:
+    """Replace a JSON file atomically (not fsynced: readers never see half, a power cut may lose it).
+
+    `private`: readable by its owner alone.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.unlink(missing_ok=True)
+    temporary.touch(0o600 if private else 0o666)
     temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
     temporary.replace(path)
 

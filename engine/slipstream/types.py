@@ -156,6 +156,8 @@ class Completion:
     """[T] serial of the weights that sampled each token."""
     stopped: bool
     """True when the stop token was sampled, False when a length limit cut the message."""
+    samplers: frozenset[tuple[str, int]] = frozenset()
+    """(server, serial) of its tokens when servers sampled them; empty: the backend itself did."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -205,6 +207,8 @@ class Trajectory:
     An agent that cuts its history short, or asks beside it, is shown something else than it was: no token of
     a segment depends on one of another.
     """
+    samplers: tuple[tuple[str, int], ...] = ()
+    """(server, serial) of its sampled tokens, ascending; empty: the actor's own backend sampled all."""
 
     @property
     def spans(self) -> list[slice]:
@@ -261,3 +265,5 @@ class WeightProof:
     """Recomputed from the tensors in the backend's memory, after loading."""
     canary_logprobs: tuple[float, ...]
     """The backend's log-probabilities of the canary."""
+    server: str = ""
+    """Which life of which server holds it; "" is the backend of the actor that shows the proof."""

@@ -65,6 +65,7 @@ class Header(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     timings: Timings
     note: str
     segments: tuple[int, ...] = ()
+    samplers: tuple[tuple[str, int], ...] = ()
 
 
 _ENCODER: Final = msgspec.msgpack.Encoder()
@@ -132,7 +133,8 @@ def decode_trajectory(record: Buffer) -> Trajectory:
     return Trajectory(
         identity=header.identity, attempt=header.attempt, split=header.split, evaluation=header.evaluation,
         issue=header.issue, scores=header.scores, outcome=header.outcome, sampling=header.sampling,
-        timings=header.timings, note=header.note, segments=header.segments, tool_calls=calls, **arrays,
+        timings=header.timings, note=header.note, segments=header.segments, samplers=header.samplers,
+        tool_calls=calls, **arrays,
     )  # fmt: skip
 
 
@@ -259,6 +261,7 @@ def _header(trajectory: Trajectory, identity: TrajectoryId) -> Header:
         timings=trajectory.timings,
         note=trajectory.note,
         segments=trajectory.segments,
+        samplers=trajectory.samplers,
     )
 
 

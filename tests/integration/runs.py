@@ -35,14 +35,14 @@ def tiny_config(*settings: str) -> RunConfig:
     return load_config("research", [*TINY, *settings])
 
 
-def make_warm_start(folder: Path) -> Path:
+def make_warm_start(folder: Path, *settings: str) -> Path:
     """Warm-start the small policy here, without the launcher and without baselines."""
     from slipstream.environments import environment_factory
     from slipstream.episodes import EpisodeRunner
     from slipstream.model import first_policy, publish_policy
     from slipstream.warmup import WarmStart
 
-    config = tiny_config()
+    config = tiny_config(*settings)
     factory = environment_factory(config.environment, config.rewards)
     policy = first_policy(config, factory.corpus())
     runner = EpisodeRunner(

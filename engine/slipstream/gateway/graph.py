@@ -16,7 +16,7 @@ Dimensions: P tokens of a prompt, S sampled ones, T tokens of a path.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -100,6 +100,11 @@ class Graph:
         """
         known = [turn for turn in self.turns if is_prefix(turn.conversation, messages)]
         return max(known, key=lambda turn: (len(turn.conversation), turn.index), default=None)
+
+    def samplers(self, calls: Iterable[int]) -> tuple[tuple[str, int], ...]:
+        """Return which servers sampled some calls, and under which serials."""
+        found = (self.turns[index].completion.samplers for index in calls)
+        return tuple(sorted(frozenset[tuple[str, int]]().union(*found)))
 
     def samples(self) -> Iterator[Sample]:
         """Yield each path from a root to a leaf, in the order of the leaves."""

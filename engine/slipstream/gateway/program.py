@@ -146,6 +146,7 @@ class ProgramRunner:
             timings=timings,
             note=self.redactor.text(end.note),
             segments=tuple(accumulate(lengths[:-1])),
+            samplers=rollout.graph.samplers(trained),
         )
 
     def _calls(self, rollout: Rollout, trained: list[int]) -> list[ToolCall]:

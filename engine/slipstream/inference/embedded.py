@@ -154,6 +154,12 @@ class EmbeddedBackend:
             canary_logprobs=canary_logprobs(self._model, canary_tokens),
         )
 
+    def announce(self, update: WeightUpdate) -> None:
+        """Do nothing: this holds what it has loaded."""
+
+    async def close(self) -> None:
+        """Do nothing: there is no more to it than this object."""
+
     async def run(self) -> None:
         """Serve until cancelled; an idle backend sleeps until the next `generate`."""
         while True:

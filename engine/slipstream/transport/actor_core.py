@@ -35,7 +35,7 @@ from slipstream.transport.core import Outgoing, PeerCore
 from slipstream.types import Lease, Trajectory, TrajectoryId, WeightProof
 from slipstream.wire import encode_trajectory, most_bytes
 
-_KEPT_PROOFS: Final = 16
+_KEPT_PROOFS: Final = 256
 
 
 class Records(Protocol):

@@ -26,7 +26,8 @@ from slipstream.errors import (
     ProtocolError,
     SlipstreamError,
 )
-from slipstream.inference.vllm.backend import MAX_ABORTS, VllmBackend
+from slipstream.inference.vllm.answers import MAX_ABORTS
+from slipstream.inference.vllm.backend import VllmBackend
 from slipstream.inference.vllm.contract import VllmClient, VllmDeadlines
 from slipstream.inference.vllm.identity import vocabulary_digest
 from slipstream.inference.vllm.server import ServerOptions, VllmServer

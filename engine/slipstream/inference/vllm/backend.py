@@ -18,7 +18,7 @@ fails until another server takes its place.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, Final, Protocol
 
@@ -33,16 +33,13 @@ from slipstream.errors import (
 )
 from slipstream.flight_recorder import FLIGHT
 from slipstream.inference.sampling import rollout_key
+from slipstream.inference.vllm.answers import whole_message
 from slipstream.inference.vllm.contract import Generated, VllmClient
 from slipstream.inference.vllm.identity import vocabulary_digest
 from slipstream.inference.vllm.transports import FilesystemTransport, Offer, WeightTransport
-from slipstream.receiving import refuse_proof
+from slipstream.receiving import CANARY_TOLERANCE, refuse_proof
 from slipstream.types import Completion, Int32Array, Sampling, WeightProof, WeightUpdate
 
-TOLERANCE: Final = {"float32": 1e-3, "bfloat16": 0.5}
-"""Nats by which two sound holders of the same weights may differ in a log-probability, by dtype."""
-MAX_ABORTS: Final = 8
-"""An answer cut off so often is given up."""
 PROBE_TOKENS: Final = 4
 _FAILURES: Final = (InfrastructureError, DeadlineError, ProtocolError, NumericsError)
 
@@ -66,7 +63,7 @@ class VllmBackend:
         *,
         stop_token: int,
         transport: WeightTransport | None = None,
-        tolerance: float = TOLERANCE["float32"],
+        tolerance: float = CANARY_TOLERANCE["float32"],
     ) -> None:
         """Use the server behind `client`; `tolerance` in nats is that of both checks of log-probabilities."""
         self._client = client
@@ -104,24 +101,13 @@ class VllmBackend:
         Random numbers are keyed by rollout and position. An answer that the server cuts off is gone on with.
         Raises InfrastructureError, also for a fenced server, DeadlineError and ProtocolError.
         """
-        prompt = [int(token) for token in token_ids]
-        parts: list[Generated] = []
-        sampled = 0
+
+        async def ask(tokens: Sequence[int], rest: Sampling) -> Generated:
+            seed = rollout_key(rollout_id, len(tokens))
+            return await self._client.generate(tokens, rest, stop_token=self._stop_token, seed=seed)
+
         async with self._unless_fenced():
-            while len(parts) <= MAX_ABORTS:
-                rest = Sampling(
-                    temperature=sampling.temperature,
-                    top_p=sampling.top_p,
-                    max_tokens=sampling.max_tokens - sampled,
-                )
-                seed = rollout_key(rollout_id, len(prompt))
-                part = await self._client.generate(prompt, rest, stop_token=self._stop_token, seed=seed)
-                parts.append(part)
-                prompt.extend(part.token_ids)
-                sampled += len(part.token_ids)
-                if part.finish_reason != "abort" or sampled >= sampling.max_tokens:
-                    return self._completion(parts)
-        raise InfrastructureError(f"{self._client.base_url}: it cut one answer off {MAX_ABORTS} times")
+            return await whole_message(ask, token_ids, sampling)
 
     def release(self, rollout_id: int) -> None:
         """Do nothing: the server's prefix cache forgets by itself what is not used."""
@@ -216,31 +202,6 @@ class VllmBackend:
                 f"{self._client.base_url}: its prefix cache is of other weights: behind a cached prompt "
                 f"log-probabilities are {error:.3g} nats off, expected at most {self._tolerance:g}"
             )
-
-    def _completion(self, parts: list[Generated]) -> Completion:
-        logprobs = np.array([value for part in parts for value in part.logprobs], dtype=np.float32)
-        if not np.isfinite(logprobs).all():
-            raise NumericsError(f"{self._client.base_url}: log-probabilities that are not finite")
-        versions = [
-            serial
-            for part in parts
-            for span in part.spans
-            for serial in [self._serial_of(span.version)] * (span.end - span.start)
-        ]
-        return Completion(
-            token_ids=np.array([token for part in parts for token in part.token_ids], dtype=np.int32),
-            logprobs=logprobs,
-            versions=np.array(versions, dtype=np.int32),
-            stopped=parts[-1].finish_reason == "stop",
-        )
-
-    def _serial_of(self, version: str) -> int:
-        if not version.isdecimal():
-            raise InfrastructureError(
-                f'{self._client.base_url}: it samples from weights of version "{version}", which nobody has '
-                "proven; load some first"
-            )
-        return int(version)
 
     def _refuse_stranger(self, identity: Mapping[str, Any], vocabulary: Mapping[str, int]) -> None:
         server, expected = self._client.base_url, vocabulary_digest(vocabulary)

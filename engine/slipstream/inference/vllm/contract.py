@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, TypeVar
+from typing import Any, Final, Self, TypeVar
 
 import httpx2
 import msgspec
@@ -27,6 +27,9 @@ from slipstream.errors import InfrastructureError, ProtocolError
 from slipstream.types import Sampling
 
 T = TypeVar("T")
+GENERATE: Final = "/inference/v1/generate"
+SERVER_HEADER: Final = "x-slipstream-server"
+"""In which a front names the life of the server that answered."""
 _TOO_MANY: Final = 429
 _SERVER_FAULT: Final = 500
 
@@ -114,6 +117,10 @@ class Generated:
     """In order, without gaps, over all tokens."""
     finish_reason: str
     """"stop", "length", or "abort": then the tokens are those sampled until then, perhaps none."""
+    url: str
+    """Who was asked."""
+    server: str = ""
+    """Which life of which server sampled it, where a front says so."""
 
 
 class VllmClient:
@@ -122,8 +129,13 @@ class VllmClient:
     Example: ``async with VllmClient("http://127.0.0.1:8000") as client: await client.pause()``.
     """
 
-    def __init__(self, base_url: str, *, model: str = "", deadlines: VllmDeadlines | None = None) -> None:
-        """Talk to the server at `base_url`; without `model` it uses the only one it has."""
+    def __init__(
+        self, base_url: str, *, model: str = "", key: str = "", deadlines: VllmDeadlines | None = None
+    ) -> None:
+        """Talk to the server at `base_url`, with a bearer `key` if it asks for one.
+
+        Without `model` it uses the only one the server has.
+        """
         self.base_url = base_url
         self.deadlines = deadlines or VllmDeadlines()
         self._model = model
@@ -132,11 +144,12 @@ class VllmClient:
             base_url=base_url,
             timeout=None,
             trust_env=False,
+            headers={"authorization": f"Bearer {key}"} if key else {},
             # The server closes idle connections, and those it failed on, just when one may be used again.
             limits=httpx2.Limits(max_connections=None, max_keepalive_connections=0),
         )
 
-    async def __aenter__(self) -> VllmClient:
+    async def __aenter__(self) -> Self:
         """Return itself."""
         return self
 
@@ -163,12 +176,12 @@ class VllmClient:
             "logprobs": 0,
             "detokenize": False,
         }
-        answer = await self._ask(token_ids, parameters)
-        return _generated(answer.choices[0], self.base_url)
+        answer, server = await self._ask(token_ids, parameters)
+        return _generated(answer.choices[0], self.base_url, server)
 
     async def score(self, token_ids: Sequence[int]) -> tuple[float, ...]:
         """Return the log-probabilities of tokens 1.. in nats, computed anew and not from cached prefixes."""
-        answer = await self._ask(
+        answer, _ = await self._ask(
             token_ids, {"max_tokens": 1, "temperature": 0.0, "prompt_logprobs": 0, "detokenize": False}
         )
         entries = answer.prompt_logprobs or []
@@ -239,15 +252,16 @@ class VllmClient:
 
     async def _ask(
         self, token_ids: Sequence[int], parameters: dict[str, Any], *, probe: bool = False
-    ) -> _Answer:
+    ) -> tuple[_Answer, str]:
         body: dict[str, Any] = {"token_ids": list(token_ids), "sampling_params": parameters}
         if self._model:
             body["model"] = self._model
         seconds = self.deadlines.control_s if probe else self.deadlines.generate_s
-        answer = await self._call("POST", "/inference/v1/generate", seconds, _Answer, body)
+        response = await self._send("POST", GENERATE, seconds, body)
+        answer = self._decoded(response, GENERATE, _Answer)
         if len(answer.choices) != 1:
             raise self._malformed(f"one choice, got {len(answer.choices)}")
-        return answer
+        return answer, response.headers.get(SERVER_HEADER, "")
 
     async def _control(
         self,
@@ -262,9 +276,11 @@ class VllmClient:
     async def _call(
         self, method: str, path: str, seconds: float, form: type[T], body: Mapping[str, Any] | None = None
     ) -> T:
-        content = await self._send(method, path, seconds, body)
+        return self._decoded(await self._send(method, path, seconds, body), path, form)
+
+    def _decoded(self, response: httpx2.Response, path: str, form: type[T]) -> T:
         try:
-            return msgspec.json.decode(content, type=form, strict=False)
+            return msgspec.json.decode(response.content, type=form, strict=False)
         except msgspec.MsgspecError as error:
             raise self._malformed(f"an answer of {path} as documented, got another: {error}") from None
 
@@ -275,7 +291,7 @@ class VllmClient:
         seconds: float,
         body: Mapping[str, Any] | None = None,
         params: Mapping[str, str] | None = None,
-    ) -> bytes:
+    ) -> httpx2.Response:
         request = self._http.request(method, path, json=body, params=params)
         try:
             response = await within(request, seconds, "vllm client", f"{path} of {self.base_url}")
@@ -288,7 +304,7 @@ class VllmClient:
             raise InfrastructureError(f"{self.base_url}{path}: HTTP {status}: {_reason(response)}")
         if not response.is_success:
             raise ProtocolError(f"{self.base_url}{path}: HTTP {status}: {_reason(response)}")
-        return bytes(response.content)
+        return response
 
     def _malformed(self, expected: str) -> ProtocolError:
         return ProtocolError(f"{self.base_url}: expected {expected}")
@@ -299,24 +315,26 @@ def _reason(response: httpx2.Response) -> str:
     return " ".join(response.text.split())[:300] or "no reason given"
 
 
-def _generated(choice: _Choice, server: str) -> Generated:
+def _generated(choice: _Choice, url: str, server: str) -> Generated:
     """Check an answer against itself: a log-probability and a version for each token."""
     tokens = choice.token_ids or []
     entries = (choice.logprobs.content if choice.logprobs else None) or []
     if [entry.token_id for entry in entries] != tokens:
         raise ProtocolError(
-            f"{server}: expected a log-probability of each of {len(tokens)} tokens, got {len(entries)}"
+            f"{url}: expected a log-probability of each of {len(tokens)} tokens, got {len(entries)}"
         )
     spans = choice.weight_versions or []
     ends = [0, *(span.end for span in spans)]
     follow = all(span.start == end < span.end for span, end in zip(spans, ends, strict=False))
     if not follow or ends[-1] != len(tokens):
-        raise ProtocolError(f"{server}: expected versions of all {len(tokens)} tokens in order, got {spans}")
+        raise ProtocolError(f"{url}: expected versions of all {len(tokens)} tokens in order, got {spans}")
     if choice.finish_reason not in ("stop", "length", "abort"):
-        raise ProtocolError(f"{server}: expected stop, length or abort, got {choice.finish_reason!r}")
+        raise ProtocolError(f"{url}: expected stop, length or abort, got {choice.finish_reason!r}")
     return Generated(
         token_ids=tuple(tokens),
         logprobs=tuple(entry.logprob for entry in entries),
         spans=tuple(spans),
         finish_reason=choice.finish_reason,
+        url=url,
+        server=server,
     )

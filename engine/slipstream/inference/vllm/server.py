@@ -67,6 +67,8 @@ class ServerOptions:
     """Keys and values on a CPU; a GPU takes `--gpu-memory-utilization` among `arguments`."""
     arguments: tuple[str, ...] = ()
     """More arguments of `vllm serve`."""
+    devices: str = ""
+    """CUDA_VISIBLE_DEVICES, if it is to differ from this process's."""
     start_s: float = 600.0
     """From the start to the first sampled token."""
     stop_s: float = 20.0
@@ -158,6 +160,8 @@ class VllmServer:
         self.folder.mkdir(parents=True, exist_ok=True)
         environment = {key: value for key, value in os.environ.items() if key != "PYTHONHOME"}
         environment |= {**ENVIRONMENT, "VLLM_CPU_KVCACHE_SPACE": str(self.options.cpu_cache_gib)}
+        if self.options.devices:
+            environment["CUDA_VISIBLE_DEVICES"] = self.options.devices
         leash = [sys.executable, "-m", "slipstream.inference.vllm.leash", str(os.getpid())]
         # The leash needs this process's path, the server must not have it.
         path = ["/usr/bin/env", f"PYTHONPATH={self._linked_packages()}"]

@@ -100,6 +100,11 @@ class GlooTransport:
         return Offer(info=_announcement(update) | group | {"timeout_s": self._timeout_s}, send=send)
 
 
+def transport_of(name: str) -> WeightTransport:
+    """Return a transport by its name in the configuration."""
+    return GlooTransport() if name == "gloo" else FilesystemTransport()
+
+
 def receive(transport: str, info: Mapping[str, Any], *, worker: int) -> tuple[dict[str, torch.Tensor], int]:
     """Take an offer in worker number `worker`; return the tensors and their checksum64, as received.
 
