@@ -53,6 +53,13 @@ def choose_device(name: str) -> torch.device:
     return torch.device(name)
 
 
+def choose_dtype(name: str, device: torch.device | None) -> torch.dtype:
+    """Return the named dtype; "auto" is bfloat16 on a GPU and float32 elsewhere."""
+    if name == "auto":
+        return torch.bfloat16 if device is not None and device.type == "cuda" else torch.float32
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+
+
 def first_policy(config: RunConfig, corpus: Iterable[str]) -> Policy:
     """Load the configured model folder, or train a tokenizer on `corpus` and build a small Llama.
 
@@ -111,12 +118,13 @@ def load_model(
     """
     if not (folder / "config.json").is_file():
         raise CheckpointError(
-            f"{folder}: no model here (config.json is missing); give a local Hugging Face model folder"
+            f"{folder}: no model here (config.json is missing); give a local Hugging Face model folder, "
+            "such as `slipstream fetch-model smollm2` makes"
         )
     transformers_logging.disable_progress_bar()
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            folder, local_files_only=True, dtype=getattr(torch, dtype), use_safetensors=True
+            folder, local_files_only=True, dtype=choose_dtype(dtype, device), use_safetensors=True
         )
     except (OSError, ValueError, SafetensorError) as error:
         raise CheckpointError(f"{folder}: cannot load the model: {str(error).splitlines()[0]}") from error
