@@ -93,13 +93,13 @@ class Process:
                 env={**os.environ, "PYTHONPATH": source},
             )  # fmt: skip
 
-    def end(self) -> Ended:
+    def end(self, patience_s: float = PATIENCE_S) -> Ended:
         """Wait for its end; a test that fails leaves it to be killed (tests/conftest.py)."""
         try:
-            code = self.popen.wait(timeout=PATIENCE_S)
+            code = self.popen.wait(timeout=patience_s)
         except subprocess.TimeoutExpired:
             said = "".join(path.read_text(errors="replace") for path in self._paths)
-            raise AssertionError(f"no end within {PATIENCE_S:g} s:\n{said}") from None
+            raise AssertionError(f"no end within {patience_s:g} s:\n{said}") from None
         return Ended(code, *(path.read_text(errors="replace") for path in self._paths))
 
     def roles(self) -> dict[str, psutil.Process]:
