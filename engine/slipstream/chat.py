@@ -87,6 +87,8 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
     Raises CheckpointError when there is none, or no chat template or eos_token in it.
     """
+    if not folder.is_dir():
+        raise no_model(folder, "the folder")
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError) as error:
@@ -98,6 +100,14 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     if tokenizer.eos_token is None:
         raise CheckpointError(f"{folder}: its tokenizer has no eos_token, which must end each message")
     return tokenizer
+
+
+def no_model(folder: Path, missing: str) -> CheckpointError:
+    """Return the error of a folder that holds no model."""
+    return CheckpointError(
+        f"{folder}: no model here ({missing} is missing); give a local Hugging Face model folder, "
+        "such as `slipstream fetch-model smollm2` makes"
+    )
 
 
 class Chat:

@@ -22,7 +22,7 @@ from transformers.utils import logging as transformers_logging
 
 from slipstream import checkpoint
 from slipstream.attention import PackedSegments, install, run_decoder
-from slipstream.chat import Chat, load_tokenizer, train_tokenizer
+from slipstream.chat import Chat, load_tokenizer, no_model, train_tokenizer
 from slipstream.config import ModelConfig, RunConfig
 from slipstream.errors import CheckpointError, ConfigurationError
 from slipstream_kernels import linear_logprob
@@ -117,10 +117,7 @@ def load_model(
     Raises CheckpointError.
     """
     if not (folder / "config.json").is_file():
-        raise CheckpointError(
-            f"{folder}: no model here (config.json is missing); give a local Hugging Face model folder, "
-            "such as `slipstream fetch-model smollm2` makes"
-        )
+        raise no_model(folder, "config.json")
     transformers_logging.disable_progress_bar()
     try:
         model = AutoModelForCausalLM.from_pretrained(
