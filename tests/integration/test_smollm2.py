@@ -115,7 +115,7 @@ def test_it_learns_a_few_steps(folder: Path, tmp_path: Path) -> None:
         assert all(math.isfinite(value) for value in row.values() if isinstance(value, float)), row
         assert (row["slip/max"], row["skipped"]) == (0.0, 0.0)
         # The same weights in float32, sampled with a cache and trained packed.
-        assert 0.0 <= float(row["mismatch/k3"]) < 1e-8
+        assert abs(float(row["mismatch/k3"])) < 1e-8
         assert float(row["grad_norm"]) > 0.0
     losses = [float(row["loss"]) for row in rows_of(read_rows(run), "warmup")]
     assert 0.0 < losses[-1] < 3.0
