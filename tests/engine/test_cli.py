@@ -82,7 +82,7 @@ def test_a_reader_that_has_gone_is_no_traceback(tmp_path: Path) -> None:
 
 
 def test_overview_help_and_version() -> None:
-    assert "rollout   Print a few episodes to read." in run().stdout
+    assert "rollout      Print a few episodes to read." in run().stdout
     help_of_train = run("train", "--help")
     assert help_of_train.returncode == 0 and "--resume" in help_of_train.stdout
     assert run("version").stdout == run("--version").stdout

@@ -18,9 +18,10 @@ def refusal(overrides: list[str], recipe: str | Path = "research") -> str:
 
 
 def test_shipped_recipes_load() -> None:
-    assert shipped_recipes() == ["research", "research-multihop"]
+    assert shipped_recipes() == ["research", "research-multihop", "smollm2"]
     assert load_config("research").environment.hops == 1
     assert load_config("research-multihop").environment.hops == 2
+    assert load_config("smollm2").model.path == "models/smollm2"
 
 
 def test_overrides_are_toml_values_with_strings_as_fallback() -> None:
@@ -52,7 +53,10 @@ def test_overrides_are_toml_values_with_strings_as_fallback() -> None:
         ("steps=0", "command line: steps must be greater than or equal to 1, got 0"),
         ("optim=3", "command line: optim must be a table, got 3"),
         ("optim.learning_rate=nan", "command line: optim.learning_rate must be a finite number, got NaN"),
-        ("model.dtype=int8", "command line: model.dtype must be 'float32' or 'bfloat16', got \"int8\""),
+        (
+            "model.dtype=int8",
+            "command line: model.dtype must be 'auto', 'float32' or 'bfloat16', got \"int8\"",
+        ),
         ("seed", 'command line: expected key=value, got "seed"'),
         ("sampling.temperature=0", "command line: sampling.temperature must be greater than 0, got 0"),
         (

@@ -27,6 +27,7 @@ from slipstream.model import (
     canary_logprobs,
     check_decoder,
     choose_device,
+    choose_dtype,
     copy_weights,
     first_policy,
     head,
@@ -111,6 +112,16 @@ def test_the_device_is_checked() -> None:
         assert choose_device("auto") == CPU
         with pytest.raises(ConfigurationError, match=r'device must be .* got "cuda:0": no GPU is usable'):
             choose_device("cuda:0")
+
+
+def test_auto_is_bfloat16_on_a_gpu_only() -> None:
+    cuda = torch.device("cuda:1")
+    assert choose_dtype("auto", cuda) is torch.bfloat16
+    assert choose_dtype("auto", CPU) is choose_dtype("auto", None) is torch.float32
+    assert choose_dtype("float32", cuda) is torch.float32
+    assert choose_dtype("bfloat16", CPU) is torch.bfloat16
+    config = load_config("smollm2")
+    assert (config.model.dtype, config.device) == ("auto", "auto")
 
 
 def test_check_decoder_accepts_ours(make_model: ModelMaker) -> None:

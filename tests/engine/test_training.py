@@ -92,6 +92,39 @@ def test_a_restored_state_gives_the_same_next_step(make_model: ModelMaker) -> No
     assert_equal(optimizer.state_tensors(), resumed.state_tensors())
 
 
+def test_updates_too_small_for_bfloat16_add_up(make_model: ModelMaker) -> None:
+    """Each moves a weight by 1e-5, the neighbours of 0.5 are 0.002 away: alone it would be rounded away."""
+    model = make_model().bfloat16()
+    optimizer = Optimizer(model, OptimConfig(learning_rate=1e-5))
+    before = weights_of(model)
+    for _ in range(100):
+        optimizer.step([lambda: sum(p.sum() for p in model.parameters())] * 2, share=1.0)
+    state = optimizer.state_tensors()
+    for name, weight in named_weights(model).items():
+        master = state[f"master.{name}"]
+        torch.testing.assert_close(master, before[name].float() - 100 * 1e-5, atol=1e-5, rtol=0.0)
+        assert torch.equal(weight, master.bfloat16())
+    embedding = "model.embed_tokens.weight"
+    assert float((named_weights(model)[embedding] != before[embedding]).float().mean()) > 0.5
+
+
+def test_a_restored_state_in_bfloat16_gives_the_same_next_step(make_model: ModelMaker) -> None:
+    model = make_model().bfloat16()
+    config = CONFIG.model_copy(update={"learning_rate": 1e-4})
+    optimizer = Optimizer(model, config)
+    for seed in range(3):
+        optimizer.step([loss_of(model, seed)], share=1.0)
+    copy = make_model(seed=9).bfloat16()
+    copy.load_state_dict(model.state_dict())
+    resumed = Optimizer(copy, config)
+    resumed.load_state_tensors(optimizer.state_tensors())
+    for seed in (3, 4):
+        optimizer.step([loss_of(model, seed)], share=0.7)
+        resumed.step([loss_of(copy, seed)], share=0.7)
+    assert_equal(weights_of(model), weights_of(copy))
+    assert_equal(optimizer.state_tensors(), resumed.state_tensors())
+
+
 def test_the_state_before_the_first_step_is_empty(make_model: ModelMaker) -> None:
     model = make_model()
     assert Optimizer(model, CONFIG).state_tensors() == {}

@@ -54,11 +54,11 @@ def make_warm_start(folder: Path, *settings: str) -> Path:
     return folder
 
 
-def until(ready: Callable[[], bool], what: str) -> None:
+def until(ready: Callable[[], bool], what: str, patience_s: float = PATIENCE_S) -> None:
     """Poll a condition; fails naming `what` when it does not come true."""
-    end = time.monotonic() + PATIENCE_S
+    end = time.monotonic() + patience_s
     while not ready():
-        assert time.monotonic() < end, f"waited {PATIENCE_S:g} s for {what} in vain"
+        assert time.monotonic() < end, f"waited {patience_s:g} s for {what} in vain"
         time.sleep(0.02)
 
 
@@ -93,13 +93,13 @@ class Process:
                 env={**os.environ, "PYTHONPATH": source},
             )  # fmt: skip
 
-    def end(self) -> Ended:
+    def end(self, patience_s: float = PATIENCE_S) -> Ended:
         """Wait for its end; a test that fails leaves it to be killed (tests/conftest.py)."""
         try:
-            code = self.popen.wait(timeout=PATIENCE_S)
+            code = self.popen.wait(timeout=patience_s)
         except subprocess.TimeoutExpired:
             said = "".join(path.read_text(errors="replace") for path in self._paths)
-            raise AssertionError(f"no end within {PATIENCE_S:g} s:\n{said}") from None
+            raise AssertionError(f"no end within {patience_s:g} s:\n{said}") from None
         return Ended(code, *(path.read_text(errors="replace") for path in self._paths))
 
     def roles(self) -> dict[str, psutil.Process]:

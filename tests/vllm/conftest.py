@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import shutil
+import sys
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +26,8 @@ from slipstream.model import Policy, build_model, canary_logprobs, named_weights
 from slipstream.types import Version, WeightUpdate
 from slipstream.weights.filesystem import FilesystemPublisher
 from slipstream_kernels import checksum64_named
+
+sys.path.append(str(Path(__file__).parents[1] / "integration"))
 
 PROGRAM = os.environ.get("SLIPSTREAM_VLLM", "")
 MAX_TOKENS = 512

@@ -22,7 +22,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Literal
+from typing import Final
 
 import slipstream
 import slipstream_kernels
@@ -30,6 +30,7 @@ from slipstream.deadlines import Deadline
 from slipstream.errors import ConfigurationError, DeadlineError, InfrastructureError
 from slipstream.flight_recorder import FLIGHT
 from slipstream.inference.vllm.contract import VllmClient, VllmDeadlines
+from slipstream.run_folder import read_json
 from slipstream.supervisor import last_lines
 
 EXTENSION: Final = "slipstream.inference.vllm.extension.SlipstreamWorker"
@@ -41,6 +42,8 @@ ENVIRONMENT: Final = {
     # The routes that control weights; only this machine reaches them, since the server listens on loopback.
     "VLLM_SERVER_DEV_MODE": "1",
 }
+CPU_HEAD_SIZES: Final = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
+"""Of vLLM 0.32 and 0.33."""
 _POLL_S: Final = 0.5
 _REAP_S: Final = 10.0
 
@@ -56,7 +59,8 @@ class ServerOptions:
     """Folder of the model with its tokenizer."""
     program: str = "vllm"
     """Name on the path, or path, of vLLM's command line."""
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    dtype: str = "bfloat16"
+    """Or "float32"."""
     max_model_len: int = 4096
     """Most tokens of an episode."""
     max_num_seqs: int = 64
@@ -200,6 +204,17 @@ class VllmServer:
                     raise deadline.error() from error
                 except DeadlineError:
                     raise deadline.error() from None
+
+
+def check_head_size(model: Path) -> None:
+    """Raise ConfigurationError for a model whose attention vLLM does not have on a CPU."""
+    said = read_json(model / "config.json")
+    size = said.get("head_dim") or said.get("hidden_size", 0) // max(1, said.get("num_attention_heads", 1))
+    if size not in CPU_HEAD_SIZES:
+        raise ConfigurationError(
+            f"model.heads: on a CPU vLLM has attention for heads of {', '.join(map(str, CPU_HEAD_SIZES))} "
+            f"numbers, got {size} (model.hidden_size / model.heads)"
+        )
 
 
 def _free_port() -> int:
