@@ -20,7 +20,6 @@ from slipstream.inference.vllm.transports.nccl import NcclReceiver, NcclTranspor
 from slipstream.inference.vllm.transports.offers import Held, Offer, WeightReceiver, WeightTransport
 
 __all__ = [
-    "NAMES",
     "DeltaReceiver",
     "DeltaTransport",
     "FilesystemReceiver",

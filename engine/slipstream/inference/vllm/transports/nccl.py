@@ -93,7 +93,7 @@ class _NcclGroup:
                     self._group.abort()
                     raise deadline.error()
                 time.sleep(_POLL_S)
-            work.wait()
+            work.wait(timedelta(seconds=self._timeout_s))
         except RuntimeError as error:
             raise InfrastructureError(f"nccl: the broadcast broke: {first_line(error)}") from error
 
