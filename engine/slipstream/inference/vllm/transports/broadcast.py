@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
+import numpy as np
+
 from slipstream.deadlines import Deadline
 from slipstream.errors import CheckpointError, InfrastructureError
 from slipstream.inference.vllm.transports.offers import Offer
@@ -154,7 +156,7 @@ def _send(group: Group, sources: Sequence[torch.Tensor], buffer_bytes: int) -> N
     for pieces, buffer in _buffers(group, sources, buffer_bytes):
         for piece in pieces:
             end = piece.at + piece.stop - piece.start
-            buffer[piece.at : end].copy_(sources[piece.tensor][piece.start : piece.stop])
+            _copy(buffer[piece.at : end], sources[piece.tensor][piece.start : piece.stop])
         group.broadcast(buffer)
 
 
@@ -163,7 +165,7 @@ def _receive(group: Group, targets: Sequence[torch.Tensor], buffer_bytes: int) -
         group.broadcast(buffer)
         for piece in pieces:
             end = piece.at + piece.stop - piece.start
-            targets[piece.tensor][piece.start : piece.stop].copy_(buffer[piece.at : end])
+            _copy(targets[piece.tensor][piece.start : piece.stop], buffer[piece.at : end])
 
 
 def _buffers(
@@ -177,6 +179,14 @@ def _buffers(
     for pieces in cuts(sizes, buffer_bytes):
         last = pieces[-1]
         yield pieces, memory[: last.at + last.stop - last.start]
+
+
+def _copy(target: torch.Tensor, source: torch.Tensor) -> None:
+    if target.is_cpu and source.is_cpu:
+        # PyTorch would use several threads, which wait for one another on a busy machine.
+        np.copyto(target.numpy(), source.numpy())
+    else:
+        target.copy_(source)
 
 
 def _listening(host: str, size: int, timeout_s: float) -> tuple[TCPStore, int]:

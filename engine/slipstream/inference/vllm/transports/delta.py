@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
@@ -37,10 +38,8 @@ class Changes:
     """What turns one publication into another."""
 
     base: Held
-    sizes: tuple[tuple[str, int], ...]
-    """Each changed tensor with the bytes of its delta, in the order in which these lie in `data`."""
-    data: torch.Tensor
-    """[B] uint8: all deltas (slipstream_kernels.weight_delta)."""
+    deltas: dict[str, torch.Tensor]
+    """[B] uint8 for each tensor that changed (slipstream_kernels.weight_delta)."""
 
 
 class DeltaTransport:
@@ -66,11 +65,11 @@ class DeltaTransport:
         with self._lock:
             tensors = self._tensors_of(update, new)
             changes = self._changes(held, new)
-        if changes is None or changes.data.nbytes >= sum(tensor.nbytes for tensor in tensors.values()):
+        if changes is None or _size(changes.deltas) >= _size(tensors):
             return self._carrier.offer_tensors(tensors, announcement(update), workers=workers)
         base = {"serial": changes.base.serial, "checksum64": hexadecimal(changes.base.checksum64)}
-        info = announcement(update) | {"base": base, "deltas": changes.sizes}
-        return self._carrier.offer_tensors({"deltas": changes.data}, info, workers=workers)
+        info = announcement(update) | {"base": base}
+        return self._carrier.offer_tensors(changes.deltas, info, workers=workers)
 
     def _tensors_of(self, update: WeightUpdate, new: Held) -> dict[str, torch.Tensor]:
         """Map the weights of an update, and keep them as the newest."""
@@ -99,7 +98,7 @@ class DeltaTransport:
 class DeltaReceiver:
     """A worker's end; keeps a copy of all weights, as they were published, in main memory.
 
-    While an offer is taken it holds, beside that copy, the bytes of the offer and one tensor.
+    While changes are applied it holds, beside that copy, their bytes and one more tensor in each thread.
     """
 
     held: Held | None = None
@@ -114,8 +113,7 @@ class DeltaReceiver:
         self.held, self._tensors = None, {}
         if "base" in info:
             _refuse_other_base(info["base"], held)
-            data = received(info, carrier=GLOO, worker=worker)["deltas"]
-            apply(tensors, info["deltas"], data)
+            apply(tensors, received(info, carrier=GLOO, worker=worker))
         else:
             tensors.clear()
             tensors = received(info, carrier=GLOO, worker=worker)
@@ -127,33 +125,44 @@ class DeltaReceiver:
 
 def encoded(before: Mapping[str, torch.Tensor], after: Mapping[str, torch.Tensor], *, base: Held) -> Changes:
     """Return what turns `before`, the tensors of `base`, into `after`: the same names, dtypes and shapes."""
-    import torch
+    from slipstream_kernels import Delta, delta_encode
 
-    from slipstream_kernels import delta_encode
+    def one(name: str) -> Delta:
+        return delta_encode(_words(before[name]), _words(after[name]), threads=1)
 
-    made = {name: delta_encode(_words(before[name]), _words(after[name])) for name in after}
-    changed = {name: delta.data for name, delta in made.items() if delta.changed}
-    data = torch.cat(list(changed.values())) if changed else torch.empty(0, dtype=torch.uint8)
-    return Changes(base=base, sizes=tuple((name, d.numel()) for name, d in changed.items()), data=data)
+    with _threads() as pool:
+        made = dict(zip(after, pool.map(one, after), strict=True))
+    return Changes(base=base, deltas={name: delta.data for name, delta in made.items() if delta.changed})
 
 
-def apply(tensors: dict[str, torch.Tensor], sizes: list[tuple[str, int]], data: torch.Tensor) -> None:
-    """Replace the tensors that changed, one after another; raises CheckpointError at the first odd one."""
+def apply(tensors: dict[str, torch.Tensor], deltas: Mapping[str, torch.Tensor]) -> None:
+    """Replace the tensors that changed; raises CheckpointError for an odd one, when some are replaced."""
     from slipstream_kernels import Delta, delta_apply
 
-    if sum(size for _, size in sizes) != data.numel():
-        raise CheckpointError(
-            f"weights by delta: expected {sum(s for _, s in sizes)} bytes, got {data.numel()}"
-        )
-    for (name, _), part in zip(sizes, data.split([size for _, size in sizes]), strict=True):
+    def one(name: str) -> None:
         base = tensors.get(name)
         if base is None:
             raise CheckpointError(f"weights by delta: {name}: expected one of the tensors held, got another")
         try:
-            result = delta_apply(_words(base), Delta.of(part))
+            result = delta_apply(_words(base), Delta.of(deltas[name]), threads=1)
         except DeltaError as error:
             raise CheckpointError(f"weights by delta: {name}: {error}") from error
         tensors[name] = result.view(base.dtype).reshape(base.shape)
+
+    with _threads() as pool:
+        for _ in pool.map(one, deltas):
+            pass
+
+
+def _size(tensors: Mapping[str, torch.Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in tensors.values())
+
+
+def _threads() -> ThreadPoolExecutor:
+    """Return threads for tensors: several in one tensor would wait for one another on a busy machine."""
+    import torch
+
+    return ThreadPoolExecutor(torch.get_num_threads(), thread_name_prefix="delta")
 
 
 def _refuse_other_base(base: Mapping[str, Any], held: Held | None) -> None:
