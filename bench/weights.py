@@ -12,13 +12,15 @@ anywhere between two bfloat16 values, as they do in the middle of training.
     share     of the values that changed
 
 Both ends run on this machine, whose loopback is faster than most networks: below `break_even_gbit_s`, the
-changes arrive sooner than the whole. Figures are medians over the rounds, ratios those of the same round.
+changes arrive sooner than the whole. `load_per_core` (5 minutes) is about 1 on a machine that does nothing
+else. Figures are medians over the rounds, ratios those of the same round.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -186,6 +188,7 @@ def summary(rows: dict[str, list[Row]], shares: list[float]) -> dict[str, Any]:
     lost = statistics.median(changes["deliver_s"] - whole["deliver_s"] for whole, changes in pairs)
     figures["break_even_gbit_s"] = 8e-9 * saved / lost if lost > 0 else None
     figures["share"] = statistics.median(shares)
+    figures["load_per_core"] = os.getloadavg()[1] / (os.cpu_count() or 1)
     return figures
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -180,22 +179,32 @@ def test_a_withdrawn_offer_waits_no_longer() -> None:
             sent.result(timeout=TIMEOUT_S)
 
 
-def test_a_worker_that_goes_before_it_has_all_fails_the_offer() -> None:
-    """It meets the others and takes nothing: the sender must not believe that it has."""
+class Fails:
+    """A group whose worker fails over the buffer that it has just got."""
+
+    device = "cpu"
+
+    def __init__(self, group: Any) -> None:
+        self._group = group
+
+    def broadcast(self, buffer: torch.Tensor) -> None:
+        self._group.broadcast(buffer)
+        raise InfrastructureError("failed over it")
+
+    def close(self) -> None:
+        pass
+
+
+def test_an_offer_of_which_a_worker_failed_at_the_last_byte_has_failed() -> None:
     offer = offer_of_one(timeout_s=1.0)
-    met = threading.Event()
-
-    def goes(store: Any, **_: Any) -> Any:
-        met.set()
-        raise InfrastructureError("gone")
-
+    failing = replace(GLOO, buffer_bytes=1 << 30, join=lambda store, **k: Fails(GLOO.join(store, **k)))
+    offer.info["buffer_bytes"] = failing.buffer_bytes
     assert offer.send is not None
     with ThreadPoolExecutor(1) as pool:
         sent = pool.submit(offer.send)
-        with pytest.raises(InfrastructureError, match="gone"):
-            received(offer.info, carrier=replace(GLOO, join=goes), worker=0)
-        assert met.is_set()
-        with pytest.raises((InfrastructureError, DeadlineError), match="gloo"):
+        with pytest.raises(InfrastructureError, match="failed over it"):
+            received(offer.info, carrier=failing, worker=0)
+        with pytest.raises(DeadlineError, match=r"gloo waited 1 s for 1 workers at .*: done"):
             sent.result(timeout=TIMEOUT_S)
 
 
@@ -499,6 +508,7 @@ def test_nccl_without_a_gpu_is_the_users_mistake(learner: Learner) -> None:
         receiver_of("nccl").take({}, worker=0)
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="two GPUs are needed")
 def test_nccl_brings_all_weights_from_one_gpu_to_another(learner: Learner) -> None:
     transport = NcclTransport(device="cuda:0", timeout_s=TIMEOUT_S)
