@@ -14,7 +14,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 INPUTS := pyproject.toml setup.py constraints.txt $(shell find csrc -type f 2>/dev/null)
 OUTPUT ?= runs/research
-BENCH ?= dataflow asynchrony gateway kernels
+BENCH ?= dataflow asynchrony gateway weights kernels
 ARGS ?=
 # Two at a time: many tests wait for processes of their own.
 PARALLEL := -n 2 --dist worksteal

@@ -94,8 +94,9 @@ class InferenceConfig(Part):
     """vLLM's command line, by name or path; it has an environment of its own."""
     attach: tuple[str, ...] = ()
     """Addresses of running servers to use instead, started with the arguments that `serve` gives its own."""
-    transport: Literal["filesystem", "gloo"] = "filesystem"
-    """How weights reach a server: from the folder they are published in, or broadcast over TCP."""
+    transport: Literal["filesystem", "gloo", "delta", "nccl"] = "filesystem"
+    """How weights reach a server: from the folder they are published in; broadcast over TCP, whole or only
+    what changed; or from GPU to GPU."""
     requests: int = Field(default=64, ge=1)
     """Requests that a server works on at once."""
     eager: bool = True

@@ -94,8 +94,9 @@ class Serve:
         chat = _chat(folder)
         tolerance = canary_tolerance(config)
 
+        transport = transport_of(config.inference.transport)
+
         def backend(client: VllmClient) -> VllmBackend:
-            transport = transport_of(config.inference.transport)
             return VllmBackend(client, stop_token=chat.stop_token, transport=transport, tolerance=tolerance)
 
         self._keepers = [

@@ -78,12 +78,14 @@ def delta_encode(
     *,
     base_version: int = 0,
     new_version: int = 0,
+    threads: int | None = None,
     backend: Backend | str | None = None,
 ) -> Delta:
     """Return what turns `old` into `new`, bit by bit.
 
     old, new: any shape, the same for both, of a type of 2 bytes; base_version, new_version: in
-    [0, 2^64), carried along. The delta lies on their device. Every backend gives the same bytes.
+    [0, 2^64), carried along; threads: of the native backend, PyTorch's number unless given. The delta lies
+    on their device. Every backend gives the same bytes.
     Raises ShapeError and BackendError.
     """
     op = "delta_encode"
@@ -97,7 +99,8 @@ def delta_encode(
     if chosen is Backend.REFERENCE:
         made = reference.encode(_words(before), _words(after), base_version, new_version)
         return Delta.of(torch.from_numpy(made.copy()).to(old.device))
-    return _encode(chosen, "delta_plan", _aligned(before), _aligned(after), (base_version, new_version))
+    versions = base_version, new_version
+    return _encode(chosen, "delta_plan", _aligned(before), _aligned(after), versions, threads)
 
 
 @torch.no_grad()
@@ -138,11 +141,17 @@ def delta_encode_cast(
 
 @torch.no_grad()
 def delta_apply(
-    base: Tensor, delta: Delta, *, in_place: bool = False, backend: Backend | str | None = None
+    base: Tensor,
+    delta: Delta,
+    *,
+    in_place: bool = False,
+    threads: int | None = None,
+    backend: Backend | str | None = None,
 ) -> Tensor:
     """Return `base` with the changes of `delta`: the tensor that it was made for, bit by bit.
 
-    base: any shape, of a type of 2 bytes; in_place: changes `base` itself, which must be contiguous.
+    base: any shape, of a type of 2 bytes; in_place: changes `base` itself, which must be contiguous;
+    threads: of the native backend, PyTorch's number unless given.
     All is checked before anything is written: raises DeltaError when the bytes are damaged or not of
     as many values, DeltaBaseError when `base` is not what the delta was made from. A forged delta, with
     right checksums of its bytes and base, raises DeltaError for its result, and has then changed an
@@ -165,7 +174,7 @@ def delta_apply(
             .copy_(torch.from_numpy(made.view(np.int16)).view(base.shape))
             .view(base.dtype)
         )
-    match _apply(chosen, before, data, output):
+    match _apply(chosen, before, data, output, threads):
         case native.OK:
             return output
         case native.WRONG_BASE:
@@ -179,14 +188,21 @@ def delta_apply(
             raise NativeError(f"{op}: {native.reason(status)}")
 
 
-def _encode(chosen: Backend, plan: str, first: Tensor, second: Tensor, versions: tuple[int, int]) -> Delta:
+def _encode(
+    chosen: Backend,
+    plan: str,
+    first: Tensor,
+    second: Tensor,
+    versions: tuple[int, int],
+    threads: int | None = None,
+) -> Delta:
     """Plan, allocate and write; `second` holds the new values once planned."""
     count = second.numel()
     workspace = _workspace(second)
     room = (workspace.data_ptr(), workspace.numel())
     addresses = (first.data_ptr(), second.data_ptr(), count)
     if chosen is Backend.NATIVE:
-        threads, size = torch.get_num_threads(), ctypes.c_int64()
+        threads, size = threads or torch.get_num_threads(), ctypes.c_int64()
         native.call(f"slipstream_{plan}", *addresses, *versions, threads, *room, ctypes.byref(size))
         data = torch.empty(size.value, dtype=torch.uint8)
         write = (second.data_ptr(), count, threads, workspace.data_ptr(), data.data_ptr(), data.numel())
@@ -202,11 +218,11 @@ def _encode(chosen: Backend, plan: str, first: Tensor, second: Tensor, versions:
     return Delta.of(data)
 
 
-def _apply(chosen: Backend, base: Tensor, data: Tensor, output: Tensor) -> int:
+def _apply(chosen: Backend, base: Tensor, data: Tensor, output: Tensor, threads: int | None) -> int:
     """Return the status of applying the bytes `data`."""
     arguments = (base.data_ptr(), base.numel(), data.data_ptr(), data.numel())
     if chosen is Backend.NATIVE:
-        threads = torch.get_num_threads()
+        threads = threads or torch.get_num_threads()
         return native.status_of("slipstream_delta_apply", *arguments, threads, output.data_ptr())
     with torch.cuda.device(base.device):
         workspace = _workspace(base)

@@ -7,7 +7,7 @@ import os
 import shutil
 import sys
 from collections.abc import Awaitable, Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -60,14 +60,15 @@ class World:
     history: dict[int, dict[str, torch.Tensor]] = field(default_factory=dict)
     """Weights by serial."""
 
-    def publish(self, *, scale: float = 0.2) -> WeightUpdate:
-        """Change the policy clearly and publish it under the next serial."""
+    def publish(self, *, scale: float = 0.2, share: float = 1.0) -> WeightUpdate:
+        """Change the policy clearly, in this share of its values, and publish it under the next serial."""
         self.serial += 1
         model = self.policy.model
         with torch.random.fork_rng(), torch.no_grad():
             torch.manual_seed(self.serial)
             for parameter in model.parameters():
-                parameter.add_(torch.randn_like(parameter) * parameter.std().nan_to_num(1.0) * scale)
+                change = torch.randn_like(parameter) * parameter.std().nan_to_num(1.0) * scale
+                parameter.add_(change * (torch.rand_like(parameter) < share))
         weights = {name: tensor.clone() for name, tensor in named_weights(model).items()}
         self.history[self.serial] = weights
         folder = self.publisher.publish(weights, serial=self.serial)
@@ -151,3 +152,20 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     asyncio.run(server.start())
     yield World(policy=policy, server=server, publisher=FilesystemPublisher(folder / "weights", keep=64))
     server.stop()
+
+
+@pytest.fixture
+def restarted(world: World, tmp_path: Path) -> Iterator[Callable[[], World]]:
+    """Starts a new server for the same learner: what it finds in place of one that was restarted."""
+    made: list[World] = []
+
+    def start() -> World:
+        made.append(replace(world, server=server_of(tmp_path, world.policy)))
+        asyncio.run(made[0].server.start())
+        return made[0]
+
+    yield start
+    for one in made:
+        one.server.stop()
+        # The learner goes on where it is.
+        world.serial = one.serial

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import shutil
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import pytest
@@ -16,7 +17,15 @@ from slipstream.attention import PackedSegments, run_decoder
 from slipstream.errors import CheckpointError, ConfigurationError, InfrastructureError
 from slipstream.inference.vllm.backend import VllmBackend
 from slipstream.inference.vllm.contract import VllmClient
-from slipstream.inference.vllm.transports import FilesystemTransport, GlooTransport, Offer, WeightTransport
+from slipstream.inference.vllm.transports import (
+    DeltaTransport,
+    FilesystemTransport,
+    GlooTransport,
+    Held,
+    Offer,
+    WeightTransport,
+)
+from slipstream.inference.vllm.transports import delta as delta_module
 from slipstream.model import canary_logprobs, copy_weights, head
 from slipstream.types import Completion, Sampling, WeightUpdate
 
@@ -214,7 +223,7 @@ class Loses(FilesystemTransport):
     def __init__(self, other: WeightUpdate) -> None:
         self._other = other
 
-    def offer(self, update: WeightUpdate, *, workers: int) -> Offer:
+    def offer(self, update: WeightUpdate, *, workers: int, held: Held | None = None) -> Offer:
         mixed = replace(self._other, version=replace(self._other.version, serial=update.version.serial))
         return super().offer(mixed, workers=workers)
 
@@ -255,7 +264,7 @@ class FailsOnce(FilesystemTransport):
 
     failed = False
 
-    def offer(self, update: WeightUpdate, *, workers: int) -> Offer:
+    def offer(self, update: WeightUpdate, *, workers: int, held: Held | None = None) -> Offer:
         offer = super().offer(update, workers=workers)
         if not self.failed:
             self.failed = True
@@ -392,3 +401,136 @@ def test_damage_of_published_weights_is_the_learners_fault(world: World) -> None
         await backend.load(world.publish())
 
     world.run(work, transport=GlooTransport())
+
+
+class Recorded(DeltaTransport):
+    """Notes how each offer went, and may believe something else than what the workers hold, once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ways: list[str] = []
+        self.claim: Held | None = None
+        self.label: Held | None = None
+
+    def offer(self, update: WeightUpdate, *, workers: int, held: Held | None = None) -> Offer:
+        held, self.claim = self.claim or held, None
+        offer = super().offer(update, workers=workers, held=held)
+        self.ways.append("changes" if "base" in offer.info else "whole")
+        if self.label is not None and "base" in offer.info:
+            offer.info["base"] = {
+                "serial": self.label.serial,
+                "checksum64": f"{self.label.checksum64:016x}",
+            }
+        return offer
+
+
+def of(update: WeightUpdate) -> Held:
+    """Return the weights of an update, as held."""
+    return Held(serial=update.version.serial, checksum64=update.version.checksum64)
+
+
+class Told(VllmClient):
+    """Remembers what the server refused."""
+
+    refusals: ClassVar[list[str]] = []
+
+    async def update_weights(self, update_info: Mapping[str, Any]) -> None:
+        try:
+            await super().update_weights(update_info)
+        except InfrastructureError as error:
+            self.refusals.append(str(error))
+            raise
+
+
+async def refused(world: World, backend: VllmBackend, update: WeightUpdate) -> str:
+    """Load an update whose first offer is refused; return why, once its tokens are right all the same."""
+    Told.refusals.clear()
+    proof = await backend.load(update)
+    assert (proof.serial, proof.checksum64) == (update.version.serial, update.version.checksum64)
+    completion = await backend.generate(PROMPT, Sampling(max_tokens=24), rollout_id=3)
+    assert set(completion.versions.tolist()) == {update.version.serial}
+    check_every_token(world, PROMPT, completion)
+    (refusal,) = Told.refusals
+    return refusal
+
+
+def test_logprobs_are_the_policys_after_each_change(world: World) -> None:
+    """With requests in flight, each token is of the weights it claims, before and after each update."""
+    transport = Recorded()
+
+    async def work(backend: VllmBackend) -> None:
+        await backend.load(world.publish())
+        for _ in range(5):
+            running = await in_flight(backend)
+            update = world.publish(share=0.05)
+            proof = await backend.load(update)
+            assert (proof.serial, proof.checksum64) == (update.version.serial, update.version.checksum64)
+            assert np.allclose(proof.canary_logprobs, update.canary_logprobs, atol=AGREE)
+            for completion in await asyncio.gather(*running):
+                check_every_token(world, PROMPT, completion)
+
+    world.run(work, transport=transport)
+    assert transport.ways == ["whole", *["changes"] * 5]
+
+
+@pytest.mark.timeout(900)  # It starts a second server.
+def test_changes_for_weights_that_a_worker_lost_are_refused_and_the_whole_is_sent(
+    world: World, restarted: Callable[[], World]
+) -> None:
+    """A sender that does not know of the restart is refused, before anything is loaded."""
+    transport = Recorded()
+
+    async def before(backend: VllmBackend) -> Held:
+        await backend.load(world.publish())
+        update = world.publish(share=0.05)
+        await backend.load(update)
+        return of(update)
+
+    async def after(backend: VllmBackend) -> str:
+        transport.claim = known
+        said = await refused(again, backend, again.publish(share=0.05))
+        await backend.load(again.publish(share=0.05))
+        return said
+
+    known = world.run(before, transport=transport)
+    again = restarted()
+    assert "this one holds nothing" in again.run(after, transport=transport, client=Told)
+    assert transport.ways == ["whole", "changes", "changes", "whole", "changes"]
+
+
+def test_a_flipped_bit_in_what_changed_is_refused(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    transport = Recorded()
+    encoded = delta_module.encoded
+
+    def flipped(*arguments: Any, **options: Any) -> Any:
+        changes = encoded(*arguments, **options)
+        data = changes.deltas["model.embed_tokens.weight"]
+        data[len(data) // 2] ^= 1
+        return changes
+
+    async def work(backend: VllmBackend) -> str:
+        await backend.load(world.publish())
+        with monkeypatch.context() as patch:
+            patch.setattr(delta_module, "encoded", flipped)
+            return await refused(world, backend, world.publish(share=0.05))
+
+    assert "weights by delta" in world.run(work, transport=transport, client=Told)
+    assert transport.ways == ["whole", "changes", "whole"]
+
+
+@pytest.mark.parametrize("labelled", [False, True])
+def test_changes_applied_twice_are_refused(world: World, labelled: bool) -> None:
+    transport = Recorded()
+
+    async def work(backend: VllmBackend) -> str:
+        first = world.publish()
+        await backend.load(first)
+        second = world.publish(share=0.05)
+        await backend.load(second)
+        transport.claim = of(first)
+        transport.label = of(second) if labelled else None
+        return await refused(world, backend, second)
+
+    expected = "got other weights" if labelled else "expected a worker that holds"
+    assert expected in world.run(work, transport=transport, client=Told)
+    assert transport.ways == ["whole", "changes", "changes", "whole"]

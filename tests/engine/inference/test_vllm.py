@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import replace
@@ -31,6 +32,7 @@ from slipstream.inference.vllm.backend import VllmBackend
 from slipstream.inference.vllm.contract import VllmClient, VllmDeadlines
 from slipstream.inference.vllm.identity import vocabulary_digest
 from slipstream.inference.vllm.server import ServerOptions, VllmServer
+from slipstream.inference.vllm.transports import FilesystemTransport, Held, Offer, WeightTransport
 from slipstream.synthetic import update
 from slipstream.types import Sampling, WeightUpdate
 
@@ -59,12 +61,17 @@ def server() -> Iterator[Any]:
 
 
 def run(
-    server: Any, work: Callable[[VllmBackend], Awaitable[T]], *, generate_s: float = 20.0, attach: bool = True
+    server: Any,
+    work: Callable[[VllmBackend], Awaitable[T]],
+    *,
+    generate_s: float = 20.0,
+    attach: bool = True,
+    transport: WeightTransport | None = None,
 ) -> T:
     async def attached() -> T:
         deadlines = VllmDeadlines(generate_s=generate_s, control_s=20.0, update_s=20.0)
         async with VllmClient(server.url, deadlines=deadlines) as client, asyncio.timeout(30):
-            backend = VllmBackend(client, stop_token=63)
+            backend = VllmBackend(client, stop_token=63, transport=transport)
             if attach:
                 await backend.attach(Tokenizer())
             return await work(backend)
@@ -234,6 +241,79 @@ def test_an_update_is_made_again_whole_and_then_fences(server: Any, path: str) -
 
     run(server, once)
     run(server, twice)
+
+
+class Asked(FilesystemTransport):
+    """Remembers what it was told that the workers hold."""
+
+    def __init__(self) -> None:
+        self.told: list[Held | None] = []
+
+    def offer(self, update: WeightUpdate, *, workers: int, held: Held | None = None) -> Offer:
+        self.told.append(held)
+        return super().offer(update, workers=workers, held=held)
+
+
+HELD = {"serial": 3, "checksum64": f"{2**63 + 1:016x}"}
+
+
+@pytest.mark.parametrize(
+    ("answers", "told"),
+    [
+        ([HELD], Held(serial=3, checksum64=2**63 + 1)),
+        ([HELD, HELD], Held(serial=3, checksum64=2**63 + 1)),
+        ([HELD, HELD | {"serial": 4}], None),
+        ([HELD, None], None),
+        ([None], None),
+        ([], None),
+    ],
+)
+def test_a_transport_is_told_what_all_workers_hold_but_at_the_second_try(
+    server: Any, answers: list[Any], told: Held | None
+) -> None:
+    transport = Asked()
+
+    async def work(backend: VllmBackend) -> None:
+        server.faults["/update_weights"] = [500]
+        server.results = {"slipstream_held": answers}
+        await loaded(backend)
+
+    run(server, work, transport=transport)
+    assert transport.told == [told, None]
+
+
+def test_workers_that_hold_nonsense_get_the_whole(server: Any) -> None:
+    transport = Asked()
+
+    async def work(backend: VllmBackend) -> None:
+        server.results = {"slipstream_held": [{"serial": "three"}]}
+        await loaded(backend)
+
+    run(server, work, transport=transport)
+    assert transport.told == [None]
+
+
+class Waits(FilesystemTransport):
+    """Sends until it is withdrawn."""
+
+    def __init__(self) -> None:
+        self.withdrawn = threading.Event()
+
+    def offer(self, update: WeightUpdate, *, workers: int, held: Held | None = None) -> Offer:
+        offer = super().offer(update, workers=workers, held=held)
+        return replace(offer, send=lambda: self.withdrawn.wait(20) and None, withdraw=self.withdrawn.set)
+
+
+def test_an_offer_that_the_server_refused_is_withdrawn(server: Any) -> None:
+    """Else its thread would wait for workers that do not come, and hold up the process's end."""
+    transport = Waits()
+
+    async def work(backend: VllmBackend) -> None:
+        server.faults["/update_weights"] = [500]
+        await loaded(backend)
+
+    run(server, work, transport=transport)
+    assert transport.withdrawn.is_set()
 
 
 def test_a_server_that_went_on_sampling_gets_no_second_try(server: Any) -> None:

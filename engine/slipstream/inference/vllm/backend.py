@@ -36,7 +36,7 @@ from slipstream.inference.sampling import rollout_key
 from slipstream.inference.vllm.answers import whole_message
 from slipstream.inference.vllm.contract import Generated, VllmClient
 from slipstream.inference.vllm.identity import vocabulary_digest
-from slipstream.inference.vllm.transports import FilesystemTransport, Offer, WeightTransport
+from slipstream.inference.vllm.transports import FilesystemTransport, Held, Offer, WeightTransport
 from slipstream.receiving import CANARY_TOLERANCE, refuse_proof
 from slipstream.types import Completion, Int32Array, Sampling, WeightProof, WeightUpdate
 
@@ -144,17 +144,12 @@ class VllmBackend:
             raise InfrastructureError(
                 f"{self._client.base_url}: its workers hold different weights: {answers}"
             )
-        try:
-            serial, checksum = int(answers[0]["serial"]), int(answers[0]["checksum64"], 16)
-        except (KeyError, TypeError, ValueError):
-            raise ProtocolError(
-                f"{self._client.base_url}: expected a proof, got {str(answers[0])[:200]}"
-            ) from None
+        held = self._held_of(answers[0])
         canary = await self._client.score(update.canary_tokens) if update.canary_tokens else ()
-        proof = WeightProof(serial=serial, checksum64=checksum, canary_logprobs=canary)
-        if serial != update.version.serial:
+        proof = WeightProof(serial=held.serial, checksum64=held.checksum64, canary_logprobs=canary)
+        if held.serial != update.version.serial:
             raise InfrastructureError(
-                f"{self._client.base_url}: expected serial {update.version.serial}, it holds {serial}"
+                f"{self._client.base_url}: expected serial {update.version.serial}, it holds {held.serial}"
             )
         if reason := refuse_proof(proof, update, self._tolerance):
             raise InfrastructureError(f"{self._client.base_url}: {reason}")
@@ -163,14 +158,15 @@ class VllmBackend:
     async def _delivered(self, update: WeightUpdate, name: str) -> None:
         """Deliver an update, once more if that fails; the server is paused then, and samples nothing."""
         try:
-            await self._deliver(update)
+            await self._deliver(update, await self._held())
         except _FAILURES as error:
-            FLIGHT.note(f"{name} failed and is made once more: {error}")
-            await self._deliver(update)
+            FLIGHT.note(f"{name} failed and is made once more, whole: {error}")
+            await self._deliver(update, None)
 
-    async def _deliver(self, update: WeightUpdate) -> None:
+    async def _deliver(self, update: WeightUpdate, held: Held | None) -> None:
         client = self._client
-        offer = self._transport.offer(update, workers=self._workers)
+        # To read and compare all weights takes a while, in which the server goes on.
+        offer = await asyncio.to_thread(self._transport.offer, update, workers=self._workers, held=held)
         await client.pause()
         # What an earlier update left half-way would refuse this one.
         await client.worker_call("slipstream_abandon")
@@ -178,6 +174,22 @@ class VllmBackend:
         await self._hand_over(offer)
         await client.finish_weight_update(str(update.version.serial))
         await client.reset_prefix_cache()
+
+    async def _held(self) -> Held | None:
+        """Return the weights of which all workers say they hold the tensors, or None."""
+        answers = await self._client.worker_call("slipstream_held")
+        if not answers or any(answer is None or answer != answers[0] for answer in answers):
+            return None
+        return self._held_of(answers[0])
+
+    def _held_of(self, answer: Any) -> Held:
+        """Return the weights that a worker says it holds."""
+        try:
+            return Held(serial=int(answer["serial"]), checksum64=int(answer["checksum64"], 16))
+        except (KeyError, TypeError, ValueError):
+            raise ProtocolError(
+                f"{self._client.base_url}: expected a proof, got {str(answer)[:200]}"
+            ) from None
 
     async def _hand_over(self, offer: Offer) -> None:
         """Have the workers take an offer, and send it meanwhile where its transport sends."""
@@ -189,6 +201,9 @@ class VllmBackend:
         except* _FAILURES as group:
             # The other end only breaks off because of the first.
             raise group.exceptions[0] from group
+        finally:
+            if offer.withdraw is not None:
+                offer.withdraw()
 
     async def _check_prefix_cache(self) -> None:
         """Compare tokens sampled behind the probe, maybe cached, with scores computed without the cache."""

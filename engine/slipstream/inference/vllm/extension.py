@@ -27,7 +27,8 @@ from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, i
 
 from slipstream.errors import CheckpointError
 from slipstream.inference.vllm.identity import vocabulary_digest
-from slipstream.inference.vllm.transports import receive
+from slipstream.inference.vllm.transports import Held, WeightReceiver, receiver_of
+from slipstream.inference.vllm.transports.offers import hexadecimal
 
 HEAD = "lm_head.weight"
 
@@ -41,7 +42,7 @@ class SlipstreamInit(WeightTransferInitInfo):  # type: ignore[misc]
 
 @dataclass
 class SlipstreamUpdate(WeightTransferUpdateInfo):  # type: ignore[misc]
-    """One offer of that transport (transports.py)."""
+    """One offer of that transport."""
 
     info: dict[str, Any] = field(default_factory=dict)
 
@@ -63,6 +64,7 @@ class SlipstreamTransfer(WeightTransferEngine):  # type: ignore[misc]
     update_info_cls: ClassVar[type] = SlipstreamUpdate
     supports_draft_weight_update = False
 
+    _receiver: WeightReceiver | None = None
     _transport = ""
     _staged: Received | None = None
     serial = -1
@@ -70,8 +72,10 @@ class SlipstreamTransfer(WeightTransferEngine):  # type: ignore[misc]
     checksum64 = 0
 
     def init_transfer_engine(self, init_info: SlipstreamInit) -> None:
-        """Remember the transport."""
-        self._transport = init_info.transport
+        """Make ready for the transport; what a transport of the same name held stays held."""
+        if self._transport != init_info.transport:
+            self._receiver = receiver_of(init_info.transport, device=str(self.device))
+            self._transport = init_info.transport
 
     def start_weight_update(self) -> None:
         """Forget what an unfinished update left."""
@@ -82,10 +86,12 @@ class SlipstreamTransfer(WeightTransferEngine):  # type: ignore[misc]
         self.receive_weights(self.parse_update_info(update_info))
 
     def receive_weights(self, update_info: SlipstreamUpdate) -> None:
-        """Take all tensors and check them; raises CheckpointError or InfrastructureError."""
+        """Take all tensors and check them; raises CheckpointError, InfrastructureError or DeadlineError."""
+        if self._receiver is None:
+            raise CheckpointError("update_weights: expected a transport to be agreed on before, got none")
         parallel = self.vllm_config.parallel_config
         worker = parallel.data_parallel_index * parallel.world_size + parallel.rank
-        tensors, checksum = receive(self._transport, update_info.info, worker=worker)
+        tensors, checksum = self._receiver.take(update_info.info, worker=worker)
         self._check(tensors)
         self._staged = Received(serial=update_info.info["serial"], checksum64=checksum, tensors=tensors)
 
@@ -102,13 +108,19 @@ class SlipstreamTransfer(WeightTransferEngine):  # type: ignore[misc]
             self._tie_head()
         self.serial, self.checksum64 = received.serial, received.checksum64
 
+    @property
+    def held(self) -> Held | None:
+        """The weights whose tensors are kept to apply changes to, or None."""
+        return self._receiver.held if self._receiver is not None else None
+
     def abandon(self) -> None:
         """Forget an update that was started and will not be finished."""
         self._staged = None
 
     def shutdown(self) -> None:
         """Hold nothing."""
-        self._staged = None
+        self._staged = self._receiver = None
+        self._transport = ""
 
     def _check(self, tensors: dict[str, torch.Tensor]) -> None:
         """Compare names and shapes with those of the files the model was started from."""
@@ -159,7 +171,14 @@ class SlipstreamWorker:
     def slipstream_proof(self) -> dict[str, Any]:
         """Return the serial loaded last and the checksum of its tensors as they arrived."""
         engine = self.weight_transfer_engine
-        return {"serial": engine.serial, "checksum64": f"{engine.checksum64:016x}"}
+        return {"serial": engine.serial, "checksum64": hexadecimal(engine.checksum64)}
+
+    def slipstream_held(self) -> dict[str, Any] | None:
+        """Return the serial and checksum of the weights that a delta may be made from, or None."""
+        held = self.weight_transfer_engine.held
+        if held is None:
+            return None
+        return {"serial": held.serial, "checksum64": hexadecimal(held.checksum64)}
 
     def slipstream_abandon(self) -> None:
         """Let another update begin after one that broke off."""
