@@ -115,6 +115,8 @@ class Chat:
         self._control = _control_tokens(tokenizer)
         self._call_tokens = frozenset(tokenizer.convert_tokens_to_ids(token) for token in CALL_TOKENS)
         self.stop_token = int(tokenizer.eos_token_id)
+        self.vocabulary = len(tokenizer)
+        """Tokens it knows, numbered from 0."""
         self._stop_text = str(tokenizer.eos_token)
         self._tool_role = "tool" if self._shows("user", "tool") else "user"
         self._system_role = self._shows("system", "user")
@@ -136,7 +138,11 @@ class Chat:
     def text(self, token_ids: Int32Array) -> str:
         """Decode sampled tokens, without the stop token."""
         kept = token_ids[:-1] if len(token_ids) and token_ids[-1] == self.stop_token else token_ids
-        return str(self._encoder.decode(kept.tolist(), skip_special_tokens=False))
+        return self.decode(kept)
+
+    def decode(self, token_ids: Int32Array) -> str:
+        """Decode tokens as they stand, control tokens as they are spelled."""
+        return str(self._encoder.decode(token_ids.tolist(), skip_special_tokens=False))
 
     def encode(self, text: str) -> Int32Array:
         """Encode trusted text as it stands: what spells a control token becomes one."""

@@ -34,8 +34,10 @@ class Turn:
     prompt_P: Int32Array
     completion: Completion
     conversation: tuple[Message, ...]
-    """The request's messages and the answer."""
+    """The request's messages and the answer; none for a raw prompt."""
     parent: Turn | None
+    raw: str = ""
+    """A raw prompt as the agent wrote it, if that was text."""
 
     @property
     def tokens_T(self) -> Int32Array:
@@ -81,7 +83,9 @@ class Graph:
 
     turns: list[Turn] = field(default_factory=list)
 
-    def add(self, prompt_P: Int32Array, completion: Completion, conversation: Sequence[Message]) -> Turn:
+    def add(
+        self, prompt_P: Int32Array, completion: Completion, conversation: Sequence[Message], *, raw: str = ""
+    ) -> Turn:
         """Note an answered call and return it."""
         turn = Turn(
             index=len(self.turns),
@@ -89,6 +93,7 @@ class Graph:
             completion=completion,
             conversation=tuple(conversation),
             parent=self._parent_of(prompt_P),
+            raw=raw,
         )
         self.turns.append(turn)
         return turn
@@ -98,7 +103,7 @@ class Graph:
 
         Its tokens are what the next prompt begins with: what was sampled is never tokenised again.
         """
-        known = [turn for turn in self.turns if is_prefix(turn.conversation, messages)]
+        known = [turn for turn in self.turns if turn.conversation and is_prefix(turn.conversation, messages)]
         return max(known, key=lambda turn: (len(turn.conversation), turn.index), default=None)
 
     def samples(self) -> Iterator[Sample]:

@@ -13,7 +13,8 @@ import asyncio
 import secrets
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
@@ -24,8 +25,9 @@ from slipstream.errors import UserError
 from slipstream.gateway.calls import Answer, read_answer, written
 from slipstream.gateway.graph import Graph, Turn
 from slipstream.gateway.messages import Call, Message, RequestError
+from slipstream.gateway.prompts import RawPrompt, cut, prompt_tokens
 from slipstream.interfaces import InferenceBackend, ToolSpec
-from slipstream.types import Int32Array, Sampling
+from slipstream.types import Completion, Int32Array, Sampling
 
 _REMEMBERED: Final = 256
 """Answers that a repeated request is given again."""
@@ -82,6 +84,10 @@ class Answered:
 
     turn: Turn
     answer: Answer
+    cut: str = ""
+    """The text at which it ended, where the agent named one."""
+    pieces: tuple[str, ...] = ()
+    """Of a raw prompt's answer: the text of each token."""
 
 
 class Rollouts:
@@ -147,23 +153,23 @@ class Rollouts:
             self._over.popitem(last=False)
 
     async def ask(
-        self, rollout: Rollout, messages: Sequence[Message], tools: Sequence[ToolSpec], *, max_tokens: int
+        self,
+        rollout: Rollout,
+        messages: Sequence[Message],
+        tools: Sequence[ToolSpec],
+        *,
+        max_tokens: int,
+        stops: Sequence[str] = (),
     ) -> Answered:
-        """Let the policy answer a conversation, and note it.
+        """Let the policy answer a conversation up to one of `stops`, and note it.
 
         Raises FinishedError, TooLongError, TooManyCallsError.
         """
-        async with rollout.lock:
-            if rollout.finished:
-                raise FinishedError(f"rollout {rollout.key}: it is finished; open another")
+        async with self._turn_of(rollout):
             prompt_P = self._prompt(rollout.graph, messages, tools)
-            room = self._room(rollout, prompt_P)
-            most = max(1, min(max_tokens, rollout.sampling.max_tokens, room))
-            sampling = replace(rollout.sampling, max_tokens=most)
-            began = time.monotonic()
-            completion = await rollout.backend.generate(prompt_P, sampling, rollout_id=rollout.number)
-            rollout.generate_s += time.monotonic() - began
-            answer = read_answer(self._chat.text(completion.token_ids), tools)
+            sampled = await self._sampled(rollout, prompt_P, "messages", max_tokens)
+            completion, text, stop = cut(sampled, stops, self._chat)
+            answer = read_answer(text, tools)
             said = Message(
                 role="assistant",
                 text=answer.text,
@@ -171,13 +177,51 @@ class Rollouts:
             )
             turn = rollout.graph.add(prompt_P, completion, [*messages, said])
             rollout.said.append((turn.index, answer))
-            return Answered(turn=turn, answer=answer)
+            return Answered(turn=turn, answer=answer, cut=stop)
+
+    async def complete(
+        self, rollout: Rollout, prompt: RawPrompt, *, max_tokens: int, stops: Sequence[str] = ()
+    ) -> Answered:
+        """Let the policy go on from a raw prompt up to one of `stops`, and note it.
+
+        Raises RequestError for tokens the model does not know, FinishedError, TooLongError,
+        TooManyCallsError.
+        """
+        async with self._turn_of(rollout):
+            prompt_P = prompt_tokens(prompt, rollout.graph, self._chat, redact=self._redact)
+            sampled = await self._sampled(rollout, prompt_P, "prompt", max_tokens)
+            completion, text, stop = cut(sampled, stops, self._chat)
+            turn = rollout.graph.add(prompt_P, completion, (), raw=prompt if isinstance(prompt, str) else "")
+            answer = Answer(text=text)
+            rollout.said.append((turn.index, answer))
+            pieces = tuple(self._chat.decode(token) for token in completion.token_ids[:, None])
+            return Answered(turn=turn, answer=answer, cut=stop, pieces=pieces)
 
     def count(self, rollout: Rollout, messages: Sequence[Message], tools: Sequence[ToolSpec]) -> int:
         """Return the tokens of the prompt that these messages would make."""
         return len(self._prompt(rollout.graph, messages, tools))
 
-    def _room(self, rollout: Rollout, prompt_P: Int32Array) -> int:
+    @asynccontextmanager
+    async def _turn_of(self, rollout: Rollout) -> AsyncIterator[None]:
+        """Wait until the rollout's earlier calls are answered; raises FinishedError."""
+        async with rollout.lock:
+            if rollout.finished:
+                raise FinishedError(f"rollout {rollout.key}: it is finished; open another")
+            yield
+
+    async def _sampled(
+        self, rollout: Rollout, prompt_P: Int32Array, asked: str, max_tokens: int
+    ) -> Completion:
+        """Let the policy sample, within all bounds; `asked` names what a prompt too long was made of."""
+        room = self._room(rollout, prompt_P, asked)
+        most = max(1, min(max_tokens, rollout.sampling.max_tokens, room))
+        sampling = replace(rollout.sampling, max_tokens=most)
+        began = time.monotonic()
+        completion = await rollout.backend.generate(prompt_P, sampling, rollout_id=rollout.number)
+        rollout.generate_s += time.monotonic() - began
+        return completion
+
+    def _room(self, rollout: Rollout, prompt_P: Int32Array, asked: str) -> int:
         """Return how many tokens an answer may have; raises TooLongError, TooManyCallsError."""
         if len(rollout.graph.turns) >= self._max_calls:
             rollout.denied = "too many calls"
@@ -189,8 +233,8 @@ class Rollouts:
         if room < 2:
             rollout.denied = "too long"
             raise TooLongError(
-                f"messages: {len(prompt_P)} tokens leave no room for an answer, expected at most "
-                f"{self._max_tokens - 2}; shorten the conversation"
+                f"{asked}: {len(prompt_P)} tokens leave no room for an answer, expected at most "
+                f"{self._max_tokens - 2}; shorten what is sent"
             )
         return room
 
