@@ -22,12 +22,13 @@ from jinja2.exceptions import TemplateError
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from slipstream.call_formats import CLOSE, HERMES, OPEN, CallFormat
 from slipstream.errors import CheckpointError
 from slipstream.interfaces import Observation, ToolSpec
 from slipstream.types import Int32Array
 
 CONTROL_TOKENS = ("<|system|>", "<|user|>", "<|assistant|>", "<|tool|>", "<|end|>", "<|pad|>")
-CALL_TOKENS = ("<tool_call>", "</tool_call>")
+CALL_TOKENS = (OPEN, CLOSE)
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|{{ message.role }}|>{{ message.content }}<|end|>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
@@ -107,9 +108,16 @@ class Chat:
     the small policy.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, explain_calls: bool = False) -> None:
-        """With `explain_calls` the system message also describes how a call is written."""
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        explain_calls: bool = False,
+        calls: CallFormat = HERMES,
+    ) -> None:
+        """Write calls as `calls` does; with `explain_calls` the system message also describes how."""
         self._tokenizer = tokenizer
+        self.calls = calls
         self._explain_calls = explain_calls
         self._encoder = tokenizer.backend_tokenizer
         self._control = _control_tokens(tokenizer)
@@ -132,7 +140,7 @@ class Chat:
         listed = ", ".join(f"{tool.name}({', '.join(tool.parameters['properties'])})" for tool in tools)
         if not self._explain_calls:
             return f"Tools: {listed}"
-        syntax = '<tool_call>{"name": "TOOL", "arguments": {"ARGUMENT": "VALUE"}}</tool_call>'
+        syntax = self.calls.write("TOOL", {"ARGUMENT": "VALUE"})
         return f"Tools: {listed}\nEach message calls exactly one tool, and is only this: {syntax}"
 
     def text(self, token_ids: Int32Array) -> str:

@@ -81,6 +81,9 @@ class AgentConfig(Part):
     policy alone, in the environment's own loop."""
     port: int = Field(default=0, ge=0, le=65535)
     """Where the gateway of the first actor listens, the others at the ports behind it; 0: at free ones."""
+    malformed_calls: Literal["keep", "penalise", "mask"] = "keep"
+    """What becomes of a call that is none, which the agent reads as text: nothing more; it costs
+    rewards.invalid_penalty; its tokens are not trained."""
 
 
 class ModelConfig(Part):
@@ -93,6 +96,8 @@ class ModelConfig(Part):
     layers: int = Field(default=2, ge=1)
     heads: int = Field(default=4, ge=1)
     dtype: Literal["float32", "bfloat16"] = "float32"
+    call_format: Literal["hermes", "qwen3.5", "llama3"] = "hermes"
+    """How the model of `path` writes tool calls (call_formats.py)."""
 
 
 class WarmupConfig(Part):

@@ -7,7 +7,7 @@ what was sampled, whether it repeats the stop token, the text that stopped the a
 
 from __future__ import annotations
 
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, Final
@@ -92,6 +92,17 @@ def cut(completion: Completion, stops: Sequence[str], chat: Chat) -> tuple[Compl
     )
     at, stop = min((text.index(stop), stop) for stop in stops if stop in text)
     return kept, text[:at], stop
+
+
+def token_span(sampled: Int32Array, start: int, end: int, chat: Chat) -> slice:
+    """Return the tokens that hold the characters [start, end) of a sampled text."""
+
+    def length(count: int) -> int:
+        return len(chat.decode(sampled[:count]).rstrip(_HALF_A_CHARACTER))
+
+    counts = range(len(sampled) + 1)
+    first = bisect_right(counts, start, key=length) - 1
+    return slice(first, bisect_left(counts, end, key=length))
 
 
 def _longest_known(prompt: str, graph: Graph, chat: Chat) -> tuple[Int32Array, str]:

@@ -25,7 +25,7 @@ from slipstream.errors import UserError
 from slipstream.gateway.calls import Answer, read_answer, written
 from slipstream.gateway.graph import Graph, Turn
 from slipstream.gateway.messages import Call, Message, RequestError
-from slipstream.gateway.prompts import RawPrompt, cut, prompt_tokens
+from slipstream.gateway.prompts import RawPrompt, cut, prompt_tokens, token_span
 from slipstream.interfaces import InferenceBackend, ToolSpec
 from slipstream.types import Completion, Int32Array, Sampling
 
@@ -98,13 +98,21 @@ class Rollouts:
     """
 
     def __init__(
-        self, chat: Chat, *, max_tokens: int, max_calls: int, redact: Callable[[str], str] = str
+        self,
+        chat: Chat,
+        *,
+        max_tokens: int,
+        max_calls: int,
+        mask_malformed: bool = False,
+        redact: Callable[[str], str] = str,
     ) -> None:
         """Bound each prompt with its answer by `max_tokens`, and a rollout's calls by `max_calls`.
 
-        `redact` takes secrets out of what the policy is shown.
+        With `mask_malformed` the tokens of calls that are none are not trained; `redact` takes secrets out
+        of what the policy is shown.
         """
         self._chat, self._max_tokens, self._max_calls = chat, max_tokens, max_calls
+        self._mask_malformed = mask_malformed
         self._redact = redact
         self._rollouts: dict[str, Rollout] = {}
         self._over: OrderedDict[str, None] = OrderedDict()
@@ -169,13 +177,15 @@ class Rollouts:
             prompt_P = self._prompt(rollout.graph, messages, tools)
             sampled = await self._sampled(rollout, prompt_P, "messages", max_tokens)
             completion, text, stop = cut(sampled, stops, self._chat)
-            answer = read_answer(text, tools)
+            answer = read_answer(text, tools, self._chat.calls)
             said = Message(
                 role="assistant",
                 text=answer.text,
                 calls=tuple(Call(name=name, arguments=arguments) for name, arguments in answer.calls),
             )
-            turn = rollout.graph.add(prompt_P, completion, [*messages, said])
+            faulty = answer.faulty if self._mask_malformed else ()
+            masked = [token_span(completion.token_ids, *place, self._chat) for place in faulty]
+            turn = rollout.graph.add(prompt_P, completion, [*messages, said], untrained=masked)
             rollout.said.append((turn.index, answer))
             return Answered(turn=turn, answer=answer, cut=stop)
 
@@ -254,4 +264,4 @@ class Rollouts:
             rollout.answered.popitem(last=False)
 
     def _said(self, messages: Sequence[Message]) -> list[Said]:
-        return [Said(role=one.role, text=self._redact(written(one))) for one in messages]
+        return [Said(role=one.role, text=self._redact(written(one, self._chat.calls))) for one in messages]

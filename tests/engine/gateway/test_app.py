@@ -15,7 +15,8 @@ pytest.importorskip("httpx")
 
 from served import MAX_TOKENS, Scripted, Serving, serving  # noqa: E402
 
-from slipstream.chat import Chat  # noqa: E402
+from slipstream.call_formats import CALL_FORMATS  # noqa: E402
+from slipstream.chat import Chat, Said  # noqa: E402
 from slipstream.inference.embedded import EmbeddedBackend  # noqa: E402
 from slipstream.tools.hermes import format_call  # noqa: E402
 
@@ -27,6 +28,7 @@ SEARCH = {
         "parameters": {"type": "object", "properties": {"query": {"type": "string"}}, "required": ["query"]},
     },
 }
+RESULT = "Ada Kline lives in Oslo."
 QUESTION = [{"role": "user", "content": "Where does Ada Kline live?"}]
 
 
@@ -124,6 +126,31 @@ def test_a_call_that_is_none_is_text_and_a_fault(chat: Chat, said: str, fault: s
     assert rollout is not None and [(index, answer.faults) for index, answer in rollout.said] == [
         (0, (fault,))
     ]
+
+
+@pytest.mark.parametrize("name", CALL_FORMATS)
+def test_a_model_calls_in_its_own_way(chat: Chat, name: str) -> None:
+    """The agent gets OpenAI's form; its history is what was sampled, or else is written in that way too."""
+    own = Chat(chat._tokenizer, calls=CALL_FORMATS[name])
+    said = own.calls.write("search", {"query": "Ada Kline"})
+    policy = Scripted(own, said, "Oslo", "Oslo")
+    with serving(own, policy) as served:
+        client = served.client()
+        first = ask(client, QUESTION, tools=[SEARCH]).choices[0].message
+        (asked,) = first.tool_calls
+        assert (asked.function.name, asked.function.arguments) == ("search", '{"query":"Ada Kline"}')
+        history = [
+            *QUESTION,
+            first.model_dump(exclude_none=True),
+            {"role": "tool", "tool_call_id": asked.id, "content": RESULT},
+        ]
+        ask(client, history, tools=[SEARCH])
+        ask(served.client(), history)
+        (sample,) = served.graph(client).samples()
+    assert sample.token_ids[sample.loss_mask == 1].tolist() == [*own.message(said), *own.message("Oslo")]
+    roles = [("user", QUESTION[0]["content"]), ("assistant", said), ("tool", RESULT)]
+    elsewhere = own.conversation([Said(role=role, text=text) for role, text in roles])
+    assert policy.prompts[2].tolist() == elsewhere.tolist()
 
 
 def test_what_is_wrong_is_said_with_its_status(chat: Chat) -> None:
@@ -242,7 +269,6 @@ def test_anthropics_errors_are_in_its_form(chat: Chat) -> None:
 
 
 FUNCTION = {"type": "function", **SEARCH["function"]}
-RESULT = "Ada Kline lives in Oslo."
 
 
 @pytest.mark.parametrize("goes_on", ["by the whole conversation", "by an id"])
