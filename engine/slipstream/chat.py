@@ -22,12 +22,13 @@ from jinja2.exceptions import TemplateError
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from slipstream.call_formats import CLOSE, HERMES, OPEN, CallFormat
 from slipstream.errors import CheckpointError
 from slipstream.interfaces import Observation, ToolSpec
 from slipstream.types import Int32Array
 
 CONTROL_TOKENS = ("<|system|>", "<|user|>", "<|assistant|>", "<|tool|>", "<|end|>", "<|pad|>")
-CALL_TOKENS = ("<tool_call>", "</tool_call>")
+CALL_TOKENS = (OPEN, CLOSE)
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|{{ message.role }}|>{{ message.content }}<|end|>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
@@ -117,9 +118,16 @@ class Chat:
     the small policy.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, explain_calls: bool = False) -> None:
-        """With `explain_calls` the system message also describes how a call is written."""
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        explain_calls: bool = False,
+        calls: CallFormat = HERMES,
+    ) -> None:
+        """Write calls as `calls` does; with `explain_calls` the system message also describes how."""
         self._tokenizer = tokenizer
+        self.calls = calls
         self._explain_calls = explain_calls
         self._encoder = tokenizer.backend_tokenizer
         self._control = _control_tokens(tokenizer)
@@ -127,6 +135,8 @@ class Chat:
         known = (self._encoder.token_to_id(token) for token in CALL_TOKENS)
         self._call_tokens = frozenset(token for token in known if token is not None)
         self.stop_token = int(tokenizer.eos_token_id)
+        self.vocabulary = len(tokenizer)
+        """Tokens it knows, numbered from 0."""
         self._stop_text = str(tokenizer.eos_token)
         self._tool_role = "tool" if self._shows("user", "tool") else "user"
         self._system_role = self._shows("system", "user")
@@ -147,13 +157,17 @@ class Chat:
         listed = ", ".join(f"{tool.name}({', '.join(tool.parameters['properties'])})" for tool in tools)
         if not self._explain_calls:
             return f"Tools: {listed}"
-        syntax = '<tool_call>{"name": "TOOL", "arguments": {"ARGUMENT": "VALUE"}}</tool_call>'
+        syntax = self.calls.write("TOOL", {"ARGUMENT": "VALUE"})
         return f"Tools: {listed}\nEach message calls exactly one tool, and is only this: {syntax}"
 
     def text(self, token_ids: Int32Array) -> str:
         """Decode sampled tokens, without the stop token."""
         kept = token_ids[:-1] if len(token_ids) and token_ids[-1] == self.stop_token else token_ids
-        return str(self._encoder.decode(kept.tolist(), skip_special_tokens=False))
+        return self.decode(kept)
+
+    def decode(self, token_ids: Int32Array) -> str:
+        """Decode tokens as they stand, control tokens as they are spelled."""
+        return str(self._encoder.decode(token_ids.tolist(), skip_special_tokens=False))
 
     def encode(self, text: str) -> Int32Array:
         """Encode trusted text as it stands: what spells a control token becomes one."""

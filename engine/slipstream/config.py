@@ -137,6 +137,9 @@ def _demands(config: RunConfig) -> Iterator[tuple[bool, str, str, object]]:
     yield hidden % (2 * heads) == 0, "model.hidden_size", expected, hidden
     expected = "two numbers in [0, 1)"
     yield all(0.0 <= beta < 1.0 for beta in betas), "optim.betas", expected, list(betas)
+    expected = "hermes, the only one that the small policy learns, unless model.path is set"
+    calls = config.model.call_format
+    yield calls == "hermes" or bool(config.model.path), "model.call_format", expected, calls
     longest = config.environment.timeout_s
     # A lease given again while its first episode still runs would be two episodes with one identity.
     yield (

@@ -81,6 +81,9 @@ class AgentConfig(Part):
     policy alone, in the environment's own loop."""
     port: int = Field(default=0, ge=0, le=65535)
     """Where the gateway of the first actor listens, the others at the ports behind it; 0: at free ones."""
+    malformed_calls: Literal["keep", "penalise", "mask"] = "keep"
+    """What becomes of a call that is none, which the agent reads as text: nothing more; it costs
+    rewards.invalid_penalty; its tokens are not trained."""
 
 
 class InferenceConfig(Part):
@@ -122,6 +125,8 @@ class ModelConfig(Part):
     heads: int = Field(default=3, ge=1)
     dtype: Literal["auto", "float32", "bfloat16"] = "float32"
     """Of weights and activations, the optimizer keeps float32; "auto": bfloat16 on a GPU, else float32."""
+    call_format: Literal["hermes", "qwen3.5", "llama3"] = "hermes"
+    """How the model of `path` writes tool calls (call_formats.py)."""
 
 
 class WarmupConfig(Part):

@@ -25,7 +25,7 @@ from slipstream.interfaces import Environment, InferenceBackend, Observation, Tr
 from slipstream.redaction import Redactor
 from slipstream.retries import Backoff
 from slipstream.rewards import turn_rewards
-from slipstream.tools.hermes import parse_call
+from slipstream.tools.hermes import parse_call, rewritten
 from slipstream.types import (
     Completion,
     Float32Array,
@@ -196,7 +196,7 @@ class EpisodeRunner:
 
         async def speak(tokens: Int32Array, observation: str) -> Completion:
             text = script.send(observation) if observation else opening
-            said = self.chat.message(text)
+            said = self.chat.message(rewritten(text, self.chat.calls))
             blank = np.zeros(len(said), dtype=np.float32)
             return Completion(
                 token_ids=said, logprobs=blank, versions=np.full(len(said), -1, np.int32), stopped=True
@@ -274,7 +274,7 @@ class EpisodeRunner:
             with clock.spending("generate"):
                 completion = await speak(recorder.tokens(), observation)
             recorder.say(completion)
-            message = parse_call(self.chat.text(completion.token_ids), ground.tools)
+            message = parse_call(self.chat.text(completion.token_ids), ground.tools, self.chat.calls)
             with clock.spending("tools"):
                 transition = await ground.step(message, recorder.turns - 1)
             recorder.book(transition)

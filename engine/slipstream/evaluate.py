@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from slipstream.call_formats import CALL_FORMATS
 from slipstream.chat import Chat, load_tokenizer, train_tokenizer
 from slipstream.config import RunConfig
 from slipstream.demonstrations import demonstrations
@@ -94,7 +95,8 @@ def rollout(config: RunConfig, n: int, checkpoint: Path | None) -> int:
 
 def _tokenizer_only(config: RunConfig, corpus: Iterable[str]) -> Chat:
     if config.model.path:
-        return Chat(load_tokenizer(Path(config.model.path)), explain_calls=True)
+        tokenizer, calls = load_tokenizer(Path(config.model.path)), CALL_FORMATS[config.model.call_format]
+        return Chat(tokenizer, explain_calls=True, calls=calls)
     return Chat(train_tokenizer(corpus, vocabulary=VOCABULARY))
 
 

@@ -22,6 +22,7 @@ from transformers.utils import logging as transformers_logging
 
 from slipstream import checkpoint
 from slipstream.attention import PackedSegments, install, run_decoder
+from slipstream.call_formats import CALL_FORMATS
 from slipstream.chat import Chat, load_tokenizer, no_model, train_tokenizer
 from slipstream.config import ModelConfig, RunConfig
 from slipstream.errors import CheckpointError, ConfigurationError
@@ -143,7 +144,8 @@ def load_policy(folder: Path, *, config: ModelConfig, device: torch.device) -> P
     model = load_model(folder, dtype=config.dtype, device=device)
     tokenizer = load_tokenizer(folder)
     # A model that was not built here has to be told how a call is written.
-    return Policy(model=model, tokenizer=tokenizer, chat=Chat(tokenizer, explain_calls=bool(config.path)))
+    chat = Chat(tokenizer, explain_calls=bool(config.path), calls=CALL_FORMATS[config.call_format])
+    return Policy(model=model, tokenizer=tokenizer, chat=chat)
 
 
 def write_policy(folder: Path, policy: Policy, tensors: Mapping[str, Tensor] | None = None) -> None:

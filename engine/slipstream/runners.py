@@ -35,6 +35,7 @@ def configured_runner(config: RunConfig, chat: Chat, redactor: Redactor, *, port
         chat=chat,
         environment=config.environment,
         rewards=config.rewards,
+        malformed_calls=config.agent.malformed_calls,
         redactor=redactor,
         port=port,
         # When a lease's time is over, another actor gets it.

@@ -82,6 +82,7 @@ def test_mistakes_on_the_command_line(override: str, message: str) -> None:
         ("batch.token_budget=128", "batch.token_budget"),
         ("warmup.target_success=0.9", "warmup.target_success"),
         ("model.heads=5", "model.hidden_size"),
+        ("model.call_format=llama3", "model.call_format"),
         ("optim.betas=[0.9, 1.0]", "optim.betas"),
         ("optim.betas=[0.9]", "optim.betas"),
     ],

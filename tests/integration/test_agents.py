@@ -39,13 +39,19 @@ async def run(task, *, base_url, api_key):
 '''
 
 
-@pytest.mark.parametrize("agent", ["openai", "forgetful"])
+@pytest.mark.parametrize("agent", ["openai", "pydantic-ai", "forgetful"])
 def test_an_agent_is_trained_on_what_was_sampled_for_it(
     new_run: Callable[..., Run], tmp_path: Path, agent: str
 ) -> None:
     """At slip 0 the learner finds each token as likely as its sampler did, whatever the agent forgot."""
+    if agent == "pydantic-ai":
+        pytest.importorskip("pydantic_ai", reason="needs pip install 'pydantic-ai-slim[openai]'")
     (tmp_path / "forgetful.py").write_text(FORGETFUL)
-    programs = {"openai": f"{ROOT}/examples/openai_agent.py:run", "forgetful": f"{tmp_path}/forgetful.py:run"}
+    programs = {
+        "openai": f"{ROOT}/examples/openai_agent.py:run",
+        "pydantic-ai": f"{ROOT}/examples/pydantic_ai_agent.py:run",
+        "forgetful": f"{tmp_path}/forgetful.py:run",
+    }
     run = new_run("run", "max_slip=0", "optim.minibatches=1", f"agent.program={programs[agent]}")
     run.train()
     rows = rows_of(read_rows(run.folder), "train")
@@ -54,7 +60,7 @@ def test_an_agent_is_trained_on_what_was_sampled_for_it(
     books = read_books(run.folder)
     check_books(books, run.config)
     trained = [books.trajectory(identity) for identity in books.trained]
-    assert {len(made.segments) for made in trained} == ({0} if agent == "openai" else {1})
+    assert {len(made.segments) for made in trained} == ({1} if agent == "forgetful" else {0})
     assert all(made.loss_mask.sum() for made in trained)
     assert not any(books.received[identity].verdict == "failed_infrastructure" for identity in books.received)
 

@@ -127,3 +127,21 @@ def bench(name: str, *options: str) -> str:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
+
+
+def test_agents_are_measured_against_the_native_path(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.syspath_prepend(BENCH)
+    agents = import_module("agents")
+    for arm, success in (("native", 0.95), ("openai", 0.91)):
+        (tmp_path / arm).mkdir()
+        summary = {**dict.fromkeys(agents.TOLD, 0), "success_final": success}
+        (tmp_path / arm / "summary.json").write_text(json.dumps(summary))
+        for step in (0, 20):
+            row = {"kind": "evaluation", "step": step, "success": success, "outcome/timed_out": 0.0}
+            append_row(tmp_path / arm / FILE, row)
+        agents.train(arm, tmp_path, None, [f"steps={20}"])
+
+    found = agents.figures(tmp_path, ["native", "openai"])
+
+    assert found["points_below_native"] == {"openai": pytest.approx(4.0)}
+    assert found["runs"]["openai"]["curve"] == [[0, 0.91], [20, 0.91]]

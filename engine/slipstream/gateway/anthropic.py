@@ -10,6 +10,7 @@ from slipstream.gateway.calls import read_tools
 from slipstream.gateway.completions import model_of, most_tokens
 from slipstream.gateway.dialect import Asked, bearer, event
 from slipstream.gateway.messages import Call, Message, RequestError, canonical
+from slipstream.gateway.prompts import read_stops
 from slipstream.gateway.rollouts import Answered, Rollout
 
 _KINDS: Final = {400: "invalid_request_error", 401: "authentication_error", 404: "not_found_error"}
@@ -35,6 +36,7 @@ class AnthropicMessages:
             messages=read_conversation(given),
             tools=_tools(given),
             max_tokens=most_tokens(given["max_tokens"], "max_tokens"),
+            stops=read_stops(given.get("stop_sequences"), "stop_sequences"),
             stream=bool(given.get("stream")),
         )
 
@@ -48,15 +50,17 @@ class AnthropicMessages:
              "input": json.loads(arguments)}
             for index, (name, arguments) in enumerate(answer.calls)
         ]  # fmt: skip
-        stopped = turn.completion.stopped
+        reason = "end_turn" if turn.completion.stopped else "max_tokens"
+        if answered.cut:
+            reason = "stop_sequence"
         return {
             "id": f"msg-{identity}",
             "type": "message",
             "role": "assistant",
             "model": asked.model,
             "content": content,
-            "stop_reason": "tool_use" if answer.calls else "end_turn" if stopped else "max_tokens",
-            "stop_sequence": None,
+            "stop_reason": "tool_use" if answer.calls else reason,
+            "stop_sequence": answered.cut or None,
             "usage": {
                 "input_tokens": len(turn.prompt_P), "output_tokens": len(turn.completion.token_ids)
             },
@@ -69,7 +73,7 @@ class AnthropicMessages:
             return event({"type": name, **fields}, name)
 
         usage = {**body["usage"], "output_tokens": 0}
-        begun = {**body, "content": [], "stop_reason": None, "usage": usage}
+        begun = {**body, "content": [], "stop_reason": None, "stop_sequence": None, "usage": usage}
         yield told("message_start", message=begun)
         for index, block in enumerate(body["content"]):
             if block["type"] == "text":
@@ -81,7 +85,7 @@ class AnthropicMessages:
             yield told("content_block_start", index=index, content_block=empty)
             yield told("content_block_delta", index=index, delta=delta)
             yield told("content_block_stop", index=index)
-        ended = {"stop_reason": body["stop_reason"], "stop_sequence": None}
+        ended = {key: body[key] for key in ("stop_reason", "stop_sequence")}
         yield told("message_delta", delta=ended, usage={"output_tokens": body["usage"]["output_tokens"]})
         yield told("message_stop")
 

@@ -1,7 +1,7 @@
 """Floor 4. The gateway's HTTP interface: OpenAI's for agents, whose API key is their rollout.
 
     POST /v1/chat/completions            the agent's own client, OpenAI's or, below, Anthropic's
-    POST /v1/responses
+    POST /v1/completions, /v1/responses
     POST /v1/messages, /v1/messages/count_tokens
     GET  /v1/models
     POST /v1/rollouts                    {"key": optional} -> {"id", "api_key", "task"}
@@ -40,6 +40,7 @@ from slipstream.gateway.rollouts import (
     TooLongError,
     TooManyCallsError,
 )
+from slipstream.gateway.text_completions import TextCompletions
 
 KEEP_ALIVE_S: Final = 10.0
 RETRY_AFTER_S: Final = 1
@@ -50,7 +51,12 @@ Opener = Callable[[str], Rollout]
 """Begins a rollout for an agent outside, under a key of its own if it gave one."""
 
 
-DIALECTS: Final[tuple[Dialect, ...]] = (ChatCompletions(), Responses(), AnthropicMessages())
+DIALECTS: Final[tuple[Dialect, ...]] = (
+    ChatCompletions(),
+    TextCompletions(),
+    Responses(),
+    AnthropicMessages(),
+)
 
 
 class Gateway:
@@ -133,7 +139,13 @@ class Gateway:
         return body
 
     async def _answer(self, dialect: Dialect, rollout: Rollout, asked: Asked) -> dict[str, Any]:
-        answered = await self._rollouts.ask(rollout, asked.messages, asked.tools, max_tokens=asked.max_tokens)
+        most, stops = asked.max_tokens, asked.stops
+        if asked.prompt is None:
+            answered = await self._rollouts.ask(
+                rollout, asked.messages, asked.tools, max_tokens=most, stops=stops
+            )
+        else:
+            answered = await self._rollouts.complete(rollout, asked.prompt, max_tokens=most, stops=stops)
         return dialect.body(asked, answered, rollout.key)
 
     async def _models(self, http: HttpRequest) -> Response:

@@ -1,7 +1,7 @@
 """Floor 4. Tool calls in what the policy sampled, for the tools that a request brought.
 
-A call is written as the policy writes it (tools/hermes.py). What is no valid call stays text that the agent
-reads, with the reason beside it: a policy that cannot call is judged by its agent, not by the parser.
+A call is written as the policy writes it (call_formats.py). What is no valid call stays text that the agent
+reads, with the reason beside it: a policy that cannot call is judged by its agent, not by the parser alone.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from slipstream.call_formats import Attempt, CallFormat
 from slipstream.gateway.messages import Message, RequestError, canonical
 from slipstream.interfaces import ToolSpec
-from slipstream.tools.hermes import CLOSE, OPEN, format_call
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,6 +26,8 @@ class Answer:
     """Name, and arguments as JSON, of each valid call."""
     faults: tuple[str, ...] = ()
     """Why something that begins as a call is none."""
+    faulty: tuple[tuple[int, int], ...] = ()
+    """Where in the sampled text each of these stands."""
 
 
 def read_tools(given: Any) -> tuple[ToolSpec, ...]:
@@ -37,32 +39,28 @@ def read_tools(given: Any) -> tuple[ToolSpec, ...]:
     return tuple(_tool(tool, f"tools[{index}]") for index, tool in enumerate(given))
 
 
-def read_answer(text: str, tools: Sequence[ToolSpec]) -> Answer:
+def read_answer(text: str, tools: Sequence[ToolSpec], form: CallFormat) -> Answer:
     """Return text and calls of a sampled message."""
-    outside: list[str] = []
+    known = {tool.name: tool for tool in tools}
     calls: list[tuple[str, str]] = []
     faults: list[str] = []
-    rest = text
-    while OPEN in rest:
-        before, _, behind = rest.partition(OPEN)
-        body, closed, after = behind.partition(CLOSE)
-        name, arguments, fault = (
-            _call(body, {tool.name: tool for tool in tools}) if closed else ("", "", "not closed")
-        )
-        outside.append(before)
+    faulty: list[tuple[int, int]] = []
+    outside, kept = "", 0
+    for attempt in form.read(text, tools):
+        name, arguments, fault = _call(attempt, known)
         if fault:
             faults.append(fault)
-            outside.append(OPEN + body + closed)
-        else:
-            calls.append((name, arguments))
-        rest = after
-    outside.append(rest)
-    return Answer(text="".join(outside).strip(), calls=tuple(calls), faults=tuple(faults))
+            faulty.append((attempt.start, attempt.end))
+            continue
+        calls.append((name, arguments))
+        outside, kept = outside + text[kept : attempt.start], attempt.end
+    outside += text[kept:]
+    return Answer(text=outside.strip(), calls=tuple(calls), faults=tuple(faults), faulty=tuple(faulty))
 
 
-def written(message: Message) -> str:
+def written(message: Message, form: CallFormat) -> str:
     """Return a message's text as the policy would have said it, calls behind the words."""
-    calls = [format_call(call.name, _object(call.arguments)) for call in message.calls]
+    calls = [form.write(call.name, _object(call.arguments)) for call in message.calls]
     return "\n".join([*([message.text] if message.text else []), *calls])
 
 
@@ -79,12 +77,11 @@ def _tool(given: Any, where: str) -> ToolSpec:
     )
 
 
-def _call(body: str, tools: Mapping[str, ToolSpec]) -> tuple[str, str, str]:
+def _call(attempt: Attempt, tools: Mapping[str, ToolSpec]) -> tuple[str, str, str]:
     """Return name, arguments and an empty fault, or why it is no call."""
-    try:
-        call = json.loads(body)
-    except (ValueError, RecursionError):
-        return "", "", "not JSON"
+    if attempt.fault:
+        return "", "", attempt.fault
+    call = attempt.call
     if not isinstance(call, dict) or not isinstance(call.get("arguments"), dict):
         return "", "", "without arguments"
     name = call.get("name")

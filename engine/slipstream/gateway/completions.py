@@ -9,10 +9,11 @@ from typing import Any, Final
 from slipstream.gateway.calls import read_tools
 from slipstream.gateway.dialect import Asked, bearer, event
 from slipstream.gateway.messages import RequestError, read_messages
+from slipstream.gateway.prompts import read_stops
 from slipstream.gateway.rollouts import Answered, Rollout
 
 MOST_TOKENS: Final = 1 << 30
-_DONE: Final = "data: [DONE]\n\n"
+DONE: Final = "data: [DONE]\n\n"
 
 
 class ChatCompletions:
@@ -28,17 +29,16 @@ class ChatCompletions:
     def read(self, given: Any, rollout: Rollout) -> Asked:
         """Return what is asked for; raises RequestError."""
         model = model_of(given)
-        if given.get("n") not in (None, 1):
-            raise RequestError(f"n: expected 1, got {given['n']!r}; ask again for another answer")
+        single(given, "n")
         most = given.get("max_completion_tokens", given.get("max_tokens"))
-        options = given.get("stream_options") or {}
         return Asked(
             model=model,
             messages=read_messages(given.get("messages")),
             tools=() if given.get("tool_choice") == "none" else read_tools(given.get("tools")),
             max_tokens=most_tokens(most, "max_tokens"),
+            stops=read_stops(given.get("stop"), "stop"),
             stream=bool(given.get("stream")),
-            options={"usage": isinstance(options, Mapping) and bool(options.get("include_usage"))},
+            options={"usage": wants_usage(given)},
         )
 
     def body(self, asked: Asked, answered: Answered, key: str) -> dict[str, Any]:
@@ -53,7 +53,7 @@ class ChatCompletions:
         message: dict[str, Any] = {"role": "assistant", "content": answer.text or (None if calls else "")}
         if calls:
             message["tool_calls"] = calls
-        reason = "tool_calls" if calls else "stop" if completion.stopped else "length"
+        reason = "tool_calls" if calls else "stop" if completion.stopped or answered.cut else "length"
         sampled, prompt = len(completion.token_ids), len(turn.prompt_P)
         return {
             "id": f"chatcmpl-{identity}",
@@ -89,7 +89,7 @@ class ChatCompletions:
         yield chunk({}, choice["finish_reason"])
         if asked.options["usage"]:
             yield event({**shared, "choices": [], "usage": body["usage"]})
-        yield _DONE
+        yield DONE
 
     def problem(self, status: int, code: str, message: str) -> dict[str, Any]:
         """Return a refusal."""
@@ -105,6 +105,18 @@ def model_of(given: Any) -> str:
     if not isinstance(model, str):
         raise RequestError("model: expected the name of a model; GET /v1/models lists them")
     return model
+
+
+def single(given: Mapping[str, Any], name: str) -> None:
+    """Raise RequestError when a request wants several answers at once."""
+    if given.get(name) not in (None, 1):
+        raise RequestError(f"{name}: expected 1, got {given[name]!r:.60}; ask again for another answer")
+
+
+def wants_usage(given: Mapping[str, Any]) -> bool:
+    """Return whether a stream ends with the count of its tokens."""
+    options = given.get("stream_options")
+    return isinstance(options, Mapping) and bool(options.get("include_usage"))
 
 
 def most_tokens(given: Any, name: str) -> int:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from slipstream.gateway.messages import Message
+from slipstream.gateway.prompts import RawPrompt
 from slipstream.gateway.rollouts import Answered, Rollout
 from slipstream.interfaces import ToolSpec
 
@@ -17,9 +18,13 @@ class Asked:
     """A request for the policy's next message; how it is sampled is the trainer's business."""
 
     model: str
-    messages: tuple[Message, ...]
-    tools: tuple[ToolSpec, ...]
+    messages: tuple[Message, ...] = ()
+    tools: tuple[ToolSpec, ...] = ()
+    prompt: RawPrompt | None = None
+    """In place of messages."""
     max_tokens: int
+    stops: tuple[str, ...] = ()
+    """Texts at which the answer ends."""
     stream: bool
     options: Mapping[str, Any] = field(default_factory=dict)
     """What the same dialect's answer needs."""

@@ -7,9 +7,9 @@ conversations of their own. Each call of the policy is a node:
     parent(call) = the call whose tokens are the longest that the prompt begins with, if any
 
 A path from a root to a leaf is one sample: its tokens are the leaf's, those that the path's calls sampled are
-trained, each exactly as it was sampled; what two paths share is trained in the first of them. A call that
-was asked again with the same prompt and was then left alone is a retry: nobody read its answer, so it ends no
-path.
+trained, each exactly as it was sampled, but for what a call takes out; what two paths share is trained in the
+first of them. A call that was asked again with the same prompt and was then left alone is a retry: nobody
+read its answer, so it ends no path.
 
 Dimensions: P tokens of a prompt, S sampled ones, T tokens of a path.
 """
@@ -34,8 +34,12 @@ class Turn:
     prompt_P: Int32Array
     completion: Completion
     conversation: tuple[Message, ...]
-    """The request's messages and the answer."""
+    """The request's messages and the answer; none for a raw prompt."""
     parent: Turn | None
+    raw: str = ""
+    """A raw prompt as the agent wrote it, if that was text."""
+    untrained: tuple[slice, ...] = ()
+    """Which of the sampled tokens are not trained."""
 
     @property
     def tokens_T(self) -> Int32Array:
@@ -81,7 +85,15 @@ class Graph:
 
     turns: list[Turn] = field(default_factory=list)
 
-    def add(self, prompt_P: Int32Array, completion: Completion, conversation: Sequence[Message]) -> Turn:
+    def add(
+        self,
+        prompt_P: Int32Array,
+        completion: Completion,
+        conversation: Sequence[Message],
+        *,
+        raw: str = "",
+        untrained: Sequence[slice] = (),
+    ) -> Turn:
         """Note an answered call and return it."""
         turn = Turn(
             index=len(self.turns),
@@ -89,6 +101,8 @@ class Graph:
             completion=completion,
             conversation=tuple(conversation),
             parent=self._parent_of(prompt_P),
+            raw=raw,
+            untrained=tuple(untrained),
         )
         self.turns.append(turn)
         return turn
@@ -98,7 +112,7 @@ class Graph:
 
         Its tokens are what the next prompt begins with: what was sampled is never tokenised again.
         """
-        known = [turn for turn in self.turns if is_prefix(turn.conversation, messages)]
+        known = [turn for turn in self.turns if turn.conversation and is_prefix(turn.conversation, messages)]
         return max(known, key=lambda turn: (len(turn.conversation), turn.index), default=None)
 
     def samplers(self, calls: Iterable[int]) -> tuple[tuple[str, int], ...]:
@@ -146,9 +160,13 @@ def _sample(path: Sequence[Turn], numbers: Mapping[int, int]) -> Sample:
     for turn in path:
         if turn.index not in numbers:
             continue
-        span = slice(len(turn.prompt_P), turn.length)
-        mask_T[span], turns_T[span] = 1, numbers[turn.index]
-        logprobs_T[span], versions_T[span] = turn.completion.logprobs, turn.completion.versions
+        trained_S = np.ones(len(turn.completion.token_ids), dtype=bool)
+        for span in turn.untrained:
+            trained_S[span] = False
+        places = len(turn.prompt_P) + np.flatnonzero(trained_S)
+        mask_T[places], turns_T[places] = 1, numbers[turn.index]
+        logprobs_T[places] = turn.completion.logprobs[trained_S]
+        versions_T[places] = turn.completion.versions[trained_S]
     return Sample(
         token_ids=leaf.tokens_T.astype(np.int32),
         loss_mask=mask_T,

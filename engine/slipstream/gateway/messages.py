@@ -1,19 +1,21 @@
 """Floor 4. Messages of a chat as a client sends them, in the one form in which two can be compared.
 
 Clients send back what they were given, but not byte for byte: arguments of calls are parsed and written
-again, contents come as a string or as parts, empty ones as null, ids of calls are made up anew.
+again, contents come as a string or as parts, empty ones as null, ids of calls are made up anew. Some break
+what spells a control token, such as <|end|>, with a zero-width joiner that no reader sees.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from slipstream.errors import UserError
 
 ROLES: Final = frozenset({"system", "user", "assistant", "tool"})
+_JOINER: Final = "\u200d"
 _SAME_ROLE: Final = {"developer": "system", "function": "tool"}
 
 
@@ -57,7 +59,17 @@ def canonical(arguments: str) -> str:
 
 def is_prefix(shorter: Sequence[Message], longer: Sequence[Message]) -> bool:
     """Return whether a conversation goes on from another."""
-    return len(shorter) <= len(longer) and all(a == b for a, b in zip(shorter, longer, strict=False))
+    return len(shorter) <= len(longer) and all(
+        one == other or _as_read(one) == _as_read(other) for one, other in zip(shorter, longer, strict=False)
+    )
+
+
+def _as_read(message: Message) -> Message:
+    """Return what the policy said as a reader sees it; what others say is compared as it stands."""
+    if message.role != "assistant":
+        return message
+    calls = tuple(replace(call, arguments=call.arguments.replace(_JOINER, "")) for call in message.calls)
+    return replace(message, text=message.text.replace(_JOINER, ""), calls=calls)
 
 
 def _message(given: Any, where: str) -> Message:

@@ -60,21 +60,25 @@ class ProgramRunner:
         chat: Chat,
         environment: EnvironmentConfig,
         rewards: RewardConfig,
+        malformed_calls: str = "keep",
         redactor: Redactor | None = None,
         port: int = 0,
         patience_s: float = 60.0,
     ) -> None:
         """Give each task of `tasks` to `program`, with the bounds of `environment`.
 
-        port: of the gateway, 0 for a free one; patience_s: how long a task waits for an agent outside.
+        malformed_calls: as in AgentConfig; port: of the gateway, 0 for a free one; patience_s: how long a
+        task waits for an agent outside.
         """
         self._tasks, self._rewards, self._port = tasks, rewards, port
+        self._penalty = rewards.invalid_penalty if malformed_calls == "penalise" else 0.0
         self.redactor = redactor or Redactor.of_process()
         """What the policy is shown and what is recorded goes through it."""
         self._rollouts = Rollouts(
             chat,
             max_tokens=environment.max_tokens,
             max_calls=environment.max_turns,
+            mask_malformed=malformed_calls == "mask",
             redact=self.redactor.text,
         )
         seconds = environment.timeout_s
@@ -129,7 +133,9 @@ class ProgramRunner:
     ) -> Trajectory:
         samples = list(rollout.graph.samples())
         trained = [index for sample in samples for index in sample.trained]
-        scores = () if end.outcome is Outcome.INFRASTRUCTURE_FAILURE else (_score(end.reward),)
+        faults = {index: len(answer.faults) for index, answer in rollout.said}
+        lost = [-self._penalty * faults[index] for index in trained]
+        scores = self._scores(end, sum(faults[index] for index in trained))
         lengths = [len(sample.token_ids) for sample in samples]
         return Trajectory(
             identity=UNSENT,
@@ -138,7 +144,7 @@ class ProgramRunner:
             evaluation=lease.evaluation,
             issue=lease.issue,
             **_joined(samples),
-            turn_rewards=turn_rewards([0.0] * len(trained), scores, self._rewards),
+            turn_rewards=turn_rewards(lost, scores, self._rewards),
             scores=scores,
             outcome=end.outcome,
             tool_calls=self._calls(rollout, trained),
@@ -148,6 +154,15 @@ class ProgramRunner:
             segments=tuple(accumulate(lengths[:-1])),
             samplers=rollout.graph.samplers(trained),
         )
+
+    def _scores(self, end: End, faults: int) -> tuple[Score, ...]:
+        """Return the agent's judgement, and what malformed calls cost beside it."""
+        if end.outcome is Outcome.INFRASTRUCTURE_FAILURE:
+            return ()
+        if not self._penalty:
+            return (_score(end.reward),)
+        cost = Score(name="malformed", kind=ScoreKind.PENALTY, weight=-self._penalty, value=float(faults))
+        return (_score(end.reward), cost)
 
     def _calls(self, rollout: Rollout, trained: list[int]) -> list[ToolCall]:
         """Return the tool calls of trained messages; whether a valid one succeeded only the agent knows."""

@@ -13,7 +13,8 @@ import asyncio
 import secrets
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
@@ -24,8 +25,9 @@ from slipstream.errors import UserError
 from slipstream.gateway.calls import Answer, read_answer, written
 from slipstream.gateway.graph import Graph, Turn
 from slipstream.gateway.messages import Call, Message, RequestError
+from slipstream.gateway.prompts import RawPrompt, cut, prompt_tokens, token_span
 from slipstream.interfaces import InferenceBackend, ToolSpec
-from slipstream.types import Int32Array, Sampling
+from slipstream.types import Completion, Int32Array, Sampling
 
 _REMEMBERED: Final = 256
 """Answers that a repeated request is given again."""
@@ -82,6 +84,10 @@ class Answered:
 
     turn: Turn
     answer: Answer
+    cut: str = ""
+    """The text at which it ended, where the agent named one."""
+    pieces: tuple[str, ...] = ()
+    """Of a raw prompt's answer: the text of each token."""
 
 
 class Rollouts:
@@ -92,13 +98,21 @@ class Rollouts:
     """
 
     def __init__(
-        self, chat: Chat, *, max_tokens: int, max_calls: int, redact: Callable[[str], str] = str
+        self,
+        chat: Chat,
+        *,
+        max_tokens: int,
+        max_calls: int,
+        mask_malformed: bool = False,
+        redact: Callable[[str], str] = str,
     ) -> None:
         """Bound each prompt with its answer by `max_tokens`, and a rollout's calls by `max_calls`.
 
-        `redact` takes secrets out of what the policy is shown.
+        With `mask_malformed` the tokens of calls that are none are not trained; `redact` takes secrets out
+        of what the policy is shown.
         """
         self._chat, self._max_tokens, self._max_calls = chat, max_tokens, max_calls
+        self._mask_malformed = mask_malformed
         self._redact = redact
         self._rollouts: dict[str, Rollout] = {}
         self._over: OrderedDict[str, None] = OrderedDict()
@@ -147,37 +161,77 @@ class Rollouts:
             self._over.popitem(last=False)
 
     async def ask(
-        self, rollout: Rollout, messages: Sequence[Message], tools: Sequence[ToolSpec], *, max_tokens: int
+        self,
+        rollout: Rollout,
+        messages: Sequence[Message],
+        tools: Sequence[ToolSpec],
+        *,
+        max_tokens: int,
+        stops: Sequence[str] = (),
     ) -> Answered:
-        """Let the policy answer a conversation, and note it.
+        """Let the policy answer a conversation up to one of `stops`, and note it.
 
         Raises FinishedError, TooLongError, TooManyCallsError.
         """
-        async with rollout.lock:
-            if rollout.finished:
-                raise FinishedError(f"rollout {rollout.key}: it is finished; open another")
+        async with self._turn_of(rollout):
             prompt_P = self._prompt(rollout.graph, messages, tools)
-            room = self._room(rollout, prompt_P)
-            most = max(1, min(max_tokens, rollout.sampling.max_tokens, room))
-            sampling = replace(rollout.sampling, max_tokens=most)
-            began = time.monotonic()
-            completion = await rollout.backend.generate(prompt_P, sampling, rollout_id=rollout.number)
-            rollout.generate_s += time.monotonic() - began
-            answer = read_answer(self._chat.text(completion.token_ids), tools)
+            sampled = await self._sampled(rollout, prompt_P, "messages", max_tokens)
+            completion, text, stop = cut(sampled, stops, self._chat)
+            answer = read_answer(text, tools, self._chat.calls)
             said = Message(
                 role="assistant",
                 text=answer.text,
                 calls=tuple(Call(name=name, arguments=arguments) for name, arguments in answer.calls),
             )
-            turn = rollout.graph.add(prompt_P, completion, [*messages, said])
+            faulty = answer.faulty if self._mask_malformed else ()
+            masked = [token_span(completion.token_ids, *place, self._chat) for place in faulty]
+            turn = rollout.graph.add(prompt_P, completion, [*messages, said], untrained=masked)
             rollout.said.append((turn.index, answer))
-            return Answered(turn=turn, answer=answer)
+            return Answered(turn=turn, answer=answer, cut=stop)
+
+    async def complete(
+        self, rollout: Rollout, prompt: RawPrompt, *, max_tokens: int, stops: Sequence[str] = ()
+    ) -> Answered:
+        """Let the policy go on from a raw prompt up to one of `stops`, and note it.
+
+        Raises RequestError for tokens the model does not know, FinishedError, TooLongError,
+        TooManyCallsError.
+        """
+        async with self._turn_of(rollout):
+            prompt_P = prompt_tokens(prompt, rollout.graph, self._chat, redact=self._redact)
+            sampled = await self._sampled(rollout, prompt_P, "prompt", max_tokens)
+            completion, text, stop = cut(sampled, stops, self._chat)
+            turn = rollout.graph.add(prompt_P, completion, (), raw=prompt if isinstance(prompt, str) else "")
+            answer = Answer(text=text)
+            rollout.said.append((turn.index, answer))
+            pieces = tuple(self._chat.decode(token) for token in completion.token_ids[:, None])
+            return Answered(turn=turn, answer=answer, cut=stop, pieces=pieces)
 
     def count(self, rollout: Rollout, messages: Sequence[Message], tools: Sequence[ToolSpec]) -> int:
         """Return the tokens of the prompt that these messages would make."""
         return len(self._prompt(rollout.graph, messages, tools))
 
-    def _room(self, rollout: Rollout, prompt_P: Int32Array) -> int:
+    @asynccontextmanager
+    async def _turn_of(self, rollout: Rollout) -> AsyncIterator[None]:
+        """Wait until the rollout's earlier calls are answered; raises FinishedError."""
+        async with rollout.lock:
+            if rollout.finished:
+                raise FinishedError(f"rollout {rollout.key}: it is finished; open another")
+            yield
+
+    async def _sampled(
+        self, rollout: Rollout, prompt_P: Int32Array, asked: str, max_tokens: int
+    ) -> Completion:
+        """Let the policy sample, within all bounds; `asked` names what a prompt too long was made of."""
+        room = self._room(rollout, prompt_P, asked)
+        most = max(1, min(max_tokens, rollout.sampling.max_tokens, room))
+        sampling = replace(rollout.sampling, max_tokens=most)
+        began = time.monotonic()
+        completion = await rollout.backend.generate(prompt_P, sampling, rollout_id=rollout.number)
+        rollout.generate_s += time.monotonic() - began
+        return completion
+
+    def _room(self, rollout: Rollout, prompt_P: Int32Array, asked: str) -> int:
         """Return how many tokens an answer may have; raises TooLongError, TooManyCallsError."""
         if len(rollout.graph.turns) >= self._max_calls:
             rollout.denied = "too many calls"
@@ -189,8 +243,8 @@ class Rollouts:
         if room < 2:
             rollout.denied = "too long"
             raise TooLongError(
-                f"messages: {len(prompt_P)} tokens leave no room for an answer, expected at most "
-                f"{self._max_tokens - 2}; shorten the conversation"
+                f"{asked}: {len(prompt_P)} tokens leave no room for an answer, expected at most "
+                f"{self._max_tokens - 2}; shorten what is sent"
             )
         return room
 
@@ -210,4 +264,4 @@ class Rollouts:
             rollout.answered.popitem(last=False)
 
     def _said(self, messages: Sequence[Message]) -> list[Said]:
-        return [Said(role=one.role, text=self._redact(written(one))) for one in messages]
+        return [Said(role=one.role, text=self._redact(written(one, self._chat.calls))) for one in messages]

@@ -1,16 +1,14 @@
-"""Floor 4. Hermes-style tool calls: ``<tool_call>{"name": …, "arguments": {…}}</tool_call>``."""
+"""Floor 4. The one tool call of a message; experts and demonstrations write theirs as Hermes does."""
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from slipstream.call_formats import HERMES, NOT_CLOSED, OPEN, CallFormat
 from slipstream.interfaces import AssistantMessage, ToolSpec
 
-OPEN = "<tool_call>"
-CLOSE = "</tool_call>"
 # JSON can escape half a character; no database and no wire format takes that.
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
@@ -20,20 +18,29 @@ def format_call(name: str, arguments: Mapping[str, Any]) -> str:
 
     Example: ``<tool_call>{"name": "open", "arguments": {"document": "17"}}</tool_call>``.
     """
-    return f"{OPEN}{json.dumps({'name': name, 'arguments': dict(arguments)}, ensure_ascii=False)}{CLOSE}"
+    return HERMES.write(name, arguments)
 
 
-def parse_call(text: str, tools: Sequence[ToolSpec]) -> AssistantMessage:
+def rewritten(text: str, calls: CallFormat) -> str:
+    """Return a message of an expert with its calls as `calls` writes them."""
+    if calls is HERMES:
+        return text
+    for attempt in reversed(HERMES.read(text)):
+        written = calls.write(attempt.call["name"], attempt.call["arguments"])
+        text = text[: attempt.start] + written + text[attempt.end :]
+    return text
+
+
+def parse_call(text: str, tools: Sequence[ToolSpec], calls: CallFormat = HERMES) -> AssistantMessage:
     """Read the one call in `text`; `error` says what is wrong in the words the policy is shown."""
-    start, end = text.find(OPEN), text.find(CLOSE)
-    if start < 0 or end < start:
+    attempts = calls.read(text, tools)
+    if not attempts or attempts[0].fault == NOT_CLOSED:
         return AssistantMessage(text=text, error="no tool call")
-    if text.find(OPEN, start + 1) >= 0:
+    if len(attempts) > 1 or text.count(OPEN) > 1:
         return AssistantMessage(text=text, error="more than one tool call")
-    try:
-        call = json.loads(text[start + len(OPEN) : end])
-    except (ValueError, RecursionError):
-        return AssistantMessage(text=text, error="call is not JSON")
+    if attempts[0].fault:
+        return AssistantMessage(text=text, error=f"call is {attempts[0].fault}")
+    call = attempts[0].call
     error = _fault(call, {tool.name: tool for tool in tools})
     if error:
         return AssistantMessage(text=text, error=error)

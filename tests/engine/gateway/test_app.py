@@ -2,33 +2,24 @@
 
 from __future__ import annotations
 
-import asyncio
-import itertools
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import pytest
 
 pytest.importorskip("starlette")
 pytest.importorskip("uvicorn")
 openai = pytest.importorskip("openai")
-httpx = pytest.importorskip("httpx")
+pytest.importorskip("httpx")
 
-import uvicorn  # noqa: E402
+from served import MAX_TOKENS, Scripted, Serving, serving  # noqa: E402
 
-from slipstream.chat import Chat  # noqa: E402
-from slipstream.gateway.app import Gateway  # noqa: E402
-from slipstream.gateway.rollouts import Rollout, Rollouts  # noqa: E402
+from slipstream.call_formats import CALL_FORMATS  # noqa: E402
+from slipstream.chat import Chat, Said  # noqa: E402
 from slipstream.inference.embedded import EmbeddedBackend  # noqa: E402
-from slipstream.interfaces import InferenceBackend  # noqa: E402
 from slipstream.tools.hermes import format_call  # noqa: E402
-from slipstream.types import Completion, Int32Array, Sampling  # noqa: E402
 
-MAX_TOKENS = 256
-MAX_CALLS = 6
 SEARCH = {
     "type": "function",
     "function": {
@@ -37,91 +28,8 @@ SEARCH = {
         "parameters": {"type": "object", "properties": {"query": {"type": "string"}}, "required": ["query"]},
     },
 }
+RESULT = "Ada Kline lives in Oslo."
 QUESTION = [{"role": "user", "content": "Where does Ada Kline live?"}]
-
-
-class Scripted:
-    """A policy that says given words, one after another, whatever it is asked."""
-
-    def __init__(self, chat: Chat, *words: str) -> None:
-        self._chat, self._words, self.prompts = chat, list(words), list[Int32Array]()
-        self.go = asyncio.Event()
-        self.go.set()
-
-    async def generate(self, token_ids: Int32Array, sampling: Sampling, *, rollout_id: int) -> Completion:
-        await self.go.wait()
-        self.prompts.append(token_ids)
-        said = self._chat.message(self._words.pop(0))
-        logprobs = np.linspace(-1.0, -0.1, len(said), dtype=np.float32)
-        return Completion(
-            token_ids=said, logprobs=logprobs, versions=np.full(len(said), 3, np.int32), stopped=True
-        )
-
-    def release(self, rollout_id: int) -> None:
-        pass
-
-    async def load(self, update: Any) -> Any:
-        raise NotImplementedError
-
-
-class Serving:
-    """A gateway on a port of its own, in a thread with an event loop."""
-
-    def __init__(
-        self, gateway: Gateway, rollouts: Rollouts, loop: asyncio.AbstractEventLoop, url: str
-    ) -> None:
-        self.gateway, self.rollouts, self.loop, self.url = gateway, rollouts, loop, url
-
-    def client(self, key: str = "", **options: Any) -> Any:
-        """OpenAI's client, with a new rollout's key unless another is given."""
-        key = key or self.post("/v1/rollouts")["api_key"]
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, **options)
-
-    def post(self, path: str, status: int = 0, **body: Any) -> Any:
-        response = httpx.post(self.url + path, json=body, timeout=30)
-        if status:
-            assert response.status_code == status, response.text
-        return response.json()
-
-    def graph(self, client: Any) -> Any:
-        rollout = self.rollouts.find(client.api_key)
-        assert rollout is not None
-        return rollout.graph
-
-
-@contextmanager
-def serving(chat: Chat, backend: InferenceBackend) -> Iterator[Serving]:
-    rollouts, numbers = Rollouts(chat, max_tokens=MAX_TOKENS, max_calls=MAX_CALLS), itertools.count()
-
-    def opened(key: str) -> Rollout:
-        sampling = Sampling(max_tokens=48)
-        return rollouts.open(backend, sampling, number=next(numbers), key=key, task={"question": "q"})
-
-    gateway = Gateway(rollouts, model="policy", opener=opened)
-    server = uvicorn.Server(uvicorn.Config(gateway.app, port=0, log_level="warning", lifespan="off"))
-    started = threading.Event()
-    found: dict[str, Any] = {}
-
-    async def run() -> None:
-        beside = [asyncio.create_task(backend.run())] if isinstance(backend, EmbeddedBackend) else []
-        task = asyncio.create_task(server.serve())
-        while not server.started:  # noqa: ASYNC110 - uvicorn has no event for it
-            await asyncio.sleep(0.005)
-        found.update(loop=asyncio.get_running_loop(), port=server.servers[0].sockets[0].getsockname()[1])
-        started.set()
-        await task
-        for one in beside:
-            one.cancel()
-
-    thread = threading.Thread(target=lambda: asyncio.run(run()))
-    thread.start()
-    try:
-        assert started.wait(30)
-        yield Serving(gateway, rollouts, found["loop"], f"http://127.0.0.1:{found['port']}")
-    finally:
-        server.should_exit = True
-        thread.join(30)
-        assert not thread.is_alive()
 
 
 def ask(client: Any, messages: list[Any], **more: Any) -> Any:
@@ -218,6 +126,31 @@ def test_a_call_that_is_none_is_text_and_a_fault(chat: Chat, said: str, fault: s
     assert rollout is not None and [(index, answer.faults) for index, answer in rollout.said] == [
         (0, (fault,))
     ]
+
+
+@pytest.mark.parametrize("name", CALL_FORMATS)
+def test_a_model_calls_in_its_own_way(chat: Chat, name: str) -> None:
+    """The agent gets OpenAI's form; its history is what was sampled, or else is written in that way too."""
+    own = Chat(chat._tokenizer, calls=CALL_FORMATS[name])
+    said = own.calls.write("search", {"query": "Ada Kline"})
+    policy = Scripted(own, said, "Oslo", "Oslo")
+    with serving(own, policy) as served:
+        client = served.client()
+        first = ask(client, QUESTION, tools=[SEARCH]).choices[0].message
+        (asked,) = first.tool_calls
+        assert (asked.function.name, asked.function.arguments) == ("search", '{"query":"Ada Kline"}')
+        history = [
+            *QUESTION,
+            first.model_dump(exclude_none=True),
+            {"role": "tool", "tool_call_id": asked.id, "content": RESULT},
+        ]
+        ask(client, history, tools=[SEARCH])
+        ask(served.client(), history)
+        (sample,) = served.graph(client).samples()
+    assert sample.token_ids[sample.loss_mask == 1].tolist() == [*own.message(said), *own.message("Oslo")]
+    roles = [("user", QUESTION[0]["content"]), ("assistant", said), ("tool", RESULT)]
+    elsewhere = own.conversation([Said(role=role, text=text) for role, text in roles])
+    assert policy.prompts[2].tolist() == elsewhere.tolist()
 
 
 def test_what_is_wrong_is_said_with_its_status(chat: Chat) -> None:
@@ -336,7 +269,6 @@ def test_anthropics_errors_are_in_its_form(chat: Chat) -> None:
 
 
 FUNCTION = {"type": "function", **SEARCH["function"]}
-RESULT = "Ada Kline lives in Oslo."
 
 
 @pytest.mark.parametrize("goes_on", ["by the whole conversation", "by an id"])

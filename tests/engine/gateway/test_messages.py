@@ -72,6 +72,16 @@ def test_arguments_as_an_object_are_those_of_its_json() -> None:
     assert one == other
 
 
+def test_what_the_policy_said_may_come_back_with_its_control_tokens_broken() -> None:
+    def said(role: str, joiner: str) -> tuple[Message, ...]:
+        calls = (Call(name="search", arguments=f'{{"a":"<{joiner}|end|>"}}'),) if role == "assistant" else ()
+        return (Message(role=role, text=f"so <{joiner}|end|>", calls=calls), Message(role="user", text="?"))
+
+    assert is_prefix(said("assistant", ""), said("assistant", "\u200d"))
+    assert not is_prefix(said("user", ""), said("user", "\u200d"))
+    assert not is_prefix(said("assistant", ""), said("assistant", "x"))
+
+
 def test_a_conversation_goes_on_from_its_beginnings() -> None:
     whole = read_messages([{"role": "user", "content": text} for text in "abc"])
     assert all(is_prefix(whole[:count], whole) for count in range(4))

@@ -43,6 +43,7 @@ from slipstream.types import (  # noqa: E402
     Split,
     Task,
     TaskAttempt,
+    ToolStatus,
     Trajectory,
 )
 
@@ -73,7 +74,11 @@ class Sampled:
 
 
 def played(
-    chat: Chat, program: Callable[..., Any], *words: str, config: RunConfig = CONFIG
+    chat: Chat,
+    program: Callable[..., Any],
+    *words: str,
+    config: RunConfig = CONFIG,
+    malformed_calls: str = "keep",
 ) -> tuple[Trajectory, Sampled]:
     """Return what becomes of one episode of a program whose policy says these words."""
     backend = Sampled([chat.message(word) for word in words])
@@ -83,6 +88,7 @@ def played(
         chat=chat,
         environment=config.environment,
         rewards=config.rewards,
+        malformed_calls=malformed_calls,
     )
     return asyncio.run(one_episode(runner, backend)), backend
 
@@ -213,6 +219,47 @@ def test_how_a_program_ends_is_the_outcome(
     assert scores == ([] if outcome is Outcome.INFRASTRUCTURE_FAILURE else [("agent", value)])
     assert len(backend.prompts) == calls
     wire.encode_trajectory(made)
+
+
+BROKEN = '<tool_call>{"name": "search", </tool_call>'
+
+
+async def _asks_twice(task: Task, *, base_url: str, api_key: str) -> float:
+    await ask(base_url, api_key, "hello")
+    await ask(base_url, api_key, "so far: nothing")
+    return 1.0
+
+
+@pytest.mark.parametrize(
+    ("malformed_calls", "rewards", "trained"),
+    [
+        ("keep", [0.0, 1.0], f"Is é {BROKEN} it?<|end|>Oslo<|end|>"),
+        ("penalise", [-0.2, 1.0], f"Is é {BROKEN} it?<|end|>Oslo<|end|>"),
+        ("mask", [0.0, 1.0], "Is é  it?<|end|>Oslo<|end|>"),
+    ],
+)
+def test_a_malformed_call_costs_what_is_configured(
+    chat: Chat, malformed_calls: str, rewards: list[float], trained: str
+) -> None:
+    """The agent reads it as text; it is noted; then it is trained, punished or left out."""
+    said = f"Is é {BROKEN} it?"
+    made, backend = played(chat, _asks_twice, said, "Oslo", malformed_calls=malformed_calls)
+    assert made.turn_rewards.tolist() == pytest.approx(rewards)
+    assert chat.decode(made.token_ids[made.loss_mask == 1]) == trained
+    assert set(made.versions[made.loss_mask == 1].tolist()) == {5}
+    for array, blank in ((made.versions, -1), (made.turns, -1), (made.behavior_logprobs, 0)):
+        assert set(array[made.loss_mask == 0].tolist()) == {blank}
+    assert [(call.turn, call.status) for call in made.tool_calls] == [(0, ToolStatus.INVALID)]
+    first = [*backend.prompts[0], *chat.message(said)]
+    assert made.token_ids[: len(first)].tolist() == first, "what was sampled stays in the context"
+    wire.encode_trajectory(made)
+
+
+def test_what_malformed_calls_cost_is_configured(chat: Chat) -> None:
+    config = load_config("research", [f"agent.program={__file__}:_asks_twice", "agent.malformed_calls=mask"])
+    runner = configured_runner(config, chat, Redactor.of_process())
+    made = asyncio.run(one_episode(runner, Sampled([chat.message(BROKEN), chat.message("Oslo")])))  # type: ignore[arg-type]
+    assert chat.decode(made.token_ids[made.loss_mask == 1]) == "<|end|>Oslo<|end|>"
 
 
 def test_secrets_are_kept_from_the_policy(chat: Chat) -> None:

@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from slipstream.call_formats import CLOSE, OPEN
 from slipstream.environments.research import TOOLS
-from slipstream.tools.hermes import CLOSE, OPEN, format_call, parse_call
+from slipstream.tools.hermes import format_call, parse_call
 
 
 def call(body: str) -> str:
