@@ -42,6 +42,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if Path(__file__).parent in item.path.parents:
             item.add_marker("vllm")
             item.add_marker("slow")
+            if item.get_closest_marker("timeout") is None:
+                # A server takes a minute to start, several on a machine that has other work.
+                item.add_marker(pytest.mark.timeout(1500))
             if missing:
                 reason = (
                     "no vLLM: give the path of its program in SLIPSTREAM_VLLM (make test-vllm installs one)"
