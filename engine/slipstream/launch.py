@@ -23,7 +23,7 @@ from slipstream import hub as hub_role
 from slipstream.audit import audit
 from slipstream.checkpoint import load_latest, verify
 from slipstream.config import RunConfig
-from slipstream.errors import CheckpointError, RoleError, StorageError, disk_failure
+from slipstream.errors import CheckpointError, ConfigurationError, RoleError, StorageError, disk_failure
 from slipstream.flight_recorder import FOLDER
 from slipstream.inference.vllm.serving import check_installed
 from slipstream.metrics import FILE as METRICS
@@ -65,6 +65,10 @@ def train(
         check_program(config.agent.program)
     if config.inference.backend == "vllm":
         check_installed()
+        if serial:
+            raise ConfigurationError(
+                "--serial samples in its own process; leave inference.backend=vllm or --serial out"
+            )
     with raising_signals(), run_folder.opened(folder, config, resume=resume), screen:
         run = _Run(config, folder, screen)
         run.supervisor = Supervisor(

@@ -26,7 +26,7 @@ import uvloop
 
 from slipstream.chat import Chat, load_tokenizer
 from slipstream.config import RunConfig
-from slipstream.errors import AddressError, InfrastructureError, SlipstreamError
+from slipstream.errors import AddressError, ConfigurationError, InfrastructureError, SlipstreamError
 from slipstream.flight_recorder import FLIGHT
 from slipstream.http_server import HttpServer
 from slipstream.inference.vllm import serving
@@ -60,6 +60,11 @@ def main(config: RunConfig, folder: Path, name: str) -> int:
     DeadlineError.
     """
     end_when_asked()
+    if config.inference.backend != "vllm":
+        raise ConfigurationError(
+            f'inference.backend: expected "vllm", got "{config.inference.backend}": the actors of this run '
+            "sample by themselves; start it with inference.backend=vllm"
+        )
     address = await_hub(folder, f"serve {name}")
     return uvloop.run(_serve(config, folder, name, address))
 

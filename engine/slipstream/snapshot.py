@@ -115,8 +115,13 @@ def waits_of(status: Mapping[str, Any]) -> list[str]:
 
 
 def actors_of(status: Mapping[str, Any]) -> list[str]:
-    """Return one line per actor of the hub's status."""
+    """Return one line per actor of the hub's status, and per role that serves."""
     return [
-        f"{name}  {actor.get('leased', 0)} episodes, heard {actor.get('silent_s', 0.0):.1f} s ago"
+        f"{name}  {_business(actor)}, heard {actor.get('silent_s', 0.0):.1f} s ago"
         for name, actor in sorted(status.get("actors", {}).items())
     ]
+
+
+def _business(actor: Mapping[str, Any]) -> str:
+    servers = actor.get("counters", {}).get("servers")
+    return f"{actor.get('leased', 0)} episodes" if servers is None else f"{servers:.0f} servers up"

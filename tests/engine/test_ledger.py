@@ -261,6 +261,38 @@ def test_resent_duplicate_failed_and_unproven_trajectories_are_booked_apart(rig:
     assert [(x.attempt, x.issue) for x in again] == [(second.attempt, 1), (third.attempt, 1)]
 
 
+def test_tokens_of_a_server_need_the_proof_of_that_life_of_it(rig: Rig) -> None:
+    """Neither the actor's own proof nor that of the server's former life, or of another serial, will do."""
+    peer, announced = ready(rig)
+    serial = announced.version.serial
+    rig.publish(1)
+
+    def proven_by(server: str, of: WeightUpdate) -> None:
+        assert rig.say(peer, m.Proof(proof=dataclasses.replace(synthetic.proof(of), server=server))) == []
+
+    def fate(samplers: tuple[tuple[str, int], ...], sampled: int) -> str:
+        before = rig.ledger.books()
+        (lease,) = rig.want(peer, 1)
+        made = dataclasses.replace(rig.made(peer, lease, sampled), samplers=samplers)
+        rig.deliver(peer, made)
+        after = rig.ledger.books()
+        return "".join(name for name in ("buffered", "unproven") if after[name] > before[name])
+
+    assert fate((("a#1", serial),), serial) == "unproven"
+    proven_by("a#1", announced)
+    assert fate((("a#1", serial),), serial) == "buffered"
+    assert fate((("a#2", serial),), serial) == "unproven"
+    assert fate((("a#1", serial), ("b#1", serial)), serial) == "unproven"
+    # What is named must be all of what was sampled.
+    assert fate((("a#1", serial),), serial + 1) == "unproven"
+    assert fate((("a#1", serial + 1),), serial + 1) == "unproven"
+    assert fate((), serial) == "buffered"
+    wrong = dataclasses.replace(synthetic.proof(announced), server="c#1", checksum64=1)
+    (refused,) = rig.say(peer, m.Proof(proof=wrong))
+    assert isinstance(refused, m.Refused)
+    assert fate((("c#1", serial),), serial) == "unproven"
+
+
 @pytest.mark.parametrize("damage", ["sender", "attempt", "split"])
 def test_bad_trajectories_are_quarantined_and_acknowledged(rig: Rig, damage: str) -> None:
     peer, announced = ready(rig)

@@ -151,6 +151,14 @@ def test_wrong_shapes_are_named() -> None:
         wire.decode_trajectory(record[:35])
 
 
+def test_who_sampled_goes_with_the_record() -> None:
+    samplers = (("serve-0/0#1f", 3), ("serve-0/1#2e", 4))
+    made = dataclasses.replace(synthetic.trajectory(32, serial=3), samplers=samplers)
+    record = wire.encode_trajectory(made)
+    assert wire.decode_trajectory(record).samplers == samplers
+    assert wire.inspect_trajectory(record).header.samplers == samplers
+
+
 @pytest.mark.parametrize("segments", [(0,), (32,), (9, 9), (20, 10), (-1,)])
 def test_segments_that_are_none_are_refused_by_both_ends(segments: tuple[int, ...]) -> None:
     made = synthetic.trajectory(32)
