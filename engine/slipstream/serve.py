@@ -49,6 +49,8 @@ from slipstream.types import Sampling
 
 REPORT_EVERY_S: Final = 1.0
 CHECK_TOKENS: Final = 8
+CHECKS: Final = 5
+"""Tries to look at a server between two updates."""
 
 log = logging.getLogger(__name__)
 
@@ -231,20 +233,23 @@ def _chat(folder: Path) -> Chat:
 
 async def _examined(client: FrontClient, stop_token: int, tolerance: float) -> str:
     """Return what a server proves; raises SlipstreamError when it does not."""
-    proof = await client.recheck()
-    began = time.monotonic()
-    greedy = Sampling(temperature=0.0, max_tokens=CHECK_TOKENS)
-    answer = await client.generate((stop_token,), greedy, stop_token=stop_token, seed=0)
-    milliseconds = (time.monotonic() - began) * 1e3
-    scores = await client.score((stop_token, *answer.token_ids))
+    for _ in range(CHECKS):
+        proof = await client.recheck()
+        began = time.monotonic()
+        greedy = Sampling(temperature=0.0, max_tokens=CHECK_TOKENS)
+        answer = await client.generate((stop_token,), greedy, stop_token=stop_token, seed=0)
+        milliseconds = (time.monotonic() - began) * 1e3
+        scores = await client.score((stop_token, *answer.token_ids))
+        if (await client.load()).serial == proof.serial:
+            break
+    else:
+        raise InfrastructureError(f"it took new weights {CHECKS} times while it was checked; try again")
     versions = {span.version for span in answer.spans}
     if versions != {str(proof.serial)}:
         raise InfrastructureError(f"expected tokens of serial {proof.serial}, got {sorted(versions)}")
     error = max(abs(a - b) for a, b in zip(answer.logprobs, scores, strict=True))
     if not error <= tolerance:
-        raise InfrastructureError(
-            f"its tokens' log-probabilities are {error:.3g} nats off, expected {tolerance:g}"
-        )
+        raise InfrastructureError(f"its tokens' scores are {error:.3g} nats off, expected {tolerance:g}")
     return (
         f"is {answer.server}: serial {proof.serial} proven anew, checksum64 {proof.checksum64:016x}, "
         f"{len(proof.canary_logprobs)} canary log-probabilities agree to {tolerance:g} nats; "

@@ -422,6 +422,26 @@ def test_check_has_the_server_prove_again(tmp_path: Path, start: Callable[[], An
     in_world(tmp_path, [start()], work)
 
 
+def test_check_waits_for_an_update_that_is_under_way(tmp_path: Path, start: Callable[[], Any]) -> None:
+    """In the middle of it the server holds other weights than those that it has proven."""
+
+    async def work(w: World) -> None:
+        await w.loaded(7)
+        backend = w.keepers[0]._backend
+        assert backend is not None
+        sound = w.servers[0].held
+        async with FrontClient(f"{w.url}/servers/0", key=KEY) as client:
+            async with backend._updating:
+                w.servers[0].held = {"serial": 8, "checksum64": "f" * 16}
+                checking = asyncio.create_task(client.recheck())
+                done, _ = await asyncio.wait({checking}, timeout=0.5)
+                assert not done
+                w.servers[0].held = sound
+            assert (await checking).serial == 7
+
+    in_world(tmp_path, [start()], work)
+
+
 def test_a_message_has_no_more_tokens_than_the_episode_has_room_for(
     tmp_path: Path, start: Callable[[], Any]
 ) -> None:

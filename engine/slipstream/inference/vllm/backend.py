@@ -71,6 +71,7 @@ class VllmBackend:
         self._transport = transport or FilesystemTransport()
         self._tolerance = tolerance
         self._updating = asyncio.Lock()
+        self._loaded: WeightUpdate | None = None
         self._running: set[asyncio.Task[Any]] = set()
         self._workers = 0
         self._probe: tuple[int, ...] = ()
@@ -132,8 +133,21 @@ class VllmBackend:
             except asyncio.CancelledError:
                 self._fence(f"{name} was given up half-way")
                 raise
-            self.serial = update.version.serial
+            self.serial, self._loaded = update.version.serial, update
             return proof
+
+    async def prove_again(self) -> WeightProof:
+        """Return a new proof of the weights loaded last; an update that is under way is waited for.
+
+        Raises InfrastructureError when there is none.
+        """
+        async with self._updating:
+            self._check_fence()
+            if self._loaded is None:
+                raise InfrastructureError(
+                    f"{self._client.base_url}: it has loaded no weights that it could prove"
+                )
+            return await self.prove(self._loaded)
 
     async def prove(self, update: WeightUpdate) -> WeightProof:
         """Return the server's proof of an update; raises InfrastructureError when it is not one."""

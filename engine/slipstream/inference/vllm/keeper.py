@@ -158,10 +158,9 @@ class Keeper:
 
     async def check(self) -> WeightProof:
         """Have the server prove its weights again; raises InfrastructureError."""
-        backend, update = self._backend, self._newest
-        if backend is None or update is None or backend.serial != update.version.serial:
-            raise InfrastructureError(f"{self._name}: {self.state}, it holds no weights that could be proven")
-        return await backend.prove(update)
+        if self._backend is None:
+            raise InfrastructureError(f"{self._name}: {self.state}")
+        return await self._backend.prove_again()
 
     def _found(self, serial: int, life: str) -> WeightProof | None:
         if life:
