@@ -94,7 +94,8 @@ class InferenceConfig(Part):
     servers: int = Field(default=1, ge=1)
     """vLLM servers of one `slipstream serve`."""
     program: str = "vllm"
-    """vLLM's command line, by name or path; it has an environment of its own."""
+    """vLLM's command line, by name or path, in an environment of its own; .venv-vllm/bin/vllm if none is on
+    the path."""
     attach: tuple[str, ...] = ()
     """Addresses of running servers to use instead, started with the arguments that `serve` gives its own."""
     transport: Literal["filesystem", "gloo", "delta", "nccl"] = "filesystem"

@@ -42,6 +42,8 @@ ENVIRONMENT: Final = {
     # The routes that control weights; only this machine reaches them, since the server listens on loopback.
     "VLLM_SERVER_DEV_MODE": "1",
 }
+BESIDE: Final = ".venv-vllm/bin/vllm"
+"""Where `make test-vllm` puts vLLM; looked for when none is on the path."""
 CPU_HEAD_SIZES: Final = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 """Of vLLM 0.32 and 0.33."""
 _POLL_S: Final = 0.5
@@ -103,7 +105,9 @@ class VllmServer:
         Raises ConfigurationError when there is no such program, InfrastructureError with the log's last
         lines when it ends first, DeadlineError after `start_s`. It then does not run.
         """
-        program = shutil.which(self.options.program)
+        program = shutil.which(self.options.program) or (
+            shutil.which(BESIDE) if self.options.program == "vllm" else None
+        )
         if program is None:
             raise ConfigurationError(
                 f'vllm: expected a program, got "{self.options.program}", which is not there; install '
