@@ -160,6 +160,15 @@ def _demands(config: RunConfig) -> Iterator[tuple[bool, str, str, object]]:
         hub.address,
     )
     yield not (hub.insecure and hub.keys), "hub.insecure", "false where hub.keys is set", True
+    inference = config.inference
+    beyond = not stays_on_machine(f"tcp://{inference.host}:0")
+    expected = (
+        "on this machine, unless inference.insecure = true says that requests and their key may go "
+        "unencrypted through a network of your own"
+    )
+    yield not beyond or inference.insecure, "inference.host", expected, f'"{inference.host}"'
+    expected = "an address of this machine that actors reach"
+    yield inference.host not in {"", "0.0.0.0", "::"}, "inference.host", expected, f'"{inference.host}"'
     device = re.fullmatch(r"auto|cpu|cuda(:\d+)?", config.device)
     yield device is not None, "device", '"auto", "cpu", "cuda" or "cuda:N"', f'"{config.device}"'
 

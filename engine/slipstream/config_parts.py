@@ -110,7 +110,9 @@ class InferenceConfig(Part):
     arguments: tuple[str, ...] = ()
     """More arguments of `vllm serve`."""
     host: str = "127.0.0.1"
-    """Where actors reach the servers, behind a key; vLLM itself always listens on the loopback."""
+    """Address at which actors reach the servers; vLLM itself always listens on the loopback."""
+    insecure: bool = False
+    """Allow an address beyond this machine, where requests and their key go unencrypted."""
     port: int = Field(default=0, ge=0, le=65535)
     """0: a free one."""
 

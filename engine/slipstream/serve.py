@@ -124,6 +124,8 @@ class Serve:
         url = await server.start()
         serving.announce(self._folder, self._name, url=url, key=key, count=len(self._keepers))
         log.warning("%d vLLM servers behind %s", len(self._keepers), url)
+        if inference.insecure:
+            log.warning("inference.insecure: whoever listens on the way to %s reads its key", url)
         try:
             await self._until_stopped()
         finally:

@@ -85,10 +85,17 @@ def test_mistakes_on_the_command_line(override: str, message: str) -> None:
         ("model.call_format=llama3", "model.call_format"),
         ("optim.betas=[0.9, 1.0]", "optim.betas"),
         ("optim.betas=[0.9]", "optim.betas"),
+        ("inference.host=10.0.0.1", "inference.host"),
+        ("inference.host=0.0.0.0", "inference.host"),
     ],
 )
 def test_combinations_that_cannot_work(override: str, key: str) -> None:
     assert f": {key} must be " in refusal([override])
+
+
+def test_servers_beyond_this_machine_are_a_choice_that_must_be_made() -> None:
+    assert load_config("research", ["inference.host=10.0.0.1", "inference.insecure=true"])
+    assert "actors reach" in refusal(["inference.host=0.0.0.0", "inference.insecure=true"])
 
 
 def test_mistakes_in_a_file_name_the_file(tmp_path: Path) -> None:
