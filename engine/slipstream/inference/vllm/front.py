@@ -166,6 +166,8 @@ class Front:
             self._working.add(task)
             try:
                 return await handler(request, self._keepers[index])
+            except asyncio.CancelledError:
+                return _error(503, "this front ends")
             finally:
                 self._working.discard(task)
 
