@@ -62,6 +62,11 @@ class World:
     serial: int = 0
     history: dict[int, dict[str, torch.Tensor]] = field(default_factory=dict)
     """Weights by serial."""
+    origin: list[torch.Tensor] = field(init=False)
+    """Around which all of them lie: logits that grow from test to test would lose digits."""
+
+    def __post_init__(self) -> None:
+        self.origin = [parameter.detach().clone() for parameter in self.policy.model.parameters()]
 
     def publish(self, *, scale: float = 0.2, share: float = 1.0) -> WeightUpdate:
         """Change the policy clearly, in this share of its values, and publish it under the next serial."""
@@ -69,9 +74,9 @@ class World:
         model = self.policy.model
         with torch.random.fork_rng(), torch.no_grad():
             torch.manual_seed(self.serial)
-            for parameter in model.parameters():
-                change = torch.randn_like(parameter) * parameter.std().nan_to_num(1.0) * scale
-                parameter.add_(change * (torch.rand_like(parameter) < share))
+            for parameter, first in zip(model.parameters(), self.origin, strict=True):
+                changed = first + torch.randn_like(first) * first.std().nan_to_num(1.0) * scale
+                parameter.copy_(torch.where(torch.rand_like(first) < share, changed, parameter))
         weights = {name: tensor.clone() for name, tensor in named_weights(model).items()}
         self.history[self.serial] = weights
         folder = self.publisher.publish(weights, serial=self.serial)
