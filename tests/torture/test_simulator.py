@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import simulator
 from simulated import CheapWire
-from simulator import KINDS, WHERE, Fault, Plan, Simulator, replay, search, search_in_processes
+from simulator import KINDS, Fault, Plan, Simulator, replay, search, search_in_processes
 
 from slipstream import dispatch, leases, ledger, ledger_state, receiving, staleness
 from slipstream import events as ev
@@ -297,7 +297,9 @@ def test_smoke_a_planted_bug_is_caught(plant: Callable[[], AbstractContextManage
     assert caught is not None
 
 
-def test_smoke_a_failure_shrinks_to_the_fault_that_matters() -> None:
+def test_smoke_a_failure_shrinks_to_the_faults_that_matter() -> None:
+    """Most often one; a search that begins elsewhere may end with two of which neither can be left out."""
+
     def fails(schedule: list[Fault]) -> bool:
         try:
             Simulator(1, SMALL, schedule, CheapWire()).run()
@@ -308,9 +310,10 @@ def test_smoke_a_failure_shrinks_to_the_fault_that_matters() -> None:
     with lease_lost_on_restart():
         settings = hypothesis.settings(max_examples=200, database=None, deadline=None)
         found = hypothesis.find(SCHEDULES, fails, settings=settings)
-    (fault,) = found
-    assert fault.kind == "hub"
-    assert WHERE[fault.point % len(WHERE)] in WHERE
+        assert len(found) <= 2
+        for index in range(len(found)):
+            assert not fails([*found[:index], *found[index + 1 :]])
+    assert "hub" in {fault.kind for fault in found}
     assert not fails(found)
 
 
