@@ -16,8 +16,9 @@ INPUTS := pyproject.toml setup.py constraints.txt $(shell find csrc -type f 2>/d
 OUTPUT ?= runs/research
 BENCH ?= dataflow asynchrony gateway weights kernels
 ARGS ?=
-# Two at a time: many tests wait for processes of their own.
+# Two at a time: many tests wait for processes of their own. A thread that spins at a barrier takes the other's turn.
 PARALLEL := -n 2 --dist worksteal
+test test-all test-slow test-vllm: export OMP_WAIT_POLICY = PASSIVE
 
 train: .venv/installed
 	@echo "Training the research agent into $(OUTPUT) (Ctrl-C stops; ARGS=--resume goes on)."

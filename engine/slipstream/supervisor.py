@@ -290,7 +290,8 @@ class Supervisor:
                 stdin=subprocess.DEVNULL,
                 stdout=file,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, **dict.fromkeys(names, threads)},
+                # Threads that spin at a barrier would keep other roles, and other work, from the cores.
+                env={"OMP_WAIT_POLICY": "PASSIVE", **os.environ, **dict.fromkeys(names, threads)},
                 start_new_session=True,  # Ctrl-C reaches the launcher alone, which stops roles in order
             )
         role.renewing, role.kill_at, again = False, math.inf, role.started > 0.0
