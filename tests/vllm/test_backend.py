@@ -66,6 +66,21 @@ async def in_flight(backend: VllmBackend) -> list[asyncio.Task[Completion]]:
     return running
 
 
+def test_seeded_requests_survive_a_prefill_in_parts(world: World) -> None:
+    """Together they are longer than a step of the server, as after an update with many in flight."""
+    prompts = [np.arange(5 + n, 5 + n + 450, dtype=np.int32) % 700 for n in range(32)]
+
+    async def work(backend: VllmBackend) -> list[Completion]:
+        await backend.load(world.publish())
+        sampling = Sampling(max_tokens=8)
+        asked = [backend.generate(prompt, sampling, rollout_id=n) for n, prompt in enumerate(prompts)]
+        return await asyncio.gather(*asked)
+
+    for prompt, completion in zip(prompts, world.run(work), strict=True):
+        assert completion.versions.tolist() == [world.serial] * len(completion.token_ids)
+        check_every_token(world, prompt, completion)
+
+
 async def fenced(running: list[asyncio.Task[Completion]]) -> bool:
     """Return whether requests that were running have ended by the fence, or before it."""
     ends = await asyncio.gather(*running, return_exceptions=True)

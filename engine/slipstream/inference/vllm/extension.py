@@ -33,6 +33,27 @@ from slipstream.inference.vllm.transports.offers import hexadecimal
 HEAD = "lm_head.weight"
 
 
+class CpuGenerator(torch.Generator):
+    """A generator whose offset may be moved, which does nothing.
+
+    Of a prefill that it does in parts vLLM draws a token at each, throws it away, and moves the request's
+    generator back. A CPU's has no offset: the engine would die of the first seeded request that does not fit
+    into one step, such as many that go on after an update. Here only the same numbers are not drawn again.
+    """
+
+    def get_offset(self) -> int:
+        """Return some offset that can be moved back."""
+        return 1 << 20
+
+    def set_offset(self, offset: int) -> torch.Generator:
+        """Do nothing."""
+        return self
+
+
+if not torch.cuda.is_available():
+    torch.Generator = CpuGenerator  # type: ignore[misc]
+
+
 @dataclass
 class SlipstreamInit(WeightTransferInitInfo):  # type: ignore[misc]
     """How weights will come."""
