@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from random import Random
 from types import ModuleType
 from typing import Any
 from unittest import mock
@@ -297,9 +298,7 @@ def test_smoke_a_planted_bug_is_caught(plant: Callable[[], AbstractContextManage
     assert caught is not None
 
 
-def test_smoke_a_failure_shrinks_to_the_faults_that_matter() -> None:
-    """Most often one; a search that begins elsewhere may end with two of which neither can be left out."""
-
+def test_smoke_a_failure_shrinks_to_the_fault_that_matters() -> None:
     def fails(schedule: list[Fault]) -> bool:
         try:
             Simulator(1, SMALL, schedule, CheapWire()).run()
@@ -309,11 +308,10 @@ def test_smoke_a_failure_shrinks_to_the_faults_that_matter() -> None:
 
     with lease_lost_on_restart():
         settings = hypothesis.settings(max_examples=200, database=None, deadline=None)
-        found = hypothesis.find(SCHEDULES, fails, settings=settings)
-        assert len(found) <= 2
-        for index in range(len(found)):
-            assert not fails([*found[:index], *found[index + 1 :]])
-    assert "hub" in {fault.kind for fault in found}
+        # A search from elsewhere may end at several faults of which none can be left out.
+        found = hypothesis.find(SCHEDULES, fails, settings=settings, random=Random(1))
+    (fault,) = found
+    assert fault.kind == "hub"
     assert not fails(found)
 
 
