@@ -6,6 +6,7 @@ import asyncio
 import importlib.util
 import stat
 import sys
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
 from dataclasses import dataclass, field, replace
@@ -216,6 +217,22 @@ async def _served_first(w: World, servers: list[Any]) -> tuple[Any, Any]:
         server.aborts_after = aborts
     servers[index].faults[GENERATE] = [None, 500, 500, 500]
     return servers[index], servers[1 - index]
+
+
+def test_a_refused_request_fails_alone(tmp_path: Path, start: Callable[[], Any]) -> None:
+    """It would be refused again, and says nothing about the server, which others go on asking."""
+    server = start()
+
+    async def work(w: World) -> int:
+        await w.loaded(7)
+        server.faults[GENERATE] = [400]
+        before = len(server.bodies[GENERATE])
+        with pytest.raises(InfrastructureError, match="HTTP 400"):
+            await w.say(1)
+        assert w.fleet._router.place(2, time.monotonic()) == "serve-0/0"  # it does not rest
+        return len(server.bodies[GENERATE]) - before
+
+    assert in_world(tmp_path, [server], work) == 1
 
 
 def test_a_front_that_is_gone_is_waited_for_until_the_deadline(

@@ -48,7 +48,7 @@ KEPT_UPDATES: Final = 256
 KEPT_PROOFS: Final = 4096
 PROOF_S: Final = 60.0
 """Longest that tokens wait for the proof of their weights."""
-_FAILURES: Final = (InfrastructureError, DeadlineError, ProtocolError, NumericsError)
+_FAILURES: Final = (InfrastructureError, DeadlineError, ProtocolError)
 
 log = logging.getLogger(__name__)
 
@@ -173,12 +173,12 @@ class Fleet:
             try:
                 async with asyncio.timeout(deadline.remaining()):
                     answer = await client.generate(tokens, rest, stop_token=self._stop_token, seed=seed)
-            except (*_FAILURES, TimeoutError) as error:
+            except (InfrastructureError, DeadlineError, TimeoutError) as error:
                 self._router.failed(name, time.monotonic())
                 FLIGHT.note(f"{name} failed, rollout {rollout_id} goes elsewhere: {error}")
                 if deadline.expired():
                     raise InfrastructureError(str(error) or str(deadline.error())) from error
-            except BaseException:
+            except BaseException:  # cancelled, or refused: another server would refuse it, too
                 self._router.given_up(name)
                 raise
             else:
