@@ -322,6 +322,9 @@ class Ledger:
     def _proof(self, peer: bytes, who: Peer, message: m.Proof) -> list[Reply]:
         proof = message.proof
         update = self.state.updates.get(proof.serial)
+        if update is None and proof.serial < self.state.next_serial:
+            # Forgotten since: an actor that joins again repeats the proofs it keeps, however old.
+            return []
         reason = f"proof of serial {proof.serial}: expected a published serial"
         if update is not None:
             reason = refuse_proof(proof, update, self._tolerance)

@@ -447,6 +447,24 @@ def trained_batches(rig: Rig, peer: bytes, count: int) -> None:
         rig.say(peer, m.Proof(proof=synthetic.proof(rig.publish(step + 1))))
 
 
+def test_a_proof_of_forgotten_weights_is_no_fault_and_proves_nothing(rig: Rig) -> None:
+    """An actor that stood still while the others went on would end otherwise, and with it its place."""
+    peer, _ = ready(rig)
+    late = rig.actor("late")
+    trained_batches(rig, peer, 1)
+    missed = rig.ledger.state.updates[1]
+    for step in range(1, 80):
+        trained_batches(rig, peer, 1)
+        rig.say(b"learner", m.Checkpointed(step=step + 1, oldest=step))
+    assert missed.version.serial not in rig.ledger.state.updates
+    assert rig.say(late, m.Proof(proof=synthetic.proof(missed))) == []
+    assert ("late", "s") not in rig.ledger.state.proven
+    unheard = synthetic.update(rig.ledger.state.next_serial, step=80)
+    (refused,) = rig.say(late, m.Proof(proof=synthetic.proof(unheard)))
+    assert isinstance(refused, m.Refused)
+    assert f"proof of serial {unheard.version.serial}: expected a published serial" in refused.reason
+
+
 def test_a_log_of_another_past_is_refused(rig: Rig) -> None:
     """A checkpoint and the log must tell of the same batches, or something is trained twice or never."""
     peer, _ = ready(rig)
