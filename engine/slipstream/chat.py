@@ -10,9 +10,10 @@ that no document can end a message or begin one. The template's words and a syst
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
@@ -141,6 +142,7 @@ class Chat:
         self._tool_role = "tool" if self._shows("user", "tool") else "user"
         self._system_role = self._shows("system", "user")
         self.bridge = lru_cache(maxsize=65536)(self._bridge)
+        self._bridge_frame = lru_cache(maxsize=2)(self._find_bridge)
         self._frame = lru_cache(maxsize=4096)(self._roles_frame)
 
     @property
@@ -148,17 +150,39 @@ class Chat:
         """The tokenizer whose chat template is spoken."""
         return self._tokenizer
 
-    def prompt(self, observation: Observation, tools: Sequence[ToolSpec]) -> Int32Array:
-        """Return the [T] tokens up to the policy's first message."""
-        return self._prompt(observation.system or self.system_message(tools), observation.user)
+    def prompt(
+        self,
+        observation: Observation,
+        tools: Sequence[ToolSpec],
+        *,
+        schemas: bool = False,
+        converses: bool = False,
+    ) -> Int32Array:
+        """Return the [T] tokens up to the policy's first message; tools are told as by `system_message`."""
+        listed = self.system_message(tools, schemas=schemas, converses=converses) if tools else ""
+        system = "\n".join(part for part in (observation.system, listed) if part)
+        return self._prompt(system, observation.user)
 
-    def system_message(self, tools: Sequence[ToolSpec]) -> str:
-        """Return the one-line tool list, e.g. ``Tools: search(query), open(document), answer(text)``."""
-        listed = ", ".join(f"{tool.name}({', '.join(tool.parameters['properties'])})" for tool in tools)
+    def system_message(
+        self, tools: Sequence[ToolSpec], *, schemas: bool = False, converses: bool = False
+    ) -> str:
+        """Return the tool list, e.g. ``Tools: search(query), open(document), answer(text)``.
+
+        schemas: a line for each tool instead, with its description and the JSON schema of its parameters;
+        converses: whether a message may be plain text for a user.
+        """
+        if schemas:
+            listed = "".join(f"\n{_described(tool)}" for tool in tools)
+        else:
+            named = (f"{tool.name}({', '.join(tool.parameters.get('properties', {}))})" for tool in tools)
+            listed = f" {', '.join(named)}"
         if not self._explain_calls:
-            return f"Tools: {listed}"
+            return f"Tools:{listed}"
         syntax = self.calls.write("TOOL", {"ARGUMENT": "VALUE"})
-        return f"Tools: {listed}\nEach message calls exactly one tool, and is only this: {syntax}"
+        rule = "Each message calls exactly one tool, and is only this"
+        if converses:
+            rule = "Each message is text for the user, or calls exactly one tool and is then only this"
+        return f"Tools:{listed}\n{rule}: {syntax}"
 
     def text(self, token_ids: Int32Array) -> str:
         """Decode sampled tokens, without the stop token."""
@@ -240,16 +264,15 @@ class Chat:
         before, after = _around(PROBE, self._render(messages, generate=True))
         return self._encode_between(before, user, after)
 
-    def _bridge(self, result: str) -> Int32Array:
-        """Return the tokens that follow the policy's stop token when a tool answers `result`."""
-        before, after = self._bridge_frame
+    def _bridge(self, result: str, role: str = "tool") -> Int32Array:
+        """Return the tokens that follow the policy's stop token when a tool, or the user, says `result`."""
+        before, after = self._bridge_frame(self._tool_role if role == "tool" else role)
         tokens = self._encode_between(before, result, after)
         tokens.setflags(write=False)
         return tokens
 
-    @cached_property
-    def _bridge_frame(self) -> tuple[str, str]:
-        """Return what the template puts before and after a tool's result.
+    def _find_bridge(self, role: str) -> tuple[str, str]:
+        """Return what the template puts before and after what a role says behind the policy.
 
         It is read off a rendered conversation: what stands after the stop token of the message before.
         Raises CheckpointError when the template does not end messages with that token.
@@ -258,7 +281,7 @@ class Chat:
             [
                 {"role": "user", "content": "?"},
                 {"role": "assistant", "content": PROBE},
-                {"role": self._tool_role, "content": OTHER_PROBE},
+                {"role": role, "content": OTHER_PROBE},
             ],
             generate=True,
         )
@@ -344,6 +367,11 @@ def _control_tokens(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     control = {number for number, token in added if token.special or not token.content.isspace()}
     byte_level = isinstance(tokenizer.backend_tokenizer.decoder, decoders.ByteLevel)
     return frozenset(control if byte_level else control - {tokenizer.unk_token_id})
+
+
+def _described(tool: ToolSpec) -> str:
+    described = {"name": tool.name, "description": tool.description, "parameters": tool.parameters}
+    return json.dumps(described, ensure_ascii=False)
 
 
 def _probe(number: int) -> str:

@@ -107,6 +107,7 @@ def _commands() -> dict[str, Command]:
         ("train", _train_args, _train, "Train an agent from its warm start to the summary."),
         ("rollout", _rollout_args, _rollout, "Print a few episodes to read."),
         ("eval", _eval_args, _eval, "Measure the success of a checkpoint."),
+        ("env", _env_args, _env, "List the environments."),
         ("plot", _folder_args, _plot, "Draw the learning curve of a run."),
         ("doctor", _folder_args, _doctor, "Say what the processes of a run wait for, and what is wrong."),
         ("bench", _bench_args, _bench, "Run a benchmark of the source tree."),
@@ -194,6 +195,10 @@ def _eval_args(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--flight", type=Path, help=argparse.SUPPRESS)
 
 
+def _env_args(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("action", choices=["list"])
+
+
 def _folder_args(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", type=Path, metavar="RUN")
 
@@ -244,6 +249,16 @@ def _eval(chosen: argparse.Namespace) -> int:
         )
 
     return run() if chosen.flight is None else _recorded(chosen.flight, run)
+
+
+def _env(chosen: argparse.Namespace) -> int:
+    from slipstream.environments import SHIPPED
+
+    width = max(map(len, SHIPPED))
+    for name, shipped in SHIPPED.items():
+        needs = f" [pip install 'slipstream[{shipped.extra}]']" if shipped.extra else ""
+        sys.stdout.write(f"{name:<{width}}  {shipped.about}{needs}\n")
+    return 0
 
 
 def _plot(chosen: argparse.Namespace) -> int:

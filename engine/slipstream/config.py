@@ -7,7 +7,6 @@ file, the key and the nearest valid key. Loading opens the recipe's file and not
 from __future__ import annotations
 
 import contextlib
-import difflib
 import json
 import os
 import re
@@ -18,7 +17,6 @@ from typing import Any, Self
 
 import tomli_w
 from pydantic import Field, ValidationError, model_validator
-from pydantic_core import ErrorDetails
 
 from slipstream.addresses import stays_on_machine
 from slipstream.config_parts import (
@@ -42,6 +40,7 @@ from slipstream.config_parts import (
     WarmupConfig,
     check_outcome_dominates,
 )
+from slipstream.config_sentences import hint, sentence
 from slipstream.errors import ConfigurationError
 
 __all__ = [
@@ -73,6 +72,12 @@ __all__ = [
 
 RECIPES = Path(__file__).parent / "recipes"
 """Folder of the shipped recipes."""
+FREE_TABLE = "environment.options"
+"""Its keys belong to the environment, which checks them when it is made."""
+RENAMED = {
+    "environment.hops": "environment.options.hops",
+    "environment.documents_per_fact": "environment.options.documents_per_fact",
+}
 
 
 class RunConfig(Part):
@@ -237,7 +242,7 @@ def _recipe_text(recipe: str | Path) -> tuple[str, str]:
     if isinstance(recipe, str) and path.suffix != ".toml" and "/" not in recipe:
         shipped = shipped_recipes()
         raise ConfigurationError(
-            f'unknown recipe "{recipe}"{_hint(recipe, shipped)}; shipped are {", ".join(shipped)}; '
+            f'unknown recipe "{recipe}"{hint(recipe, shipped)}; shipped are {", ".join(shipped)}; '
             "a recipe of your own is given as the path of a .toml file"
         )
     try:
@@ -285,16 +290,10 @@ def _check_keys(tree: Mapping[str, Any], source: str) -> None:
     valid = list(_leaves(RunConfig().model_dump()))
     sections = {key.split(".")[0] for key in valid if "." in key}
     for key in _leaves(tree):
-        if key not in valid and key not in sections:
-            raise ConfigurationError(f"{source}: unknown key {key}{_hint(key, valid)}")
-
-
-def _hint(key: str, valid: Sequence[str]) -> str:
-    """Return "; did you mean X?" for the nearest valid name, or nothing."""
-    leaf = key.rpartition(".")[2]
-    near = [name for name in valid if name.endswith(f".{leaf}")] if "." not in key else []
-    near = near or difflib.get_close_matches(key, valid, n=1)
-    return f"; did you mean {' or '.join(near)}?" if near else ""
+        if key in RENAMED:
+            raise ConfigurationError(f"{source}: {key} is now called {RENAMED[key]}")
+        if key not in valid and key not in sections and not f"{key}.".startswith(f"{FREE_TABLE}."):
+            raise ConfigurationError(f"{source}: unknown key {key}{hint(key, valid)}")
 
 
 def _validated(data: Mapping[str, Any], label: str, given: set[str]) -> RunConfig:
@@ -303,22 +302,7 @@ def _validated(data: Mapping[str, Any], label: str, given: set[str]) -> RunConfi
         # JSON mode: strict about types, yet an array is a tuple.
         return RunConfig.model_validate_json(json.dumps(data, default=str))
     except ValidationError as error:
-        raise ConfigurationError(_sentence(error.errors()[0], label, given)) from None
+        raise ConfigurationError(sentence(error.errors()[0], label, given)) from None
     except ConfigurationError as error:
         source = "command line" if any(key in str(error) for key in given) else label
         raise ConfigurationError(f"{source}: {error}") from None
-
-
-def _sentence(error: ErrorDetails, label: str, given: set[str]) -> str:
-    """Turn one of pydantic's errors into a sentence with source, key, expected and got."""
-    key = ".".join(str(part) for part in error["loc"] if isinstance(part, str))
-    source = "command line" if key in given else label
-    expected = re.sub(r"^.*? (should|must) (be )?", "", error["msg"], count=1)
-    match error["type"]:
-        case "model_type" | "model_attributes_type":
-            expected = "a table"
-        case "int_type":
-            expected = "an integer"
-        case "missing" | "too_long":
-            expected = "as long as its default"
-    return f"{source}: {key} must be {expected}, got {json.dumps(error['input'], default=str)}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -46,15 +46,17 @@ class SandboxConfig(Part):
 class EnvironmentConfig(Part):
     """The world the policy acts in."""
 
-    name: Literal["research"] = "research"
-    hops: int = Field(default=1, ge=1, le=4)
-    """Facts to chain before the answer is known."""
-    documents_per_fact: int = Field(default=3, ge=1, le=8)
-    """One true document and this many less one near misses."""
+    name: str = Field(default="research", min_length=1)
+    """A shipped one (`slipstream env list`), some of which take a variant as in `name:variant`; or one of
+    your own as `module:attribute` or `path.py:attribute`."""
+    options: dict[str, Any] = {}
+    """Keys of that environment alone."""
     tool_failure_rate: Share = 0.1
-    """Share of search and open calls that return a seeded, standard error."""
+    """Share of calls of tools that may fail which return a seeded, standard error."""
     tool_latency_s: float = Field(default=0.0, ge=0.0)
     """Added to each tool call."""
+    tool_schemas: bool = False
+    """Shows the policy each tool's description and the schema of its arguments, not their names alone."""
     max_turns: int = Field(default=10, ge=1)
     max_invalid: int = Field(default=3, ge=0)
     """Invalid messages an episode survives; one more ends it."""
@@ -133,7 +135,7 @@ class ModelConfig(Part):
 
 
 class WarmupConfig(Part):
-    """Supervised warm start on demonstrations of a scripted expert."""
+    """Supervised warm start on demonstrations of the environment's scripts."""
 
     demonstrations: int = Field(default=65536, ge=1)
     """Different demonstrations; they are shown in order, again from the first after the last."""
@@ -141,7 +143,8 @@ class WarmupConfig(Part):
     """Share of demonstrations that retry errors and read on past near misses; the others do not."""
     batch: int = Field(default=64, ge=1)
     learning_rate: float = Field(default=3e-3, gt=0.0)
-    max_steps: int = Field(default=600, ge=1)
+    max_steps: int = Field(default=600, ge=0)
+    """0: no warm start, the model is trained as it is."""
     min_steps: int = Field(default=200, ge=0)
     """Never stop before: exact copying comes later than the format and the first successes."""
     check_every: int = Field(default=50, ge=1)

@@ -6,7 +6,8 @@ import random
 from collections.abc import Sequence
 
 from slipstream.config import RunConfig
-from slipstream.environments.scripted import EXPERT, HASTY, Habits, research
+from slipstream.environments import Script
+from slipstream.environments.factory import ORACLE
 from slipstream.episodes import EpisodeRunner
 from slipstream.types import Lease, Split, TaskAttempt, Trajectory
 
@@ -15,21 +16,23 @@ FIRST_DEMONSTRATION = 1 << 24
 
 
 async def play(
-    runner: EpisodeRunner, config: RunConfig, split: Split, index: int, habits: Habits
+    runner: EpisodeRunner, config: RunConfig, split: Split, index: int, script: Script
 ) -> Trajectory:
     """Play one task with a script."""
     attempt = TaskAttempt(task=index, seed=config.seed, group=index, attempt=0)
-    script = research(runner.factory.tasks.task(split, index), config.environment.hops, habits)
-    return await runner.scripted(Lease(attempt=attempt, split=split), script)
+    messages = script.play(runner.factory.tasks.task(split, index))
+    return await runner.scripted(Lease(attempt=attempt, split=split), messages)
 
 
 async def demonstrations(
     runner: EpisodeRunner, config: RunConfig, numbers: Sequence[int]
 ) -> list[Trajectory]:
     """Play demonstrations by number; a number always gives the same one."""
+    oracle = runner.factory.scripts[ORACLE]
+    careless = runner.factory.careless or oracle
     shown = []
     for number in numbers:
         careful = random.Random(f"habits {config.seed} {number}").random() < config.warmup.careful_share
-        habits = EXPERT if careful else HASTY
-        shown.append(await play(runner, config, Split.TRAIN, FIRST_DEMONSTRATION + number, habits))
+        script = oracle if careful else careless
+        shown.append(await play(runner, config, Split.TRAIN, FIRST_DEMONSTRATION + number, script))
     return shown

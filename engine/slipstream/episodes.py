@@ -258,7 +258,10 @@ class EpisodeRunner:
                 shown = Observation(
                     system=self.redactor.text(opening.system), user=self.redactor.text(opening.user)
                 )
-                recorder.show(self.chat.prompt(shown, ground.tools))
+                prompt = self.chat.prompt(
+                    shown, ground.tools, schemas=self.environment.tool_schemas, converses=ground.converses
+                )
+                recorder.show(prompt)
                 return await self._converse(ground, recorder, speak, clock), ""
         except TimeoutError as error:
             note = f"no end within environment.timeout_s = {limit_s:g} s, {recorder.turns} turns done"
@@ -274,7 +277,8 @@ class EpisodeRunner:
             with clock.spending("generate"):
                 completion = await speak(recorder.tokens(), observation)
             recorder.say(completion)
-            message = parse_call(self.chat.text(completion.token_ids), ground.tools, self.chat.calls)
+            text = self.chat.text(completion.token_ids)
+            message = parse_call(text, ground.tools, self.chat.calls, plain=ground.converses)
             with clock.spending("tools"):
                 transition = await ground.step(message, recorder.turns - 1)
             recorder.book(transition)
@@ -286,7 +290,7 @@ class EpisodeRunner:
             if recorder.turns >= self.environment.max_turns:
                 return Outcome.TRUNCATED
             observation = self.redactor.text(transition.observation)
-            bridge = self.chat.bridge(observation)
+            bridge = self.chat.bridge(observation, transition.role)
             if not completion.stopped:
                 bridge = np.concatenate([np.array([self.chat.stop_token], np.int32), bridge])
             if recorder.length + len(bridge) + 2 > self.environment.max_tokens:

@@ -16,7 +16,14 @@ from typing import Protocol, TypeVar, runtime_checkable
 
 from slipstream.config import EnvironmentConfig
 from slipstream.errors import InfrastructureError, ToolError
-from slipstream.interfaces import AssistantMessage, Environment, Observation, Resumable, Transition
+from slipstream.interfaces import (
+    AssistantMessage,
+    Conversing,
+    Environment,
+    Observation,
+    Resumable,
+    Transition,
+)
 from slipstream.retries import Backoff, retried
 from slipstream.types import Score, Task, TaskAttempt, ToolCall, ToolStatus
 
@@ -42,6 +49,7 @@ class Ground:
     ) -> None:
         """Touch nothing yet; without `backoff` it is as configured."""
         self.tools = environment.tools
+        self.converses = isinstance(environment, Conversing) and environment.converses
         self._environment, self._config = environment, config
         self._backoff = backoff or Backoff(first_s=config.backoff_s)
         self._until_s = math.inf

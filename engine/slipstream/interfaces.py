@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from slipstream.types import (
     Completion,
@@ -38,7 +38,7 @@ class AssistantMessage:
     text: str
     """What was sampled, decoded."""
     name: str = ""
-    """Tool called; empty when `error` is set."""
+    """Tool called; empty when `error` is set, and for plain text, which only a `Conversing` one is given."""
     arguments: dict[str, Any] | None = None
     error: str = ""
     """Why the text is not a valid tool call; empty when it is one."""
@@ -57,12 +57,14 @@ class Transition:
     """What a message led to."""
 
     observation: str
-    """Tool result shown to the policy; unused when done."""
+    """What the policy is shown; unused when done."""
     done: bool
     call: ToolCall | None = None
     """The call as it was carried out; None when the message held none."""
     reward: float = 0.0
     """Reward earned in this turn apart from the outcome."""
+    role: Literal["tool", "user"] = "tool"
+    """Who says the observation."""
 
 
 @runtime_checkable
@@ -79,6 +81,14 @@ class Environment(Protocol):
 
     async def score(self) -> Sequence[Score]:
         """Judge the episode so far, after its end; called again when the ground failed."""
+
+
+@runtime_checkable
+class Conversing(Environment, Protocol):
+    """An environment with somebody to talk to: a message without a call is no mistake in it."""
+
+    converses: bool
+    """True."""
 
 
 @runtime_checkable

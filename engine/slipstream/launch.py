@@ -23,6 +23,7 @@ from slipstream import hub as hub_role
 from slipstream.audit import audit
 from slipstream.checkpoint import load_latest, verify
 from slipstream.config import RunConfig
+from slipstream.environments import environment_factory
 from slipstream.errors import CheckpointError, ConfigurationError, RoleError, StorageError, disk_failure
 from slipstream.flight_recorder import FOLDER
 from slipstream.inference.vllm.serving import check_installed
@@ -61,6 +62,7 @@ def train(
     Raises: RunFolderError when the folder cannot be used; UserError, NumericsError or RoleError when a
     role ended the run, the latter saying how to go on.
     """
+    environment_factory(config.environment, config.rewards).close()
     if config.agent.program:
         check_program(config.agent.program)
     if config.inference.backend == "vllm":

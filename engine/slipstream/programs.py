@@ -1,4 +1,4 @@
-"""Floor 4. Programs of users by name: agents that play the episodes."""
+"""Floor 4. What users have written, by name: agents that play the episodes, environments."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ Program = AgentProgram | Callable[..., float | None]
 """A coroutine function, or a plain one of the same arguments, which gets a thread."""
 OUTSIDE: Final = "outside"
 """Named in the place of a program: agents come by themselves."""
+_KEY: Final = "agent.program"
 _PACKAGES: Final = ("starlette", "uvicorn")
 
 
@@ -30,7 +31,7 @@ def check_program(name: str) -> None:
         )
     if name == OUTSIDE:
         return
-    where, _ = _parts(name)
+    where, _ = _parts(name, _KEY)
     package = where.partition(".")[0]
     if not (Path(where).is_file() if where.endswith(".py") else find_spec(package)):
         raise ConfigurationError(
@@ -40,22 +41,30 @@ def check_program(name: str) -> None:
 
 def load_program(name: str) -> Program:
     """Return the function that `module:function` or `path.py:function` names; raises ConfigurationError."""
-    where, function = _parts(name)
-    try:
-        module = _module_of_file(Path(where)) if where.endswith(".py") else importlib.import_module(where)
-    except (ImportError, SyntaxError, OSError) as error:
-        raise ConfigurationError(f"agent.program: cannot load {where} ({error})") from error
-    program = getattr(module, function, None)
+    program = attribute_at(name, key=_KEY)
     if not callable(program):
-        raise ConfigurationError(f"agent.program: expected a function {function} in {where}, found none")
+        raise ConfigurationError(f"{_KEY}: expected {name} to be a function, got {type(program).__name__}")
     return cast(Program, program)
 
 
-def _parts(name: str) -> tuple[str, str]:
-    where, _, function = name.rpartition(":")
-    if not where or not function:
-        raise ConfigurationError(f"agent.program: expected module:function or path.py:function, got {name!r}")
-    return where, function
+def attribute_at(name: str, *, key: str) -> object:
+    """Return what `module:attribute` or `path.py:attribute` names; raises ConfigurationError naming `key`."""
+    where, attribute = _parts(name, key)
+    try:
+        module = _module_of_file(Path(where)) if where.endswith(".py") else importlib.import_module(where)
+    except (ImportError, SyntaxError, OSError) as error:
+        raise ConfigurationError(f"{key}: cannot load {where} ({error})") from error
+    if not hasattr(module, attribute):
+        raise ConfigurationError(f"{key}: expected {attribute} in {where}, found no such name")
+    found: object = getattr(module, attribute)
+    return found
+
+
+def _parts(name: str, key: str) -> tuple[str, str]:
+    where, _, attribute = name.rpartition(":")
+    if not where or not attribute:
+        raise ConfigurationError(f"{key}: expected module:attribute or path.py:attribute, got {name!r}")
+    return where, attribute
 
 
 def _module_of_file(path: Path) -> ModuleType:

@@ -11,7 +11,7 @@ import asyncio
 import itertools
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -21,8 +21,8 @@ from torch import Tensor
 from slipstream import metrics
 from slipstream.config import RunConfig
 from slipstream.demonstrations import demonstrations, play
-from slipstream.environments import environment_factory
-from slipstream.environments.scripted import DO_NOTHING, EXPERT, WITHOUT_RETRY, Habits
+from slipstream.environments import Script, environment_factory
+from slipstream.environments.factory import ORACLE
 from slipstream.episodes import EpisodeRunner
 from slipstream.errors import ConfigurationError, WarmStartError
 from slipstream.inference.trial import held_trial
@@ -34,7 +34,6 @@ from slipstream.types import Split
 from slipstream_kernels import linear_logprob
 
 FOLDER = "warmup"
-BASELINE_TASKS = 1024
 ROW_EVERY = 10
 """Steps between rows of the loss alone."""
 
@@ -56,7 +55,7 @@ def main(config: RunConfig, folder: Path) -> int:
         rewards=config.rewards,
     )
     scripted = baselines(runner, config)
-    _check_solvable(float(scripted["scripted_expert"]["success"]), config)
+    _check_solvable(scripted, config)
     write_json(folder / "baselines.json", scripted)
     success, step = WarmStart(policy, runner, config, folder).run()
     _check_band(success, step, config)
@@ -77,6 +76,8 @@ class WarmStart:
     def run(self) -> tuple[float, int]:
         """Train; return the last held-out success and the steps taken."""
         warmup, began = self._config.warmup, time.monotonic()
+        if not warmup.max_steps:
+            return self._success(), 0
         success = 0.0
         for step in itertools.count(1):
             loss = self._step(step - 1)
@@ -137,30 +138,38 @@ class WarmStart:
 
 
 def baselines(runner: EpisodeRunner, config: RunConfig) -> dict[str, dict[str, float | str]]:
-    """Return held-out success of scripted policies, each with its source."""
-    scripts = {
-        "do_nothing": (DO_NOTHING, 'answers "unknown" at once'),
-        "scripted_without_retry": (WITHOUT_RETRY, "scripted; reads on, gives up at the first error"),
-        "scripted_expert": (EXPERT, "scripted; reads on and retries"),
-    }
+    """Return held-out success of the environment's scripts, each with its source."""
+    tasks = config.evaluation.final_tasks
 
-    async def success(habits: Habits) -> float:
-        played = [await play(runner, config, Split.HELDOUT, index, habits) for index in range(BASELINE_TASKS)]
+    async def success(script: Script) -> float:
+        played = [await play(runner, config, Split.HELDOUT, index, script) for index in range(tasks)]
         return float(np.mean([t.success for t in played]))
 
     return {
-        name: {"success": asyncio.run(success(habits)), "source": source, "tasks": BASELINE_TASKS}
-        for name, (habits, source) in scripts.items()
+        name: {
+            "success": asyncio.run(success(script)),
+            "source": f"scripted; {script.about}",
+            "tasks": tasks,
+        }
+        for name, script in runner.factory.scripts.items()
     }
 
 
-def _check_solvable(expert: float, config: RunConfig) -> None:
-    """Refuse limits under which not even the demonstrator succeeds."""
+def _check_solvable(scripted: Mapping[str, Mapping[str, float | str]], config: RunConfig) -> None:
+    """Refuse a warm start without a demonstrator, and limits under which not even that one succeeds."""
+    limits = config.environment
+    if ORACLE not in scripted:
+        if config.warmup.max_steps:
+            raise ConfigurationError(
+                f"environment {limits.name} has no script called {ORACLE} whose episodes a warm start could "
+                "imitate; add one, or set warmup.max_steps=0 to begin with the model as it is"
+            )
+        return
+    expert = float(scripted[ORACLE]["success"])
     if expert < config.warmup.min_success:
-        limits = config.environment
         raise ConfigurationError(
             f"environment.max_tokens = {limits.max_tokens} and environment.max_turns = {limits.max_turns} "
-            f"let the scripted expert solve only {expert:.2f} of the tasks; raise them"
+            f"let the script that knows the answers solve only {expert:.2f} of the tasks; raise them"
         )
 
 
@@ -170,7 +179,7 @@ def _check_band(success: float, step: int, config: RunConfig) -> None:
         raise WarmStartError(
             f"warm start: held-out success is {success:.2f} after {step} steps, expected at least "
             f"{warmup.min_success:.2f}; give more demonstrations (warmup.max_steps, warmup.careful_share), "
-            "an easier stage (environment.hops, environment.tool_failure_rate) or a larger model "
+            "an easier stage (environment.options, environment.tool_failure_rate) or a larger model "
             "(model.hidden_size, model.layers)"
         )
     if success > warmup.max_success:

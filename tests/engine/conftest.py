@@ -21,10 +21,9 @@ if TYPE_CHECKING:
 def tokenizer() -> PreTrainedTokenizerFast:
     """The research recipe's tokenizer, of fewer worlds."""
     from slipstream.chat import train_tokenizer
-    from slipstream.config import EnvironmentConfig
-    from slipstream.environments.research import corpus
+    from slipstream.environments.research import ResearchOptions, corpus
 
-    return train_tokenizer(corpus(EnvironmentConfig(), worlds=16), vocabulary=768)
+    return train_tokenizer(corpus(ResearchOptions(), worlds=16), vocabulary=768)
 
 
 @pytest.fixture(scope="session")

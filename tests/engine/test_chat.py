@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +13,7 @@ from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from slipstream.chat import CHAT_TEMPLATE, OTHER_PROBE, PROBE, Chat, Said, load_tokenizer, train_tokenizer
-from slipstream.config import EnvironmentConfig
-from slipstream.environments.research import FAULTS, TOOLS, ResearchTasks, corpus
+from slipstream.environments.research import FAULTS, TOOLS, ResearchOptions, ResearchTasks, corpus
 from slipstream.errors import CheckpointError
 from slipstream.interfaces import Observation
 from slipstream.tools.hermes import format_call
@@ -41,7 +41,7 @@ RESULTS = ("17\n42\n63", "Ada Kline lives in Oslo.", "error: timeout", "Łódź 
 
 def chatml_tokenizer(template: str) -> PreTrainedTokenizerFast:
     """A byte-level tokenizer with the control tokens of ChatML."""
-    trained = train_tokenizer(corpus(EnvironmentConfig(), worlds=2), vocabulary=400)._tokenizer
+    trained = train_tokenizer(corpus(ResearchOptions(), worlds=2), vocabulary=400)._tokenizer
     trained.add_special_tokens([AddedToken(t, normalized=False) for t in ("<|im_start|>", "<|im_end|>")])
     wrapped = PreTrainedTokenizerFast(tokenizer_object=trained, eos_token="<|im_end|>", pad_token="<|pad|>")
     wrapped.chat_template = template
@@ -79,7 +79,7 @@ def test_bridges_equal_rendering_the_whole_conversation(any_tokenizer: PreTraine
 
 def observations() -> list[str]:
     """What research answers: listings, documents, errors, and what nobody expects."""
-    tasks = ResearchTasks(EnvironmentConfig(hops=2))
+    tasks = ResearchTasks(ResearchOptions(hops=2))
     world, store = tasks.world(Split.HELDOUT, 3)
     bodies = [document.body for document in world.documents]
     listings = ["\n".join(store.search(document.title)) for document in world.documents]
@@ -149,6 +149,33 @@ def test_a_template_that_leaves_the_user_out_is_refused() -> None:
         Chat(chatml_tokenizer(deaf)).prompt(Observation(system="s", user="u"), TOOLS)
 
 
+def test_a_user_may_speak_in_the_middle(any_tokenizer: PreTrainedTokenizerFast) -> None:
+    chat = Chat(any_tokenizer)
+    rendered = any_tokenizer.apply_chat_template(
+        [
+            {"role": "user", "content": "?"},
+            {"role": "assistant", "content": "!"},
+            {"role": "user", "content": "and then?"},
+        ],
+        tokenize=False,
+        add_generation_prompt=True,
+    )
+    behind = rendered.partition("!")[2].partition(any_tokenizer.eos_token)[2]
+    said = chat.bridge("and then?", "user")
+    assert said.tolist() == any_tokenizer.encode(behind, add_special_tokens=False)
+
+
+def test_tools_are_told_with_their_schemas_if_asked(chat: Chat) -> None:
+    first, *rest = chat.system_message(TOOLS, schemas=True).splitlines()
+    assert first == "Tools:"
+    assert [json.loads(line) for line in rest] == [
+        {"name": tool.name, "description": tool.description, "parameters": tool.parameters} for tool in TOOLS
+    ]
+    policy = Observation(system="Be kind.", user="?")
+    told = Observation(system=f"Be kind.\n{chat.system_message(TOOLS)}", user="?")
+    assert chat.prompt(policy, TOOLS).tolist() == chat.prompt(told, ()).tolist()
+
+
 def test_our_bridge_is_short(chat: Chat) -> None:
     assert chat.text(chat.bridge("no results")) == "<|tool|>no results<|end|><|assistant|>"
     assert len(chat.bridge("no results")) <= 7
@@ -198,7 +225,7 @@ def test_a_template_that_does_not_end_messages_is_refused() -> None:
 
 
 def test_training_a_tokenizer_twice_gives_the_same(tokenizer: PreTrainedTokenizerFast) -> None:
-    again = train_tokenizer(corpus(EnvironmentConfig(), worlds=16), vocabulary=768)
+    again = train_tokenizer(corpus(ResearchOptions(), worlds=16), vocabulary=768)
     assert again.get_vocab() == tokenizer.get_vocab()
 
 
@@ -251,10 +278,9 @@ def test_a_conversation_grows_by_what_was_said_and_its_continuation(
 
 
 def test_tools_stand_in_the_system_message(chat: Chat) -> None:
-    listed = chat.system_message(TOOLS)
     for system in ((), (Said(role="system", text="Be brief."),)):
         tokens = chat.conversation([*system, Said(role="user", text="?")], TOOLS)
-        expected = Observation(system=f"Be brief.\n{listed}" if system else listed, user="?")
+        expected = Observation(system="Be brief." if system else "", user="?")
         assert tokens.tolist() == chat.prompt(expected, TOOLS).tolist()
 
 

@@ -19,8 +19,8 @@ def refusal(overrides: list[str], recipe: str | Path = "research") -> str:
 
 def test_shipped_recipes_load() -> None:
     assert shipped_recipes() == ["research", "research-multihop", "smollm2"]
-    assert load_config("research").environment.hops == 1
-    assert load_config("research-multihop").environment.hops == 2
+    assert load_config("research").environment.options == {}
+    assert load_config("research-multihop").environment.options == {"hops": 2}
     assert load_config("smollm2").model.path == "models/smollm2"
 
 

@@ -11,11 +11,12 @@ from slipstream.chat import Chat
 from slipstream.config import RunConfig, load_config
 from slipstream.demonstrations import FIRST_DEMONSTRATION, demonstrations, play
 from slipstream.environments import environment_factory
-from slipstream.environments.scripted import DO_NOTHING, EXPERT, HASTY, WITHOUT_RETRY, Habits
+from slipstream.environments.factory import ORACLE
 from slipstream.episodes import EpisodeRunner
 from slipstream.types import Outcome, Split, Trajectory
 
 TASKS = 250
+HASTY = "the careless one"
 ROOMY = ["environment.max_turns=60", "environment.max_tokens=1024"]
 
 
@@ -28,25 +29,27 @@ def runner_of(config: RunConfig, chat: Chat) -> EpisodeRunner:
     )
 
 
-def played(config: RunConfig, chat: Chat, habits: Habits, tasks: int = TASKS) -> list[Trajectory]:
+def played(config: RunConfig, chat: Chat, who: str, tasks: int = TASKS) -> list[Trajectory]:
     runner = runner_of(config, chat)
+    script = runner.factory.scripts[who] if who != HASTY else runner.factory.careless
+    assert script is not None
 
     async def work() -> list[Trajectory]:
-        return [await play(runner, config, Split.HELDOUT, index, habits) for index in range(tasks)]
+        return [await play(runner, config, Split.HELDOUT, index, script) for index in range(tasks)]
 
     return asyncio.run(work())
 
 
-def success(config: RunConfig, chat: Chat, habits: Habits) -> float:
-    return float(np.mean([t.success for t in played(config, chat, habits)]))
+def success(config: RunConfig, chat: Chat, who: str) -> float:
+    return float(np.mean([t.success for t in played(config, chat, who)]))
 
 
 @pytest.mark.parametrize("hops", [1, 2])
 def test_the_expert_always_succeeds_when_tools_do(chat: Chat, hops: int) -> None:
     config = load_config(
-        "research", [*ROOMY, "environment.tool_failure_rate=0.0", f"environment.hops={hops}"]
+        "research", [*ROOMY, "environment.tool_failure_rate=0.0", f"environment.options.hops={hops}"]
     )
-    for trajectory in played(config, chat, EXPERT, 100):
+    for trajectory in played(config, chat, ORACLE, 100):
         assert trajectory.success
         assert trajectory.outcome is Outcome.COMPLETED
         # Per hop a search and one to three documents, then the answer.
@@ -55,7 +58,7 @@ def test_the_expert_always_succeeds_when_tools_do(chat: Chat, hops: int) -> None
 
 def test_the_expert_retries_until_tools_work(chat: Chat) -> None:
     config = load_config("research", [*ROOMY, "environment.tool_failure_rate=0.3"])
-    assert success(config, chat, EXPERT) == 1.0
+    assert success(config, chat, ORACLE) == 1.0
 
 
 @pytest.mark.parametrize("rate", [0.1, 0.3])
@@ -64,7 +67,7 @@ def test_without_retry_success_is_that_of_no_error(chat: Chat, rate: float) -> N
     config = load_config("research", [*ROOMY, f"environment.tool_failure_rate={rate}"])
     expected = np.mean([(1 - rate) ** (1 + k) for k in (1, 2, 3)])
     error = (expected * (1 - expected) / TASKS) ** 0.5
-    assert success(config, chat, WITHOUT_RETRY) == pytest.approx(expected, abs=3.5 * error)
+    assert success(config, chat, "without_retry") == pytest.approx(expected, abs=3.5 * error)
 
 
 def test_the_hasty_believe_the_first_document(chat: Chat) -> None:
@@ -76,7 +79,7 @@ def test_the_hasty_believe_the_first_document(chat: Chat) -> None:
 
 def test_doing_nothing_fails(chat: Chat) -> None:
     config = load_config("research")
-    shown = played(config, chat, DO_NOTHING, 20)
+    shown = played(config, chat, "do_nothing", 20)
     assert not any(t.success for t in shown)
     assert {len(t.turn_rewards) for t in shown} == {1}
 
@@ -94,6 +97,6 @@ def test_demonstrations_repeat_and_mix_habits(chat: Chat) -> None:
 
 
 def test_scripted_tokens_claim_no_version(chat: Chat) -> None:
-    (one,) = played(load_config("research"), chat, EXPERT, 1)
+    (one,) = played(load_config("research"), chat, ORACLE, 1)
     assert set(one.versions.tolist()) == {-1}
     assert one.loss_mask.sum() > 0 and not one.behavior_logprobs.any()

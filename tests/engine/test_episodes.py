@@ -14,7 +14,7 @@ from slipstream import wire
 from slipstream.chat import Chat
 from slipstream.config import RunConfig, load_config
 from slipstream.environments import EnvironmentFactory, environment_factory
-from slipstream.environments.research import TOOLS, ResearchEnvironment, ResearchTasks
+from slipstream.environments.research import TOOLS, ResearchEnvironment, ResearchOptions, ResearchTasks
 from slipstream.episodes import EpisodeRunner
 from slipstream.errors import InfrastructureError, ToolError
 from slipstream.interfaces import AssistantMessage, Observation, ToolSpec, Transition
@@ -28,6 +28,7 @@ from slipstream.types import (
     Outcome,
     Sampling,
     Score,
+    ScoreKind,
     Split,
     Task,
     TaskAttempt,
@@ -123,7 +124,7 @@ def run(chat: Chat, texts: Sequence[str], *overrides: str, **options: Any) -> tu
 
 def right_answer(config: RunConfig) -> str:
     return format_call(
-        "answer", {"text": ResearchTasks(config.environment).task(Split.TRAIN, 5).data["answer"]}
+        "answer", {"text": ResearchTasks(ResearchOptions()).task(Split.TRAIN, 5).data["answer"]}
     )
 
 
@@ -283,9 +284,40 @@ def test_demonstrations_and_samples_read_hostile_text_alike_and_as_text(chat: Ch
     assert len(stops) == 5 and sampled.loss_mask[stops].tolist() == [0, 0, 1, 0, 1]
 
 
+class Clerk:
+    """Takes an order: a call is answered by the tool, plain text by the user."""
+
+    tools = TOOLS
+    converses = True
+
+    async def reset(self, task: Task, attempt: TaskAttempt) -> Observation:
+        return Observation(system="Be kind.", user="A table, please.")
+
+    async def step(self, message: AssistantMessage) -> Transition:
+        if message.name:
+            return Transition(observation="free: 7 pm", done=False)
+        assert not message.error
+        return Transition(observation="Yes, that one.", done=message.text == "Booked.", role="user")
+
+    async def score(self) -> Sequence[Score]:
+        return (Score(name="outcome", kind=ScoreKind.OUTCOME, weight=1.0, value=1.0),)
+
+
+def test_text_goes_to_the_user_where_there_is_one(chat: Chat) -> None:
+    factory = dataclasses.replace(broken_factory("", None), make=Clerk)
+    trajectory, _ = run(chat, [SEARCH, "7 pm?", "Booked."], factory=factory)
+    assert trajectory.outcome is Outcome.COMPLETED and len(trajectory.turn_rewards) == 3
+    assert chat.decode(trajectory.token_ids) == (
+        "<|system|>Be kind.\nTools: search(query), open(document), answer(text)<|end|>"
+        f"<|user|>A table, please.<|end|><|assistant|>{SEARCH}<|end|>"
+        "<|tool|>free: 7 pm<|end|><|assistant|>7 pm?<|end|>"
+        "<|user|>Yes, that one.<|end|><|assistant|>Booked.<|end|>"
+    )
+
+
 def broken_factory(where: str, error: Exception | None) -> EnvironmentFactory:
     return EnvironmentFactory(
-        tasks=ResearchTasks(config_of().environment),
+        tasks=ResearchTasks(ResearchOptions()),
         make=lambda: Broken(where, error),
         corpus=lambda: iter(()),
     )
@@ -326,7 +358,7 @@ def test_a_ground_that_hangs_is_a_failure_too(chat: Chat, where: str) -> None:
 def test_a_broken_database_is_one(chat: Chat) -> None:
     """The real environment over a real database that has gone away."""
     config = config_of()
-    tasks = ResearchTasks(config.environment)
+    tasks = ResearchTasks(ResearchOptions())
     _, store = tasks.world(Split.TRAIN, 0)
     store._connection.close()
     factory = dataclasses.replace(
@@ -366,7 +398,7 @@ class Recovering(ResearchEnvironment):
 
 
 def recovering_factory(config: RunConfig, where: str, failures: int) -> EnvironmentFactory:
-    tasks = ResearchTasks(config.environment)
+    tasks = ResearchTasks(ResearchOptions())
     return dataclasses.replace(
         environment_factory(config.environment, config.rewards),
         make=lambda: Recovering(where, failures, tasks, config.environment, config.rewards),

@@ -15,10 +15,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from slipstream import checkpoint, warmup
 from slipstream.chat import Chat, train_tokenizer
-from slipstream.config import EnvironmentConfig, RunConfig, load_config
+from slipstream.config import RunConfig, load_config
 from slipstream.demonstrations import demonstrations
 from slipstream.environments import environment_factory
-from slipstream.environments.research import corpus
+from slipstream.environments.research import ResearchOptions, corpus
 from slipstream.episodes import EpisodeRunner
 from slipstream.errors import ConfigurationError, WarmStartError
 from slipstream.inference.trial import held_trial
@@ -35,6 +35,7 @@ TINY = (
     "model.heads=2",
     "warmup.batch=4",
     "evaluation.tasks=8",
+    "evaluation.final_tasks=12",
     "actor.concurrency=8",
 )
 CHATML = (
@@ -42,11 +43,6 @@ CHATML = (
     "{{ m.content }}<|im_end|>\n"
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-
-
-@pytest.fixture(autouse=True)
-def _few_baseline_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(warmup, "BASELINE_TASKS", 12)
 
 
 def config_of(*overrides: str) -> RunConfig:
@@ -122,18 +118,20 @@ def test_too_weak_a_policy_stops_the_run_with_advice(tmp_path: Path) -> None:
         warmup.main(config_of("warmup.max_steps=1"), tmp_path)
     assert not (tmp_path / "checkpoints").exists()
     baselines = json.loads((tmp_path / "baselines.json").read_text())
-    assert baselines["scripted_expert"]["success"] > baselines["do_nothing"]["success"] == 0.0
+    assert baselines["oracle"]["success"] > baselines["do_nothing"]["success"] == 0.0
 
 
 def test_limits_that_stop_the_expert_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigurationError, match=r"max_turns = 1 let the scripted expert solve only 0\.00"):
+    with pytest.raises(
+        ConfigurationError, match=r"max_turns = 1 let the script that knows the answers solve only 0\.00"
+    ):
         warmup.main(config_of("environment.max_turns=1"), tmp_path)
 
 
 @pytest.fixture
 def foreign_folder(tmp_path: Path) -> Path:
     """A tiny Llama with grouped heads, an untied head and a ChatML tokenizer, as one would download it."""
-    trained = train_tokenizer(corpus(EnvironmentConfig(), worlds=4), vocabulary=500)._tokenizer
+    trained = train_tokenizer(corpus(ResearchOptions(), worlds=4), vocabulary=500)._tokenizer
     trained.add_special_tokens([AddedToken(t, normalized=False) for t in ("<|im_start|>", "<|im_end|>")])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=trained, eos_token="<|im_end|>", pad_token="<|pad|>")
     tokenizer.chat_template = CHATML

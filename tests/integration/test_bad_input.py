@@ -108,7 +108,7 @@ def test_a_model_folder_without_chat_template(tmp_path: Path, warm_start: Path) 
 @pytest.mark.slow
 def test_a_warm_start_below_the_band(tmp_path: Path) -> None:
     run = Run(tmp_path / "run", ["warmup.max_steps=1", "warmup.min_success=0.2"])
-    refused(run.start().end(), "expected at least 0.20", "warmup.max_steps", "environment.hops")
+    refused(run.start().end(), "expected at least 0.20", "warmup.max_steps", "environment.options")
 
 
 def test_a_port_in_use(new_run: Callable[..., Run]) -> None:

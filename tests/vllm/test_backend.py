@@ -58,11 +58,14 @@ def check_every_token(world: World, prompt: np.ndarray, completion: Completion) 
 
 
 async def in_flight(backend: VllmBackend) -> list[asyncio.Task[Completion]]:
-    """Return long requests that the server is working on; some may draw the stop token early."""
+    """Return long requests that the server is working on; some may draw the stop token early.
+
+    They are so many that the last of them have seconds of work before them.
+    """
     sampling = Sampling(max_tokens=480)
-    running = [asyncio.create_task(backend.generate(PROMPT, sampling, rollout_id=n)) for n in range(8)]
-    # One that comes later is answered only once they run.
-    await backend.generate(PROMPT, Sampling(max_tokens=1), rollout_id=8)
+    running = [asyncio.create_task(backend.generate(PROMPT, sampling, rollout_id=n)) for n in range(32)]
+    # One that comes later is answered only once the first of them run.
+    await backend.generate(PROMPT, Sampling(max_tokens=1), rollout_id=32)
     return running
 
 

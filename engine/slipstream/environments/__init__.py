@@ -1,19 +1,62 @@
-"""Floor 4. Environments by name."""
+"""Floor 4. Environments by name.
+
+A name stands for a function that takes `EnvironmentConfig` and `RewardConfig` and returns an
+`EnvironmentFactory`. Those that are shipped are listed here; one of a user is `module:attribute` or
+`path.py:attribute`, and is that function, or a factory that needs no configuration.
+"""
 
 from __future__ import annotations
 
-from typing import assert_never
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Final
 
 from slipstream.config import EnvironmentConfig, RewardConfig
-from slipstream.environments.factory import EnvironmentFactory
+from slipstream.config_sentences import hint
+from slipstream.environments.factory import EnvironmentFactory, Play, Script
+from slipstream.errors import ConfigurationError
+from slipstream.programs import attribute_at
 
-__all__ = ["EnvironmentFactory", "environment_factory", "in_process"]
+__all__ = [
+    "EnvironmentFactory",
+    "Play",
+    "Script",
+    "Shipped",
+    "environment_factory",
+    "in_process",
+    "variant_of",
+]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shipped:
+    """An environment that comes with Slipstream."""
+
+    about: str
+    factory: str
+    """module:function."""
+    extra: str = ""
+    """What `pip install 'slipstream[...]'` it needs; empty: nothing."""
+    variants: bool = False
+    """Whether its name takes one, as in `name:variant`."""
+
+
+SHIPPED: Final[Mapping[str, Shipped]] = MappingProxyType(
+    {
+        "research": Shipped(
+            about="Who lives where: search, open and answer over a small library with near misses.",
+            factory="slipstream.environments.research:factory",
+        ),
+    }
+)
 
 
 def environment_factory(config: EnvironmentConfig, rewards: RewardConfig) -> EnvironmentFactory:
     """Return the factory of the configured environment, in the sandbox that the configuration asks for.
 
-    Raises ConfigurationError when that sandbox does not work on this machine.
+    Raises ConfigurationError when there is no such environment, when its options are wrong, when what it
+    needs is not installed, or when that sandbox does not work on this machine.
     """
     if config.sandbox == "none":
         return in_process(config, rewards)
@@ -24,15 +67,35 @@ def environment_factory(config: EnvironmentConfig, rewards: RewardConfig) -> Env
 
 def in_process(config: EnvironmentConfig, rewards: RewardConfig) -> EnvironmentFactory:
     """Return the factory of environments whose tools run where they are called."""
-    match config.name:
-        case "research":
-            from slipstream.environments.research import ResearchEnvironment, ResearchTasks, corpus
-
-            tasks = ResearchTasks(config)
-            return EnvironmentFactory(
-                tasks=tasks,
-                make=lambda: ResearchEnvironment(tasks, config, rewards),
-                corpus=lambda: corpus(config),
+    name, _, variant = config.name.partition(":")
+    shipped = SHIPPED.get(name)
+    if shipped is not None:
+        if variant and not shipped.variants:
+            raise ConfigurationError(
+                f"environment.name: {name} has no variants, got {config.name}; give {name}"
             )
-        case _:
-            assert_never(config.name)
+        return _made(shipped.factory, config, rewards)
+    if not variant:
+        near = hint(name, list(SHIPPED)) or f"; shipped are {', '.join(SHIPPED)}"
+        raise ConfigurationError(
+            f"environment.name: there is no environment {name}{near}; one of your own is given as "
+            "module:attribute or path.py:attribute"
+        )
+    return _made(config.name, config, rewards)
+
+
+def variant_of(config: EnvironmentConfig) -> str:
+    """Return what stands behind the colon of a shipped environment's name, or ""."""
+    return config.name.partition(":")[2]
+
+
+def _made(path: str, config: EnvironmentConfig, rewards: RewardConfig) -> EnvironmentFactory:
+    found = attribute_at(path, key="environment.name")
+    if callable(found) and not isinstance(found, EnvironmentFactory):
+        found = found(config, rewards)
+    if not isinstance(found, EnvironmentFactory):
+        raise ConfigurationError(
+            f"environment.name: expected {path} to be an EnvironmentFactory, or a function of "
+            f"EnvironmentConfig and RewardConfig that returns one, got {type(found).__name__}"
+        )
+    return found

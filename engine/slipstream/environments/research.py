@@ -16,7 +16,12 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from slipstream.config import EnvironmentConfig, RewardConfig
+from pydantic import Field
+
+from slipstream.config import EnvironmentConfig, Part, RewardConfig
+from slipstream.environments.factory import ORACLE, EnvironmentFactory, Script
+from slipstream.environments.options import read_options
+from slipstream.environments.scripted import DO_NOTHING, EXPERT, HASTY, WITHOUT_RETRY, Habits, research
 from slipstream.interfaces import AssistantMessage, Observation, ToolSpec, Transition
 from slipstream.tools.documents import Document, DocumentStore
 from slipstream.tools.hermes import format_call
@@ -61,6 +66,36 @@ TOOLS = (
 )
 
 
+class ResearchOptions(Part):
+    """What is asked, and how much stands in its way."""
+
+    hops: int = Field(default=1, ge=1, le=4)
+    """Facts to chain before the answer is known."""
+    documents_per_fact: int = Field(default=3, ge=1, le=8)
+    """One true document and this many less one near misses."""
+
+
+def factory(config: EnvironmentConfig, rewards: RewardConfig) -> EnvironmentFactory:
+    """Return what makes the environment; raises ConfigurationError for its options."""
+    options = read_options(ResearchOptions, config)
+    tasks = ResearchTasks(options)
+
+    def script(habits: Habits, about: str) -> Script:
+        return Script(play=lambda task: research(task, options.hops, habits), about=about)
+
+    return EnvironmentFactory(
+        tasks=tasks,
+        make=lambda: ResearchEnvironment(tasks, config, rewards),
+        corpus=lambda: corpus(options),
+        scripts={
+            "do_nothing": script(DO_NOTHING, 'answers "unknown" at once'),
+            "without_retry": script(WITHOUT_RETRY, "reads on, gives up at the first error"),
+            ORACLE: script(EXPERT, "reads on and retries"),
+        },
+        careless=script(HASTY, "believes the first document, gives up at the first error"),
+    )
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class World:
     """One company: who lives where, and the documents that tell it."""
@@ -84,20 +119,20 @@ class World:
         )
 
 
-def build_world(split: Split, number: int, config: EnvironmentConfig) -> World:
+def build_world(split: Split, number: int, options: ResearchOptions) -> World:
     """Draw a world; equal arguments give equal worlds."""
     draw = random.Random(f"world {split} {number}")
-    kinds = 1 if config.hops == 1 else 2
-    per_person = kinds * config.documents_per_fact
+    kinds = 1 if options.hops == 1 else 2
+    per_person = kinds * options.documents_per_fact
     size = max(IDENTIFIERS // per_person, LEAST_PEOPLE)
     names = draw.sample([f"{first} {last}" for first in FIRST_NAMES for last in LAST_NAMES], size)
     homes = [draw.choice(CITIES) for _ in names]
     pages: list[tuple[str, str]] = []
     for person, name in enumerate(names):
-        pages += [(f"{name} home", body) for body in _home_bodies(name, homes[person], config, draw)]
+        pages += [(f"{name} home", body) for body in _home_bodies(name, homes[person], options, draw)]
         if kinds == 2:
             boss = names[(person + 1) % size]
-            pages += [(f"{name} manager", body) for body in _manager_bodies(name, boss, names, config, draw)]
+            pages += [(f"{name} manager", body) for body in _manager_bodies(name, boss, names, options, draw)]
     draw.shuffle(pages)
     numbers = range(FIRST_IDENTIFIER, FIRST_IDENTIFIER + max(IDENTIFIERS, len(pages)))
     identifiers = [str(number) for number in draw.sample(numbers, len(pages))]
@@ -108,19 +143,19 @@ def build_world(split: Split, number: int, config: EnvironmentConfig) -> World:
     return World(people=tuple(names), homes=tuple(homes), documents=tuple(documents))
 
 
-def _home_bodies(name: str, home: str, config: EnvironmentConfig, draw: random.Random) -> Iterator[str]:
+def _home_bodies(name: str, home: str, options: ResearchOptions, draw: random.Random) -> Iterator[str]:
     yield f"{name} lives in {home}."
-    others = draw.sample([city for city in CITIES if city != home], config.documents_per_fact - 1)
+    others = draw.sample([city for city in CITIES if city != home], options.documents_per_fact - 1)
     for city in others:
         yield draw.choice((f"{name} left {city}.", f"{name} was in {city}."))
 
 
 def _manager_bodies(
-    name: str, boss: str, names: Sequence[str], config: EnvironmentConfig, draw: random.Random
+    name: str, boss: str, names: Sequence[str], options: ResearchOptions, draw: random.Random
 ) -> Iterator[str]:
     yield f"{boss} is the manager of {name}."
     others = draw.sample(
-        [other for other in names if other not in (name, boss)], config.documents_per_fact - 1
+        [other for other in names if other not in (name, boss)], options.documents_per_fact - 1
     )
     for other in others:
         yield draw.choice((f"{other} was the manager of {name}.", f"{other} left the team of {name}."))
@@ -129,8 +164,8 @@ def _manager_bodies(
 class ResearchTasks:
     """Tasks of the research environment: "Where does the manager of Ada Kline live?"."""
 
-    def __init__(self, config: EnvironmentConfig) -> None:
-        self._config = config
+    def __init__(self, options: ResearchOptions) -> None:
+        self.options = options
         self.world = lru_cache(maxsize=256)(self._world)
         # A group poses one task many times.
         self.task = lru_cache(maxsize=4096)(self._task)
@@ -139,18 +174,18 @@ class ResearchTasks:
         """Return the task at `index`; worlds never cross splits."""
         number, person = divmod(index, TASKS_PER_WORLD)
         world, _ = self.world(split, number)
-        chain = "the manager of " * (self._config.hops - 1)
+        chain = "the manager of " * (self.options.hops - 1)
         question = f"Where does {chain}{world.people[person]} live?"
         data = {
-            "answer": world.answer(person, self._config.hops),
+            "answer": world.answer(person, self.options.hops),
             "world": number,
             "person": world.people[person],
-            "facts": world.facts(person, self._config.hops),
+            "facts": world.facts(person, self.options.hops),
         }
         return Task(split=split, index=index, question=question, data=data)
 
     def _world(self, split: Split, number: int) -> tuple[World, DocumentStore]:
-        world = build_world(split, number, self._config)
+        world = build_world(split, number, self.options)
         return world, DocumentStore(world.documents)
 
 
@@ -203,7 +238,7 @@ class ResearchEnvironment:
         given, expected = self._answer or "", self._task.data["answer"]
         right = given.strip().casefold() == expected.casefold()
         weights = self._rewards
-        found = len(self._opened.intersection(self._task.data["facts"])) / self._config.hops
+        found = len(self._opened.intersection(self._task.data["facts"])) / self._tasks.options.hops
         return (
             Score(name="outcome", kind=ScoreKind.OUTCOME, weight=1.0, value=1.0 if right else -1.0),
             Score(name="step", kind=ScoreKind.PENALTY, weight=-weights.step_penalty, value=float(self._turn)),
@@ -249,15 +284,15 @@ class ResearchEnvironment:
         return body, ToolStatus.OK, False
 
 
-def corpus(config: EnvironmentConfig, *, worlds: int = 64) -> Iterator[str]:
+def corpus(options: ResearchOptions, *, worlds: int = 64) -> Iterator[str]:
     """Yield text as episodes hold it: questions, calls, listings, documents, errors."""
     yield "Tools: search(query), open(document), answer(text)"
     yield from FAULTS
     yield from ("error: no such document", "error: no tool call", "error: call is not JSON", "no results")
     for number in range(worlds):
-        world = build_world(Split.TRAIN, number, config)
+        world = build_world(Split.TRAIN, number, options)
         for person, name in enumerate(world.people):
-            for hops in range(1, config.hops + 1):
+            for hops in range(1, options.hops + 1):
                 yield f"Where does {'the manager of ' * (hops - 1)}{name} live?"
             yield format_call("answer", {"text": world.homes[person]})
         yield format_call("answer", {"text": "unknown"})

@@ -25,7 +25,7 @@ import msgspec
 from slipstream.config import EnvironmentConfig, RewardConfig
 from slipstream.environments.factory import EnvironmentFactory
 from slipstream.errors import ConfigurationError, InfrastructureError
-from slipstream.interfaces import AssistantMessage, Observation, Resumable, ToolSpec, Transition
+from slipstream.interfaces import AssistantMessage, Conversing, Observation, Resumable, ToolSpec, Transition
 from slipstream.tools.sandbox import Sandbox, Worker, WorkerError, choose
 from slipstream.types import Score, Task, TaskAttempt, ToolCall, ToolStatus
 
@@ -143,6 +143,7 @@ class SandboxedEnvironment:
         """Start nothing yet; `pattern` is an environment of the same kind, which is never played."""
         self.tools: Sequence[ToolSpec] = pattern.tools
         self.secrets = pattern.secrets
+        self.converses = isinstance(pattern, Conversing) and pattern.converses
         self._sandbox, self._config, self._limits = sandbox, config, config.limits
         self._worker: Worker | None = None
         self._state: dict[str, Any] = {}

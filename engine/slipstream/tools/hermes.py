@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from functools import lru_cache
+from typing import Any, Final
+
+from jsonschema import Draft202012Validator
+from jsonschema.exceptions import best_match
 
 from slipstream.call_formats import HERMES, NOT_CLOSED, OPEN, CallFormat
 from slipstream.interfaces import AssistantMessage, ToolSpec
+
+_SAY_NO_MORE: Final = {"type", "title", "description"}
+"""Keys of a schema with which any string will do."""
+_LONGEST_REASON: Final = 200
 
 # JSON can escape half a character; no database and no wire format takes that.
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -31,9 +40,16 @@ def rewritten(text: str, calls: CallFormat) -> str:
     return text
 
 
-def parse_call(text: str, tools: Sequence[ToolSpec], calls: CallFormat = HERMES) -> AssistantMessage:
-    """Read the one call in `text`; `error` says what is wrong in the words the policy is shown."""
+def parse_call(
+    text: str, tools: Sequence[ToolSpec], calls: CallFormat = HERMES, *, plain: bool = False
+) -> AssistantMessage:
+    """Read the one call in `text`; `error` says what is wrong in the words the policy is shown.
+
+    plain: whether a message without a call is one too.
+    """
     attempts = calls.read(text, tools)
+    if not attempts and plain:
+        return AssistantMessage(text=text)
     if not attempts or attempts[0].fault == NOT_CLOSED:
         return AssistantMessage(text=text, error="no tool call")
     if len(attempts) > 1 or text.count(OPEN) > 1:
@@ -55,14 +71,30 @@ def _fault(call: Any, tools: Mapping[str, ToolSpec]) -> str:
     if not isinstance(arguments, dict):
         return "arguments are not an object"
     schema = tools[call["name"]].parameters
-    missing = [name for name in schema["required"] if name not in arguments]
+    missing = [name for name in schema.get("required", ()) if name not in arguments]
     if missing:
         return f"missing argument {missing[0]}"
-    unknown = [name for name in arguments if name not in schema["properties"]]
+    known = schema.get("properties", {})
+    unknown = [name for name in arguments if name not in known]
     if unknown:
         return "unknown argument"
-    if not all(isinstance(value, str) for value in arguments.values()):
-        return "argument is not a string"
-    if any(_SURROGATE.search(value) for value in arguments.values()):
-        return "argument is not valid text"
-    return ""
+    for name, value in arguments.items():
+        wanted = known[name]
+        if wanted.get("type") == "string" and wanted.keys() <= _SAY_NO_MORE:
+            if not isinstance(value, str):
+                return "argument is not a string"
+        elif reason := _mismatch(value, wanted):
+            return f"argument {name}: {reason}"
+    spelled = json.dumps(arguments, ensure_ascii=False)
+    return "argument is not valid text" if _SURROGATE.search(spelled) else ""
+
+
+def _mismatch(value: Any, schema: Mapping[str, Any]) -> str:
+    """Return in what a value is not as its JSON schema says, or an empty string."""
+    faults = best_match(_validator(json.dumps(schema)).iter_errors(value))
+    return "" if faults is None else " ".join(faults.message.split())[:_LONGEST_REASON]
+
+
+@lru_cache(maxsize=4096)
+def _validator(schema: str) -> Draft202012Validator:
+    return Draft202012Validator(json.loads(schema))

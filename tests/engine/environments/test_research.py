@@ -11,6 +11,7 @@ from slipstream.config import EnvironmentConfig, RewardConfig
 from slipstream.environments.research import (
     TASKS_PER_WORLD,
     ResearchEnvironment,
+    ResearchOptions,
     ResearchTasks,
     World,
     build_world,
@@ -22,8 +23,8 @@ from slipstream.types import ScoreKind, Split, Task, TaskAttempt, ToolStatus
 SHAPES = [(hops, documents) for hops in (1, 2, 4) for documents in (1, 3, 8)]
 
 
-def config(hops: int = 1, documents: int = 3, **other: float) -> EnvironmentConfig:
-    return EnvironmentConfig.model_validate({"hops": hops, "documents_per_fact": documents, **other})
+def options(hops: int = 1, documents: int = 3) -> ResearchOptions:
+    return ResearchOptions(hops=hops, documents_per_fact=documents)
 
 
 def attempt(number: int = 0, task: int = 0) -> TaskAttempt:
@@ -37,7 +38,7 @@ def told(world: World, title: str) -> list[str]:
 @pytest.mark.parametrize(("hops", "documents"), SHAPES)
 def test_each_fact_is_told_once_among_its_near_misses(hops: int, documents: int) -> None:
     for number in range(5):
-        world = build_world(Split.TRAIN, number, config(hops, documents))
+        world = build_world(Split.TRAIN, number, options(hops, documents))
         assert len(world.people) >= TASKS_PER_WORLD
         assert len({d.identifier for d in world.documents}) == len(world.documents)
         for index, (person, home) in enumerate(zip(world.people, world.homes, strict=True)):
@@ -57,7 +58,7 @@ def test_each_fact_is_told_once_among_its_near_misses(hops: int, documents: int)
 
 @pytest.mark.parametrize(("hops", "documents"), SHAPES)
 def test_following_the_facts_leads_to_the_answer(hops: int, documents: int) -> None:
-    tasks = ResearchTasks(config(hops, documents))
+    tasks = ResearchTasks(options(hops, documents))
     for index in range(2 * TASKS_PER_WORLD):
         task = tasks.task(Split.HELDOUT, index)
         world, store = tasks.world(Split.HELDOUT, task.data["world"])
@@ -75,8 +76,8 @@ def test_following_the_facts_leads_to_the_answer(hops: int, documents: int) -> N
 
 def test_tasks_are_the_same_for_ever() -> None:
     """Literal: another draw of worlds would make old runs, checkpoints and figures incomparable."""
-    one = ResearchTasks(config()).task(Split.TRAIN, 17)
-    assert one == ResearchTasks(config()).task(Split.TRAIN, 17)
+    one = ResearchTasks(options()).task(Split.TRAIN, 17)
+    assert one == ResearchTasks(options()).task(Split.TRAIN, 17)
     assert (one.question, one.data["answer"], one.data["facts"]) == GOLDEN
 
 
@@ -84,7 +85,7 @@ GOLDEN = ("Where does Lena Holm live?", "Lima", ("31",))
 
 
 def test_splits_share_no_world() -> None:
-    worlds = [build_world(split, n, config()) for split in Split for n in range(50)]
+    worlds = [build_world(split, n, options()) for split in Split for n in range(50)]
     assert len({(world.people, world.homes) for world in worlds}) == 150
     # Names recur with other facts: nothing can be learned by heart.
     homes: dict[str, set[str]] = {}
@@ -97,8 +98,8 @@ def test_splits_share_no_world() -> None:
 
 def results(number: int, rate: float = 0.5, calls: int = 40) -> list[str]:
     """What one attempt's tools return to the same calls."""
-    setting = config(tool_failure_rate=rate)
-    tasks = ResearchTasks(setting)
+    setting = EnvironmentConfig(tool_failure_rate=rate)
+    tasks = ResearchTasks(options())
     environment = ResearchEnvironment(tasks, setting, RewardConfig())
 
     async def play() -> list[str]:
@@ -127,10 +128,10 @@ def test_failures_have_their_rate(rate: float) -> None:
 
 
 async def played(
-    messages: list[AssistantMessage], **setting: float
+    messages: list[AssistantMessage], *, hops: int = 1, **setting: float
 ) -> tuple[Task, list[object], dict[str, float]]:
-    made = config(tool_failure_rate=0.0, **setting)
-    tasks = ResearchTasks(made)
+    made = EnvironmentConfig(tool_failure_rate=0.0, **setting)
+    tasks = ResearchTasks(options(hops))
     environment = ResearchEnvironment(tasks, made, RewardConfig(shaping=0.1))
     task = tasks.task(Split.TRAIN, 3)
     await environment.reset(task, attempt())
@@ -180,8 +181,8 @@ def test_latency_is_measured() -> None:
 
 
 def test_only_one_score_is_an_outcome() -> None:
-    setting = config()
-    environment = ResearchEnvironment(tasks := ResearchTasks(setting), setting, RewardConfig())
+    tasks = ResearchTasks(options())
+    environment = ResearchEnvironment(tasks, EnvironmentConfig(), RewardConfig())
 
     async def kinds() -> list[ScoreKind]:
         await environment.reset(tasks.task(Split.TRAIN, 0), attempt())
@@ -191,7 +192,7 @@ def test_only_one_score_is_an_outcome() -> None:
 
 
 def test_the_corpus_shows_every_kind_of_text() -> None:
-    text = "\n".join(corpus(config(2), worlds=2))
+    text = "\n".join(corpus(options(2), worlds=2))
     for part in (
         "lives in",
         "was in",

@@ -22,7 +22,7 @@ from slipstream.chat import Chat
 from slipstream.config import EnvironmentConfig, RewardConfig, RunConfig, SandboxConfig, load_config
 from slipstream.demonstrations import demonstrations
 from slipstream.environments import EnvironmentFactory, environment_factory
-from slipstream.environments.research import ResearchEnvironment, ResearchTasks
+from slipstream.environments.research import ResearchEnvironment, ResearchOptions, ResearchTasks
 from slipstream.environments.sandboxed import SandboxedEnvironment, sandboxed
 from slipstream.episodes import EpisodeRunner
 from slipstream.errors import ConfigurationError, InfrastructureError
@@ -75,7 +75,7 @@ def test_episodes_are_the_same_bit_for_bit(chat: Chat, backend: str) -> None:
 def test_research_goes_on_from_any_state_as_if_nothing_had_happened() -> None:
     """Each step in an environment of its own, through what a wire makes of the state."""
     config, rewards = EnvironmentConfig(tool_failure_rate=0.5), RewardConfig()
-    tasks = ResearchTasks(config)
+    tasks = ResearchTasks(ResearchOptions())
     task, attempt = tasks.task(Split.TRAIN, 3), TaskAttempt(task=3, seed=1, group=3, attempt=0)
     title = f"{task.data['person']} home"
     calls = [("search", {"query": title})] * 6 + [("open", {"document": f}) for f in task.data["facts"]] * 3

@@ -281,10 +281,10 @@ def test_secrets_are_kept_from_the_policy(chat: Chat) -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("agent", r"expected module:function or path.py:function, got 'agent'"),
+        ("agent", "expected module:attribute or path.py:attribute, got 'agent'"),
         ("no_such_module:run", "cannot load no_such_module"),
         ("/no/such/file.py:run", "cannot load /no/such/file.py"),
-        ("json:no_such_function", "expected a function no_such_function in json, found none"),
+        ("json:no_such_function", "expected no_such_function in json, found no such name"),
     ],
 )
 def test_a_program_that_is_none_is_one_sentence(name: str, message: str) -> None:

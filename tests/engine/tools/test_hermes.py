@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from slipstream.call_formats import CLOSE, OPEN
 from slipstream.environments.research import TOOLS
+from slipstream.interfaces import ToolSpec
 from slipstream.tools.hermes import format_call, parse_call
 
 
@@ -61,6 +62,50 @@ def test_what_is_wrong_is_said(text: str, error: str) -> None:
     message = parse_call(text, TOOLS)
     assert message.error == error
     assert message.name == "" and message.arguments is None
+
+
+TYPED = ToolSpec(
+    name="book",
+    description="",
+    parameters={
+        "type": "object",
+        "properties": {
+            "seats": {"type": "integer", "minimum": 1},
+            "class": {"type": "string", "enum": ["first", "second"]},
+            "names": {"type": "array", "items": {"type": "string"}},
+            "note": {"type": "string", "description": "free text"},
+            "anything": {},
+        },
+        "required": ["seats"],
+    },
+)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        ({"seats": 2, "class": "first", "names": ["Ada"], "note": "n", "anything": {"a": [None]}}, ""),
+        ({"seats": "2"}, "argument seats: '2' is not of type 'integer'"),
+        ({"seats": 0}, "argument seats: 0 is less than the minimum of 1"),
+        ({"seats": 1, "class": "third"}, "argument class: 'third' is not one of ['first', 'second']"),
+        ({"seats": 1, "names": ["Ada", 7]}, "argument names: 7 is not of type 'string'"),
+        ({"seats": 1, "note": 7}, "argument is not a string"),
+        ({"seats": 1, "anything": ["\ud800"]}, "argument is not valid text"),
+    ],
+)
+def test_arguments_are_as_the_schema_says(arguments: dict[str, object], error: str) -> None:
+    message = parse_call(format_call("book", arguments), [TYPED])
+    assert message.error == error
+    assert message.arguments == (None if error else arguments)
+
+
+@pytest.mark.parametrize("plain", [True, False])
+def test_plain_text_is_a_message_to_those_who_converse(plain: bool) -> None:
+    message = parse_call("Anything else?", TOOLS, plain=plain)
+    assert (message.text, message.name, message.arguments) == ("Anything else?", "", None)
+    assert message.error == ("" if plain else "no tool call")
+    # Half a call is not said to anybody.
+    assert parse_call(OPEN + '{"name"', TOOLS, plain=plain).error == "no tool call"
 
 
 JSON = st.recursive(
