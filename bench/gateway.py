@@ -35,8 +35,7 @@ from starlette.responses import JSONResponse
 from starlette.routing import Route
 
 from slipstream.chat import Chat, train_tokenizer
-from slipstream.config import EnvironmentConfig
-from slipstream.environments.research import TOOLS, corpus
+from slipstream.environments.research import TOOLS, ResearchOptions, corpus
 from slipstream.gateway.app import Gateway
 from slipstream.gateway.rollouts import Rollout, Rollouts
 from slipstream.gateway.server import GatewayServer
@@ -176,7 +175,7 @@ async def post(
 
 def serve(way: str, delay_s: float, ready: Connection) -> None:
     """Serve until killed."""
-    chat = Chat(train_tokenizer(corpus(EnvironmentConfig(), worlds=16), vocabulary=768))
+    chat = Chat(train_tokenizer(corpus(ResearchOptions(), worlds=16), vocabulary=768))
     apps: dict[str, Callable[[Stub], Starlette]] = {
         "plain": plain,
         "gateway": lambda stub: captured(chat, stub),

@@ -405,7 +405,7 @@ PERMITTED_WAITS = {
     # Its caller has the deadline; the end of the server's life releases it, too.
     "slipstream.inference.vllm.keeper": {"Keeper.proof: self._proven.wait()"},
     # In the foreground: whoever started the benchmark sees it and can stop it.
-    "slipstream.cli": {"_bench: subprocess.run(command, check=False)"},
+    "slipstream.commands.supplies": {"_bench: subprocess.run(command, check=False)"},
     "slipstream.inference.embedded": {
         # Called inside an episode, which has a deadline (episodes.py).
         "EmbeddedBackend.generate: await request.future",

@@ -19,12 +19,11 @@ import tomli_w
 from pydantic import Field, ValidationError, model_validator
 
 from slipstream.addresses import stays_on_machine
+from slipstream.config_base import Part
 from slipstream.config_parts import (
     ActorConfig,
-    AgentConfig,
     BatchConfig,
     CheckpointConfig,
-    EnvironmentConfig,
     EvaluationConfig,
     HubConfig,
     InferenceConfig,
@@ -32,15 +31,18 @@ from slipstream.config_parts import (
     ModelConfig,
     ObjectiveConfig,
     OptimConfig,
-    Part,
-    RewardConfig,
     SamplingConfig,
-    SandboxConfig,
     SupervisionConfig,
     WarmupConfig,
-    check_outcome_dominates,
 )
 from slipstream.config_sentences import hint, sentence
+from slipstream.config_tasks import (
+    AgentConfig,
+    EnvironmentConfig,
+    RewardConfig,
+    SandboxConfig,
+    check_outcome_dominates,
+)
 from slipstream.errors import ConfigurationError
 
 __all__ = [

@@ -3,7 +3,7 @@
     reward = sum of outcomes + min(shaping, sum of shaping scores) - min(penalty_cap, sum of penalties)
 
 Each component contributes weight x value. The caps make the outcome dominate whatever an environment
-scores; `config_parts.check_outcome_dominates` proves that they are small enough.
+scores; `config_tasks.check_outcome_dominates` proves that they are small enough.
 
 Dimensions: U turns of one trajectory.
 """
@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from slipstream.config_parts import RewardConfig
+from slipstream.config_tasks import RewardConfig
 from slipstream.types import Float32Array, Score, ScoreKind
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from slipstream import cli
+from slipstream.commands.common import note_hub
 from slipstream.config import load_config
 from slipstream.errors import ConfigurationError, RunFolderError
 from slipstream.rendezvous import hub_address, run_id
@@ -91,9 +92,9 @@ def test_overview_help_and_version() -> None:
 
 def test_a_role_that_joins_from_elsewhere_notes_the_hub(tmp_path: Path) -> None:
     for _ in range(2):
-        cli._note_hub(tmp_path, "tcp://h:1", "abc")
+        note_hub(tmp_path, "tcp://h:1", "abc")
     assert (hub_address(tmp_path), run_id(tmp_path)) == ("tcp://h:1", "abc")
     with pytest.raises(RunFolderError, match="has address tcp://h:1, not tcp://h:2"):
-        cli._note_hub(tmp_path, "tcp://h:2", "abc")
+        note_hub(tmp_path, "tcp://h:2", "abc")
     with pytest.raises(ConfigurationError, match="go together"):
-        cli._note_hub(tmp_path, "tcp://h:1", None)
+        note_hub(tmp_path, "tcp://h:1", None)

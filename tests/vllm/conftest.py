@@ -16,8 +16,8 @@ import torch
 from transformers import PreTrainedModel
 
 from slipstream.chat import Chat, train_tokenizer
-from slipstream.config import EnvironmentConfig, ModelConfig
-from slipstream.environments.research import corpus
+from slipstream.config import ModelConfig
+from slipstream.environments.research import ResearchOptions, corpus
 from slipstream.inference.vllm.backend import VllmBackend
 from slipstream.inference.vllm.contract import VllmClient, VllmDeadlines
 from slipstream.inference.vllm.server import ServerOptions, VllmServer
@@ -124,7 +124,7 @@ class World:
 
 def small_policy(*, worlds: int = 16, seed: int = 0) -> Policy:
     """Return a Llama with a tied head and the research recipe's kind of tokenizer."""
-    tokenizer = train_tokenizer(corpus(EnvironmentConfig(), worlds=worlds), vocabulary=768)
+    tokenizer = train_tokenizer(corpus(ResearchOptions(), worlds=worlds), vocabulary=768)
     chat = Chat(tokenizer)
     sizes = ModelConfig(hidden_size=64, intermediate_size=128, layers=2, heads=2)
     model: PreTrainedModel = build_model(

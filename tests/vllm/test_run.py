@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 from collections.abc import Iterator
@@ -14,9 +15,12 @@ import pytest
 from books import read_rows, rows_of
 from runs import Run, make_warm_start, until
 
+from slipstream import events
 from slipstream.audit import audit
+from slipstream.ingest import read_events
 from slipstream.launch import INTERRUPTED
 from slipstream.run_folder import read_json
+from slipstream.wire import inspect_trajectory
 
 PROGRAM = os.environ.get("SLIPSTREAM_VLLM", "")
 SETTINGS = (
@@ -93,7 +97,12 @@ def test_a_killed_server_costs_nothing_but_time_and_check_says_what_serves(run: 
     assert process.end(PATIENCE_S).code == INTERRUPTED
     assert "Traceback" not in log.read_text()
     assert audit(run.folder).findings == ()
-    assert read_json(run.folder / "status.json")["books"]["unproven"] == 0
+    # Tokens of weights that the killed server had taken and could not prove any more; no others.
+    first_life = re.findall(r" serves as (\S+)", log.read_text())[0]
+    for entry in read_events(run.folder / "trajectories"):
+        if isinstance(entry.event, events.Received) and entry.event.verdict == "unproven":
+            samplers = inspect_trajectory(entry.record).header.samplers
+            assert first_life in {server for server, _ in samplers}
     assert servers_of(run.folder) == []
 
 

@@ -1,0 +1,1 @@
+"""Floor 7. The commands of the command line, by what they are for."""
