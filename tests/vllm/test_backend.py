@@ -57,11 +57,13 @@ def check_every_token(world: World, prompt: np.ndarray, completion: Completion) 
         assert np.abs(own - completion.logprobs)[claimed].max() < AGREE
 
 
-async def in_flight(backend: VllmBackend) -> list[asyncio.Task[Completion]]:
-    """Return long requests that the server is working on; some may draw the stop token early.
+NEVER = 1 << 20
+"""No token of the policy's: what stops at it alone goes on to its limit."""
 
-    They are so many that the last of them have seconds of work before them.
-    """
+
+async def in_flight(backend: VllmBackend) -> list[asyncio.Task[Completion]]:
+    """Return requests that the server works on for seconds more: half of them wait for the others."""
+    backend._stop_token = NEVER
     sampling = Sampling(max_tokens=480)
     running = [asyncio.create_task(backend.generate(PROMPT, sampling, rollout_id=n)) for n in range(32)]
     # One that comes later is answered only once the first of them run.

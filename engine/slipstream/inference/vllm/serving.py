@@ -7,15 +7,13 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Final
 
-from slipstream.errors import ConfigurationError
+from slipstream.extras import require
 from slipstream.run_folder import read_json, write_json
 
 FOLDER: Final = "servers"
-_PACKAGES: Final = ("httpx2", "starlette", "uvicorn")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,12 +27,7 @@ class Served:
 
 def check_installed() -> None:
     """Refuse early what is not installed; raises ConfigurationError."""
-    missing = [package for package in _PACKAGES if find_spec(package) is None]
-    if missing:
-        raise ConfigurationError(
-            f"inference.backend=vllm needs the extra vllm, and {missing[0]} is not installed; "
-            f"run pip install 'slipstream[vllm]'"
-        )
+    require("vllm", "httpx2", "starlette", "uvicorn", by="inference.backend=vllm")
 
 
 def announce(folder: Path, name: str, *, url: str, key: str, count: int) -> None:
