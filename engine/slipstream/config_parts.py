@@ -153,6 +153,18 @@ class LearnerConfig(Part):
     threads: int = Field(default=1, ge=1)
 
 
+class BaselineConfig(Part):
+    """A score to compare with, of somebody else's policy."""
+
+    name: str
+    score: float = Field(ge=0.0, le=1.0)
+    """Its success on the same kind of task."""
+    source: str
+    """Who measured it, and where that is written."""
+    date: str
+    """When."""
+
+
 class EvaluationConfig(Part):
     """Held-out evaluation, each pinned to one version."""
 
@@ -161,6 +173,8 @@ class EvaluationConfig(Part):
     final_tasks: int = Field(default=1024, ge=1)
     temperature: float = Field(default=1.0, ge=0.0)
     top_p: float = Field(default=1.0, gt=0.0, le=1.0)
+    baselines: tuple[BaselineConfig, ...] = ()
+    """`[[evaluation.baselines]]`: dashed lines in each curve, beside those of the environment's scripts."""
 
 
 class CheckpointConfig(Part):

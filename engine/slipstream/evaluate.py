@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -25,46 +25,97 @@ from slipstream.redaction import Redactor
 from slipstream.rewards import components, reward
 from slipstream.run_folder import write_json
 from slipstream.runners import configured_runner
+from slipstream.selection import pass_at_k
 from slipstream.types import Split, Trajectory
 
 
 def main(
-    config: RunConfig, checkpoint: Path, *, split: Split, tasks: int, temperature: float, output: Path | None
+    config: RunConfig,
+    checkpoint: Path,
+    *,
+    split: Split,
+    tasks: int,
+    attempts: int,
+    temperature: float,
+    output: Path | None,
 ) -> int:
-    """Evaluate the policy in `checkpoint` and print or write success with its 95 % interval."""
+    """Evaluate the policy in `checkpoint` and print or write success with its 95 % interval.
+
+    The interval is that of independent episodes; several attempts at one task are not, so that it is left out
+    then and pass@k is told.
+    """
     torch.set_num_threads(config.actor.threads)
-    shown = tried(config, checkpoint, split=split, tasks=tasks, temperature=temperature)
+    shown = tried(config, checkpoint, split=split, tasks=tasks, attempts=attempts, temperature=temperature)
     successes = sum(t.success for t in shown)
     low, high = wilson_interval(successes, tasks)
+    passes, categories = passes_of(shown, attempts), by_category(shown, config)
     result = {
         "checkpoint": str(checkpoint),
         "split": str(split),
         "tasks": tasks,
         "temperature": temperature,
         "top_p": config.evaluation.top_p,
-        "success_ci95": [low, high],
+        **({"success_ci95": [low, high]} if attempts == 1 else {"attempts": attempts, "pass_at": passes}),
+        "by_category": categories,
         **describe(shown),
     }
     if output is None:
         sys.stdout.write(
-            f"{checkpoint}: success {successes / tasks:.3f} [{low:.3f}, {high:.3f}] on {tasks} {split} tasks "
-            f"(temperature {temperature}, top-p {config.evaluation.top_p})\n"
+            f"{checkpoint}: success {successes / len(shown):.3f}"
+            + (f" [{low:.3f}, {high:.3f}]" if attempts == 1 else f" in {attempts} attempts each")
+            + f" on {tasks} {split} tasks (temperature {temperature}, top-p {config.evaluation.top_p})\n"
+            + "".join(f"  pass@{k} {share:.3f}\n" for k, share in passes.items() if attempts > 1)
+            + "".join(
+                f"  {name}: {found['success']:.3f} of {found['tasks']:.0f}\n"
+                for name, found in categories.items()
+            )
         )
     else:
         write_json(output, result)
     return 0
 
 
+def passes_of(shown: Sequence[Trajectory], attempts: int) -> dict[str, float]:
+    """Return pass@k for k = 1, 2, 4 .. attempts, the mean over the tasks, by k."""
+    successes = [
+        sum(t.success for t in shown[first : first + attempts]) for first in range(0, len(shown), attempts)
+    ]
+    ks = sorted({*(1 << n for n in range(attempts.bit_length())), attempts})
+    return {str(k): float(np.mean([pass_at_k(attempts, right, k) for right in successes])) for k in ks}
+
+
+def by_category(shown: Sequence[Trajectory], config: RunConfig) -> dict[str, dict[str, float]]:
+    """Return success by the `category` that tasks state in their data; nothing where they state none."""
+    factory = environment_factory(config.environment, config.rewards)
+    found: dict[str, list[bool]] = {}
+    for trajectory in shown:
+        category = factory.tasks.task(trajectory.split, trajectory.attempt.task).data.get("category")
+        if category is not None:
+            found.setdefault(str(category), []).append(trajectory.success)
+    factory.close()
+    return {
+        name: {"success": float(np.mean(right)), "tasks": float(len(right))}
+        for name, right in sorted(found.items())
+    }
+
+
 def tried(
-    config: RunConfig, checkpoint: Path, *, split: Split, tasks: int, temperature: float
+    config: RunConfig,
+    checkpoint: Path,
+    *,
+    split: Split,
+    tasks: int,
+    temperature: float,
+    attempts: int = 1,
 ) -> list[Trajectory]:
-    """Return one trajectory per task of the policy in a folder."""
+    """Return the trajectories of the policy in a folder, all attempts at a task together."""
     policy = load_policy(checkpoint, config=config.model, device=choose_device(config.device))
     return held_trial(
         policy,
         configured_runner(config, policy.chat, Redactor.of_process(config.environment.canaries)),
         split=split,
         tasks=tasks,
+        attempts=attempts,
         temperature=temperature,
         top_p=config.evaluation.top_p,
         config=config,

@@ -142,6 +142,8 @@ class EvaluationDone(Event, frozen=True, kw_only=True, tag=True):
     success: float
     count: int
     metrics: dict[str, float]
+    solved: tuple[tuple[int, bool], ...] = ()
+    """Each task, and whether it was solved."""
 
 
 class CheckpointPublished(Event, frozen=True, kw_only=True, tag=True):

@@ -41,6 +41,7 @@ from slipstream.model import (
 )
 from slipstream.policy_step import PolicyStep
 from slipstream.rendezvous import await_hub, run_id
+from slipstream.selection import paired
 from slipstream.staleness import VersionTable
 from slipstream.stop_signals import STOPPED, end_when_asked, note_when_asked
 from slipstream.transport.client import LearnerClient, PulledBatch
@@ -113,6 +114,8 @@ class Best:
     step: int = -1
     success: float = -1.0
     count: int = 0
+    solved: tuple[tuple[int, bool], ...] = ()
+    """Each task of its evaluation, and whether it was solved."""
 
 
 class Learner:
@@ -311,11 +314,18 @@ class Learner:
         better = event.success > self.best.success
         if not event.replayed or not self._is_evaluated(event.step):
             row = {"step": float(event.step), "serial": float(event.serial), "success": event.success,
-                   "tasks": float(event.count), "best": float(better), **event.metrics}  # fmt: skip
+                   "tasks": float(event.count), "best": float(better), **event.metrics,
+                   **self._compared(event)}  # fmt: skip
             self._client.report("evaluation", row)
         source = self._publisher.folder / f"serial-{event.serial:08d}" / WEIGHTS
         if better and source.is_file():
-            self.best = Best(serial=event.serial, step=event.step, success=event.success, count=event.count)
+            self.best = Best(
+                serial=event.serial,
+                step=event.step,
+                success=event.success,
+                count=event.count,
+                solved=event.solved,
+            )
             tensors = checkpoint.read_tensors(source)
             checkpoint.publish(
                 self._checkpoints / "best",
@@ -328,6 +338,13 @@ class Learner:
         else:
             # Evaluations run in the order of their serials: nobody asks for an older one any more.
             self._publisher.unpin_up_to(event.serial)
+
+    def _compared(self, event: Evaluated) -> dict[str, float]:
+        """Return how the evaluated version does on the very tasks that the best one before was tried on."""
+        if not self.best.solved:
+            return {}
+        found = paired(dict(event.solved), dict(self.best.solved))
+        return {"paired/difference": found.difference, "paired/low": found.low, "paired/high": found.high}
 
     def _end(self, timeout_s: float) -> None:
         """Wait up to `timeout_s` for the last evaluation and all rows; then end the run for everybody."""
@@ -395,7 +412,9 @@ class Learner:
         except CheckpointError as error:
             log.warning("the best checkpoint is damaged and will be replaced: %s", error)
             return Best()
-        return Best(**{key: notes[key] for key in asdict(Best())})
+        known = {key: notes.get(key, value) for key, value in asdict(Best()).items()}
+        solved = tuple((int(task), bool(right)) for task, right in known.pop("solved"))
+        return Best(**known, solved=solved)
 
 
 def _is_finite(value: float | list[float]) -> bool:

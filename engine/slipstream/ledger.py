@@ -435,4 +435,4 @@ def _replayed(config: RunConfig, journal: Journal) -> LedgerState:
 def evaluated(done: events.EvaluationDone, *, replayed: bool = False) -> m.Evaluated:
     """Return the message that tells the learner of an evaluation."""
     return m.Evaluated(serial=done.serial, step=done.step, success=done.success, count=done.count,
-                       metrics=done.metrics, replayed=replayed)  # fmt: skip
+                       metrics=done.metrics, solved=done.solved, replayed=replayed)  # fmt: skip

@@ -191,6 +191,8 @@ class Evaluated(Message, frozen=True, kw_only=True, tag=True):
     count: int
     metrics: dict[str, float]
     """Means over the tasks: reward, turns, tokens, and the share of each outcome."""
+    solved: tuple[tuple[int, bool], ...] = ()
+    """Each task, and whether it was solved."""
     replayed: bool = False
     """True when sent again after a learner's Hello."""
 

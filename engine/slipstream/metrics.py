@@ -38,6 +38,7 @@ DEFINITIONS: Mapping[str, str] = MappingProxyType(
         "tasks": "Evaluated tasks.",
         "successes": "Evaluated tasks that succeeded.",
         "best": "True when this evaluation is the best so far.",
+        "paired/*": "Success minus that of the best before, on the same tasks; low and high: 95 % bootstrap.",
         "serial": "Serial of the weights the row is about.",
         "reward": "Mean reward of the step's trajectories, penalties and shaping included.",
         "reward/*": "Mean weight x value of one reward component, before the cap.",

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 FILE = "learning_curve.png"
 _HELD_OUT = "#0b6e99"
 _TRAINING = "#b8860b"
+_GIVEN = "#c0392b"
 _BASELINES = ("#7a7a7a", "#a04000", "#5b4a9e", "#2e7d32", "#444444")
 _SMOOTHING = 9
 """Train rows averaged into one point of the thin line."""
@@ -31,6 +32,8 @@ class _Baseline:
 
     label: str
     success: float
+    given: bool = False
+    """Whether it is of somebody else's policy."""
 
 
 def learning_curve(folder: Path) -> Path:
@@ -117,8 +120,9 @@ def _baselines(folder: Path, rows: Sequence[Row]) -> list[_Baseline]:
     """Return the lines of baselines.json and the warm start, each with its source."""
     lines = [
         _Baseline(
-            label=f"{name.replace('_', ' ')}: {item['success']:.3f} ({item.get('source', 'no source')})",
+            label=f"{name.replace('_', ' ')}: {item['success']:.3f} ({_source(item)})",
             success=float(item["success"]),
+            given="date" in item,
         )
         for name, item in read_json(folder / BASELINES).items()
     ]
@@ -128,9 +132,13 @@ def _baselines(folder: Path, rows: Sequence[Row]) -> list[_Baseline]:
     return sorted(lines, key=lambda line: line.success)
 
 
+def _source(item: Mapping[str, Any]) -> str:
+    return ", ".join(str(item[key]) for key in ("source", "date") if key in item) or "no source"
+
+
 def _draw_baselines(axes: Axes, baselines: Sequence[_Baseline]) -> None:
     for index, line in enumerate(baselines):
-        color = _BASELINES[index % len(_BASELINES)]
+        color = _GIVEN if line.given else _BASELINES[index % len(_BASELINES)]
         dashes = (0, (5, 3))
         axes.axhline(line.success, color=color, linestyle=dashes, linewidth=1.2, label=line.label, zorder=1)
 

@@ -157,4 +157,7 @@ def summarize(results: Collection[events.Received], *, serial: int, step: int) -
         f"outcome/{kind.value}": mean([result.outcome is kind for result in results]) for kind in Outcome
     }
     success = mean([result.success for result in results])
-    return events.EvaluationDone(serial=serial, step=step, success=success, count=count, metrics=metrics)
+    solved = tuple((result.attempt.task, result.success) for result in results)
+    return events.EvaluationDone(
+        serial=serial, step=step, success=success, count=count, metrics=metrics, solved=solved
+    )

@@ -138,21 +138,21 @@ class WarmStart:
 
 
 def baselines(runner: EpisodeRunner, config: RunConfig) -> dict[str, dict[str, float | str]]:
-    """Return held-out success of the environment's scripts, each with its source."""
+    """Return held-out success of the environment's scripts and of the configured baselines, with sources."""
     tasks = config.evaluation.final_tasks
 
     async def success(script: Script) -> float:
         played = [await play(runner, config, Split.HELDOUT, index, script) for index in range(tasks)]
         return float(np.mean([t.success for t in played]))
 
-    return {
-        name: {
-            "success": asyncio.run(success(script)),
-            "source": f"scripted; {script.about}",
-            "tasks": tasks,
-        }
-        for name, script in runner.factory.scripts.items()
+    found: dict[str, dict[str, float | str]] = {
+        given.name: {"success": given.score, "source": given.source, "date": given.date}
+        for given in config.evaluation.baselines
     }
+    for name, script in runner.factory.scripts.items():
+        source = f"scripted; {script.about}"
+        found[name] = {"success": asyncio.run(success(script)), "source": source, "tasks": tasks}
+    return found
 
 
 def _check_solvable(scripted: Mapping[str, Mapping[str, float | str]], config: RunConfig) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -9,13 +10,24 @@ from pathlib import Path
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from slipstream import evaluate
+from slipstream import evaluate, synthetic
 from slipstream.chat import Chat
-from slipstream.config import RunConfig, load_config
+from slipstream.config import EnvironmentConfig, RunConfig, load_config
 from slipstream.errors import CheckpointError
 from slipstream.metrics import wilson_interval
 from slipstream.model import Policy, build_model, publish_policy
-from slipstream.types import Split
+from slipstream.types import Score, ScoreKind, Split, TaskAttempt
+
+CATEGORIES = """
+from slipstream.environments import EnvironmentFactory
+from slipstream.types import Task
+
+class Tasks:
+    def task(self, split, index):
+        return Task(split=split, index=index, question="?", data={"category": "odd" if index % 2 else "even"})
+
+made = EnvironmentFactory(tasks=Tasks(), make=lambda: None)
+"""
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +52,7 @@ def folder(
 def test_figures_are_written_and_repeat(config: RunConfig, folder: Path, tmp_path: Path) -> None:
     results = []
     for name in ("one.json", "two.json"):
-        options = {"split": Split.FRESH, "tasks": 20, "temperature": 1.0}
+        options = {"split": Split.FRESH, "tasks": 20, "attempts": 1, "temperature": 1.0}
         assert evaluate.main(config, folder, output=tmp_path / name, **options) == 0
         results.append(json.loads((tmp_path / name).read_text()))
     assert results[0] == results[1]
@@ -61,8 +73,44 @@ def test_the_batch_of_live_episodes_changes_nothing(config: RunConfig, folder: P
     assert tokens(8) == tokens(2)
 
 
+def test_several_attempts_give_pass_at_k(config: RunConfig, folder: Path, tmp_path: Path) -> None:
+    options = {"split": Split.FRESH, "tasks": 4, "attempts": 3, "temperature": 1.0}
+    assert evaluate.main(config, folder, output=tmp_path / "out.json", **options) == 0
+    result = json.loads((tmp_path / "out.json").read_text())
+    assert "success_ci95" not in result
+    assert result["pass_at"].keys() == {"1", "2", "3"}
+    assert result["pass_at"]["1"] == pytest.approx(result["success"])
+    shown = evaluate.tried(config, folder, split=Split.FRESH, tasks=2, attempts=3, temperature=1.0)
+    assert [(t.attempt.task, t.attempt.attempt) for t in shown] == [(n, k) for n in (0, 1) for k in range(3)]
+    assert len({t.token_ids.tobytes() for t in shown}) == 6
+
+
+def test_pass_at_k_and_categories_are_counted_by_task(config: RunConfig, tmp_path: Path) -> None:
+    """Task 0: one of two; task 1: both; task 2: none."""
+    right = [True, False, True, True, False, False]
+    shown = [
+        dataclasses.replace(
+            synthetic.trajectory(8),
+            attempt=TaskAttempt(task=n // 2, seed=1, group=n // 2, attempt=n % 2),
+            split=Split.FRESH,
+            scores=(
+                Score(name="outcome", kind=ScoreKind.OUTCOME, weight=1.0, value=1.0 if success else -1.0),
+            ),
+        )
+        for n, success in enumerate(right)
+    ]
+    assert evaluate.passes_of(shown, 2) == {"1": pytest.approx(0.5), "2": pytest.approx(2 / 3)}
+    assert evaluate.by_category(shown, config) == {}
+    (tmp_path / "mine.py").write_text(CATEGORIES)
+    named = config.model_copy(update={"environment": EnvironmentConfig(name=f"{tmp_path}/mine.py:made")})
+    assert evaluate.by_category(shown, named) == {
+        "even": {"success": 0.25, "tasks": 4.0},
+        "odd": {"success": 1.0, "tasks": 2.0},
+    }
+
+
 def test_printed_figures(config: RunConfig, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    evaluate.main(config, folder, split=Split.HELDOUT, tasks=10, temperature=0.0, output=None)
+    evaluate.main(config, folder, split=Split.HELDOUT, tasks=10, attempts=1, temperature=0.0, output=None)
     shown = capsys.readouterr().out
     assert re.search(r"success 0\.\d{3} \[0\.\d{3}, 0\.\d{3}\] on 10 heldout tasks", shown)
     assert "(temperature 0.0, top-p 1.0)" in shown
@@ -82,4 +130,4 @@ def test_episodes_to_read(config: RunConfig, folder: Path, capsys: pytest.Captur
 
 def test_a_missing_folder_is_named(config: RunConfig, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no model here"):
-        evaluate.main(config, tmp_path, split=Split.FRESH, tasks=1, temperature=1.0, output=None)
+        evaluate.main(config, tmp_path, split=Split.FRESH, tasks=1, attempts=1, temperature=1.0, output=None)

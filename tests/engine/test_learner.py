@@ -142,6 +142,22 @@ def test_an_evaluation_that_outlives_two_learners_keeps_its_weights(rig: Rig) ->
     assert not rig.missing()
 
 
+def test_the_evaluated_version_is_compared_with_the_best_by_task(rig: Rig) -> None:
+    learner = rig.learner()
+    told = {"step": 0, "count": 4, "metrics": {}}
+    first = m.Evaluated(serial=0, success=0.25, solved=tuple(enumerate([True, False, False, False])), **told)
+    assert learner._compared(first) == {}
+    learner._judge(first)
+    rig.train(learner, 1)
+    second = m.Evaluated(serial=1, success=0.5, solved=tuple(enumerate([False, True, True, False])), **told)
+    found = learner._compared(second)
+    assert found["paired/difference"] == 0.25
+    assert (found["paired/low"], found["paired/high"]) == (-0.5, 1.0)
+    learner._judge(second)
+    assert learner.best.serial == 1
+    assert learner._best_on_disk() == learner.best
+
+
 def test_a_known_result_for_new_weights_ends_no_other_evaluation(rig: Rig) -> None:
     """A step that was trained again came out with other weights, then with the first ones once more."""
     rig.learner(seed=0)

@@ -23,7 +23,8 @@ def fill(folder: Path) -> None:
         row = {"kind": "evaluation", "step": step, "success": success, "tasks": 100, "time": time}
         append_row(folder / FILE, row)
     source = {"success": 0.99, "source": "64 held-out tasks"}
-    write_json(folder / "baselines.json", {"scripted_expert": source})
+    given = {"success": 0.65, "source": "its card", "date": "2026-11-01"}
+    write_json(folder / "baselines.json", {"scripted_expert": source, "frontier": given})
 
 
 def test_learning_curve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -44,6 +45,7 @@ def test_learning_curve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     np.testing.assert_allclose(lines["held-out success"], [(10, 0.8), (20, 0.7)])
     np.testing.assert_allclose(lines["best checkpoint, step 10: 0.800"], [(10, 0.8)])
     np.testing.assert_allclose(lines["scripted expert: 0.990 (64 held-out tasks)"], [(0, 0.99), (1, 0.99)])
+    np.testing.assert_allclose(lines["frontier: 0.650 (its card, 2026-11-01)"], [(0, 0.65), (1, 0.65)])
     np.testing.assert_allclose(lines["warm start: 0.400 (held-out, before training)"], [(0, 0.4), (1, 0.4)])
     assert len(steps.collections) == 1
     held_out = next(line for line in clock.lines if line.get_label() == "held-out success")

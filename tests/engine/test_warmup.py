@@ -121,6 +121,20 @@ def test_too_weak_a_policy_stops_the_run_with_advice(tmp_path: Path) -> None:
     assert baselines["oracle"]["success"] > baselines["do_nothing"]["success"] == 0.0
 
 
+def test_baselines_of_others_stand_beside_those_of_the_scripts(tmp_path: Path) -> None:
+    given = 'evaluation.baselines=[{name="frontier", score=0.8, source="its card", date="2026-11-01"}]'
+    with pytest.raises(WarmStartError):
+        warmup.main(config_of("warmup.max_steps=1", given), tmp_path)
+    baselines = json.loads((tmp_path / "baselines.json").read_text())
+    assert baselines["frontier"] == {"success": 0.8, "source": "its card", "date": "2026-11-01"}
+    assert baselines["oracle"]["tasks"] == 12
+
+
+def test_without_steps_the_model_is_taken_as_it_is(tmp_path: Path) -> None:
+    assert warmup.main(config_of("warmup.max_steps=0", "warmup.min_success=0.0"), tmp_path) == 0
+    assert json.loads((tmp_path / "checkpoints" / "warmup" / "manifest.json").read_text())["step"] == 0
+
+
 def test_limits_that_stop_the_expert_are_refused(tmp_path: Path) -> None:
     with pytest.raises(
         ConfigurationError, match=r"max_turns = 1 let the script that knows the answers solve only 0\.00"

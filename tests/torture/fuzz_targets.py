@@ -91,7 +91,9 @@ def message_samples() -> list[bytes]:
         messages.Report(about="train", metrics={"loss": 0.5, "slip/histogram": [1.0, 2.0]}),
         messages.Finish(reason="over"),
         messages.Batch(step=3, counters={"buffered": 3.0}, versions=(update.version,) * 3, history="h"),
-        messages.Evaluated(serial=3, step=2, success=0.5, count=256, metrics={"turns": 3.0}),
+        messages.Evaluated(
+            serial=3, step=2, success=0.5, count=256, metrics={"turns": 3.0}, solved=((0, True),)
+        ),
     ]
     bombs = [
         b"\x91" * 3000,
@@ -199,7 +201,9 @@ def event_samples() -> list[bytes]:
         events.Published(update=update),
         events.Proven(actor="a", session="s", serial=3),
         events.RolledBack(step=3),
-        events.EvaluationDone(serial=3, step=2, success=0.5, count=4, metrics={"turns": 3.0}),
+        events.EvaluationDone(
+            serial=3, step=2, success=0.5, count=4, metrics={"turns": 3.0}, solved=((7, False),)
+        ),
         events.CheckpointPublished(step=3),
     ]
     return [msgspec.msgpack.encode(event) for event in made]

@@ -57,17 +57,11 @@ def check_every_token(world: World, prompt: np.ndarray, completion: Completion) 
         assert np.abs(own - completion.logprobs)[claimed].max() < AGREE
 
 
-NEVER = 1 << 20
-"""No token of the policy's: what stops at it alone goes on to its limit."""
-
-
 async def in_flight(backend: VllmBackend) -> list[asyncio.Task[Completion]]:
-    """Return requests that the server works on for seconds more: half of them wait for the others."""
-    backend._stop_token = NEVER
+    """Return requests that the server works on for seconds more: most of them wait for others to end."""
     sampling = Sampling(max_tokens=480)
-    running = [asyncio.create_task(backend.generate(PROMPT, sampling, rollout_id=n)) for n in range(32)]
-    # One that comes later is answered only once the first of them run.
-    await backend.generate(PROMPT, Sampling(max_tokens=1), rollout_id=32)
+    running = [asyncio.create_task(backend.generate(PROMPT, sampling, rollout_id=n)) for n in range(96)]
+    await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
     return running
 
 

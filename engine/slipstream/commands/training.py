@@ -52,6 +52,7 @@ def _eval_args(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--recipe", required=True, help="a shipped recipe, or a .toml file")
     parser.add_argument("--split", choices=[split.value for split in Split], default=Split.FRESH.value)
     parser.add_argument("--tasks", type=int, help="default: evaluation.final_tasks")
+    parser.add_argument("--attempts", type=int, default=1, metavar="K", help="at each task, for pass@k")
     parser.add_argument("--temperature", type=float, help="default: evaluation.temperature")
     parser.add_argument("--output", type=Path, help="JSON file for the result")
     parser.add_argument("--flight", type=Path, help=argparse.SUPPRESS)
@@ -62,6 +63,8 @@ def _eval(chosen: argparse.Namespace) -> int:
     tasks = config.evaluation.final_tasks if chosen.tasks is None else chosen.tasks
     if tasks < 1:
         raise ConfigurationError(f"--tasks must be at least 1, got {tasks}")
+    if chosen.attempts < 1:
+        raise ConfigurationError(f"--attempts must be at least 1, got {chosen.attempts}")
     temperature = config.evaluation.temperature if chosen.temperature is None else chosen.temperature
     if not temperature >= 0.0:
         raise ConfigurationError(f"--temperature must be at least 0, got {temperature}")
@@ -73,6 +76,7 @@ def _eval(chosen: argparse.Namespace) -> int:
             chosen.checkpoint,
             split=Split(chosen.split),
             tasks=tasks,
+            attempts=chosen.attempts,
             temperature=temperature,
             output=chosen.output,
         )

@@ -29,9 +29,10 @@ def held_trial(
     temperature: float,
     top_p: float,
     config: RunConfig,
+    attempts: int = 1,
     close: bool = False,
 ) -> list[Trajectory]:
-    """Run tasks 0 .. tasks - 1 of a split once each and return their trajectories in order.
+    """Run tasks 0 .. tasks - 1 of a split and return their trajectories in order, those of one task together.
 
     `close`: the runner is not used again.
 
@@ -39,8 +40,9 @@ def held_trial(
     """
     sampling = Sampling(temperature=temperature, top_p=top_p, max_tokens=config.sampling.max_tokens)
     leases = [
-        Lease(attempt=TaskAttempt(task=index, seed=config.seed, group=index, attempt=0), split=split)
+        Lease(attempt=TaskAttempt(task=index, seed=config.seed, group=index, attempt=attempt), split=split)
         for index in range(tasks)
+        for attempt in range(attempts)
     ]
     training = policy.model.training
     wanted = [parameter.requires_grad for parameter in policy.model.parameters()]
