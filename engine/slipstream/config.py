@@ -29,6 +29,7 @@ from slipstream.config_parts import (
     InferenceConfig,
     LearnerConfig,
     ModelConfig,
+    MonitorConfig,
     ObjectiveConfig,
     OptimConfig,
     SamplingConfig,
@@ -56,6 +57,7 @@ __all__ = [
     "InferenceConfig",
     "LearnerConfig",
     "ModelConfig",
+    "MonitorConfig",
     "ObjectiveConfig",
     "OptimConfig",
     "Part",
@@ -106,6 +108,7 @@ class RunConfig(Part):
     optim: OptimConfig = OptimConfig()
     learner: LearnerConfig = LearnerConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    monitors: MonitorConfig = MonitorConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     hub: HubConfig = HubConfig()
     supervision: SupervisionConfig = SupervisionConfig()

@@ -165,6 +165,15 @@ class BaselineConfig(Part):
     """When."""
 
 
+class MonitorConfig(Part):
+    """Limits of the signs of a degenerate policy (monitors.py), each a share or ratio; 0 watches nothing."""
+
+    repeated_calls: float = Field(default=0.2, ge=0.0)
+    no_end: float = Field(default=0.5, ge=0.0)
+    one_answer: float = Field(default=0.5, ge=0.0)
+    length_growth: float = Field(default=2.0, ge=0.0)
+
+
 class EvaluationConfig(Part):
     """Held-out evaluation, each pinned to one version."""
 

@@ -11,13 +11,14 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from slipstream import checkpoint, tensor_file
+from slipstream.best import FOLDER, Best, read_best
 from slipstream.checkpoint_writer import CheckpointWriter, Published
 from slipstream.config import RunConfig
 from slipstream.deadlines import Deadline
@@ -39,9 +40,9 @@ from slipstream.model import (
     restore_random_state,
     write_policy,
 )
+from slipstream.monitors import Monitor
 from slipstream.policy_step import PolicyStep
 from slipstream.rendezvous import await_hub, run_id
-from slipstream.selection import paired
 from slipstream.staleness import VersionTable
 from slipstream.stop_signals import STOPPED, end_when_asked, note_when_asked
 from slipstream.transport.client import LearnerClient, PulledBatch
@@ -106,18 +107,6 @@ class _PartingChannel(SyncDealerChannel):
         return True
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Best:
-    """The best version so far by held-out success."""
-
-    serial: int = -1
-    step: int = -1
-    success: float = -1.0
-    count: int = 0
-    solved: tuple[tuple[int, bool], ...] = ()
-    """Each task of its evaluation, and whether it was solved."""
-
-
 class Learner:
     """The learner's state between two steps; `advance` is one turn of its loop."""
 
@@ -139,8 +128,9 @@ class Learner:
             self._checkpoints, keep=config.checkpoint.keep, background=config.checkpoint.background
         )
         self._versions = VersionTable()
+        self._monitor = Monitor(config.monitors)
         self.step, self._history = 0, START
-        self.best = self._best_on_disk()
+        self.best = read_best(self._checkpoints)
         self._last_evaluated = -1
         self._rows: deque[dict[str, float | list[float]]] = deque(maxlen=KEPT_ROWS)
         self._starved_s = 0.0
@@ -225,6 +215,7 @@ class Learner:
         row = {
             **result.metrics,
             **_slip_metrics(batch.trajectories, slips, self._config.max_slip),
+            **self._watch(batch.trajectories),
             "skipped": float(self._step.optimizer.skipped),
             "trajectories": float(len(batch.trajectories)),
             "tokens/trained": float(result.tokens_trained),
@@ -233,6 +224,13 @@ class Learner:
         self._report(row)
         if self.step % self._config.checkpoint.every == 0 or self.step == self._config.steps:
             self.save()
+
+    def _watch(self, trajectories: Sequence[Trajectory]) -> dict[str, float]:
+        """Return what the monitors find in a batch, and say what is above its limit."""
+        found = self._monitor.observe(trajectories)
+        for sentence in self._monitor.alarms:
+            log.warning("step %d: %s", self.step, sentence)
+        return found
 
     def _continued(self, batch: PulledBatch) -> str:
         """Return what this learner is trained on with a batch; raises ProtocolError if the hub disagrees."""
@@ -315,20 +313,14 @@ class Learner:
         if not event.replayed or not self._is_evaluated(event.step):
             row = {"step": float(event.step), "serial": float(event.serial), "success": event.success,
                    "tasks": float(event.count), "best": float(better), **event.metrics,
-                   **self._compared(event)}  # fmt: skip
+                   **self.best.compared(event)}  # fmt: skip
             self._client.report("evaluation", row)
         source = self._publisher.folder / f"serial-{event.serial:08d}" / WEIGHTS
         if better and source.is_file():
-            self.best = Best(
-                serial=event.serial,
-                step=event.step,
-                success=event.success,
-                count=event.count,
-                solved=event.solved,
-            )
+            self.best = Best.of(event)
             tensors = checkpoint.read_tensors(source)
             checkpoint.publish(
-                self._checkpoints / "best",
+                self._checkpoints / FOLDER,
                 lambda folder: write_policy(folder, self._policy, tensors),
                 asdict(self.best),
             )
@@ -338,13 +330,6 @@ class Learner:
         else:
             # Evaluations run in the order of their serials: nobody asks for an older one any more.
             self._publisher.unpin_up_to(event.serial)
-
-    def _compared(self, event: Evaluated) -> dict[str, float]:
-        """Return how the evaluated version does on the very tasks that the best one before was tried on."""
-        if not self.best.solved:
-            return {}
-        found = paired(dict(event.solved), dict(self.best.solved))
-        return {"paired/difference": found.difference, "paired/low": found.low, "paired/high": found.high}
 
     def _end(self, timeout_s: float) -> None:
         """Wait up to `timeout_s` for the last evaluation and all rows; then end the run for everybody."""
@@ -377,6 +362,7 @@ class Learner:
             "history": self._history,
             "guard": self._step.optimizer.guard_state(),
             "best": asdict(self.best),
+            "monitor": self._monitor.state(),
             "rows": rows,
         }
 
@@ -401,20 +387,7 @@ class Learner:
         restore_random_state(checkpoint.read_tensors(folder / RANDOM, dtypes=tensor_file.BYTES))
         self.step, self._history = int(state["step"]), str(state["history"])
         self._rows.extend(state["rows"])
-
-    def _best_on_disk(self) -> Best:
-        """Return what checkpoints/best is: it outlives the branch that made it."""
-        folder = self._checkpoints / "best"
-        if not folder.exists():
-            return Best()
-        try:
-            notes = checkpoint.verify(folder)
-        except CheckpointError as error:
-            log.warning("the best checkpoint is damaged and will be replaced: %s", error)
-            return Best()
-        known = {key: notes.get(key, value) for key, value in asdict(Best()).items()}
-        solved = tuple((int(task), bool(right)) for task, right in known.pop("solved"))
-        return Best(**known, solved=solved)
+        self._monitor.restore(state.get("monitor", ()))
 
 
 def _is_finite(value: float | list[float]) -> bool:

@@ -47,6 +47,7 @@ DEFINITIONS: Mapping[str, str] = MappingProxyType(
         "outcome/*": "Share of trajectories that ended this way.",
         "tools/success": "Share of executed tool calls with status ok.",
         "tools/valid": "Share of assistant messages that were well-formed tool calls.",
+        "monitor/*": "Signs of a degenerate policy (monitors.py); alarms: how many are above their limit.",
         "groups/zero_variance": "Share of groups whose rewards are all equal.",
         "slip/mean": "Learner step minus version of a token, mean over trained tokens at consumption.",
         "slip/p95": "95th percentile of the same.",

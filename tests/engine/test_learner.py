@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from slipstream import messages as m
 from slipstream import synthetic
+from slipstream.best import read_best
 from slipstream.chat import Chat
 from slipstream.config import BatchConfig, CheckpointConfig, EvaluationConfig, ModelConfig, RunConfig
 from slipstream.hub import open_ledger
@@ -146,16 +147,16 @@ def test_the_evaluated_version_is_compared_with_the_best_by_task(rig: Rig) -> No
     learner = rig.learner()
     told = {"step": 0, "count": 4, "metrics": {}}
     first = m.Evaluated(serial=0, success=0.25, solved=tuple(enumerate([True, False, False, False])), **told)
-    assert learner._compared(first) == {}
+    assert learner.best.compared(first) == {}
     learner._judge(first)
     rig.train(learner, 1)
     second = m.Evaluated(serial=1, success=0.5, solved=tuple(enumerate([False, True, True, False])), **told)
-    found = learner._compared(second)
+    found = learner.best.compared(second)
     assert found["paired/difference"] == 0.25
     assert (found["paired/low"], found["paired/high"]) == (-0.5, 1.0)
     learner._judge(second)
     assert learner.best.serial == 1
-    assert learner._best_on_disk() == learner.best
+    assert read_best(rig.folder / "checkpoints") == learner.best
 
 
 def test_a_known_result_for_new_weights_ends_no_other_evaluation(rig: Rig) -> None:

@@ -1,0 +1,103 @@
+"""Floor 2. Signs that a policy has found something easier than the task.
+
+repeated calls      it makes one call over and over, though it has been answered
+no end              it goes on searching until the episode is cut
+one answer          whatever is asked, it answers alike
+length              its messages grow far beyond what they were
+
+Each is a share or a ratio over a batch, told in every row of metrics; one above its limit is an alarm: a
+sentence in the log and in the row. None of them touches a reward: they are signs, the tasks' own scores are
+the judgement.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from typing import Final
+
+from slipstream.config_parts import MonitorConfig
+from slipstream.types import Outcome, ToolCall, ToolStatus, Trajectory
+
+REPEATS: Final = 3
+"""Equal calls in an episode, each answered without an error, that are no longer thoroughness."""
+FIRST_STEPS: Final = 10
+"""Steps whose mean length is the usual one."""
+_CUT: Final = frozenset({Outcome.TRUNCATED, Outcome.TIMED_OUT})
+
+
+def degeneracy(trajectories: Sequence[Trajectory]) -> dict[str, float]:
+    """Return the metrics `monitor/*` of a batch that need no other batch.
+
+    repeated_calls: share of episodes that make an equal call REPEATS times although it was answered;
+    no_end: share of episodes that were cut while they called tools;
+    one_answer: share of finished episodes whose last call is the commonest one, counted once for each group:
+    attempts at one task may well agree. 0 with fewer than two groups.
+    """
+    count = max(1, len(trajectories))
+    answers: dict[int, set[str]] = {}
+    for trajectory in trajectories:
+        if trajectory.outcome is Outcome.COMPLETED and trajectory.tool_calls:
+            answers.setdefault(trajectory.attempt.group, set()).add(_spelled(trajectory.tool_calls[-1]))
+    commonest = max(Counter(text for texts in answers.values() for text in texts).values(), default=0)
+    return {
+        "monitor/repeated_calls": sum(map(_repeats, trajectories)) / count,
+        "monitor/no_end": sum(bool(t.outcome in _CUT and t.tool_calls) for t in trajectories) / count,
+        "monitor/one_answer": commonest / len(answers) if len(answers) > 1 else 0.0,
+    }
+
+
+class Monitor:
+    """Compares each batch with the limits, and its length with that of the first steps.
+
+    Example: ``row |= monitor.observe(trajectories); for sentence in monitor.alarms: log.warning(sentence)``.
+    """
+
+    def __init__(self, config: MonitorConfig) -> None:
+        self._config = config
+        self._first: list[float] = []
+        self.alarms: list[str] = []
+        """Of the last batch."""
+
+    def observe(self, trajectories: Sequence[Trajectory]) -> dict[str, float]:
+        """Return the metrics `monitor/*` of a batch, `monitor/alarms` among them."""
+        length = sum(int(t.loss_mask.sum()) for t in trajectories) / max(1, len(trajectories))
+        if len(self._first) < FIRST_STEPS:
+            self._first.append(length)
+        usual = sum(self._first) / len(self._first)
+        found = degeneracy(trajectories)
+        found["monitor/length_growth"] = length / usual if usual else 1.0
+        limits = self._config.model_dump()
+        self.alarms = [
+            f"{key} is {found[f'monitor/{key}']:.2f}, above monitors.{key} = {limit:g}: {_MEANING[key]}; "
+            "read episodes before you trust the reward"
+            for key, limit in limits.items()
+            if limit and found[f"monitor/{key}"] > limit
+        ]
+        return {**found, "monitor/alarms": float(len(self.alarms))}
+
+    def state(self) -> list[float]:
+        """Return what a checkpoint keeps."""
+        return list(self._first)
+
+    def restore(self, state: Sequence[float]) -> None:
+        """Go on from what `state` returned."""
+        self._first = [float(length) for length in state]
+
+
+_MEANING: Final = {
+    "repeated_calls": "episodes make one call over and over",
+    "no_end": "episodes call tools until they are cut",
+    "one_answer": "different tasks get one answer",
+    "length_growth": "messages are that many times as long as at first",
+}
+
+
+def _repeats(trajectory: Trajectory) -> bool:
+    answered = [_spelled(call) for call in trajectory.tool_calls if call.status is ToolStatus.OK]
+    return max(Counter(answered).values(), default=0) >= REPEATS
+
+
+def _spelled(call: ToolCall) -> str:
+    return json.dumps([call.name, call.arguments], sort_keys=True, default=str)
