@@ -9,8 +9,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from slipstream.authoring.environment import environment
+    from slipstream.authoring.episode import Episode
+    from slipstream.authoring.folders import dataset
+    from slipstream.authoring.rewards import Invalid, PolicyFault, metric, monitor, reward
+    from slipstream.authoring.tasks import jsonl
+    from slipstream.authoring.tools import Tool, tool, tool_call
     from slipstream.config import RunConfig, load_config
-    from slipstream.errors import SlipstreamError, UserError
+    from slipstream.errors import SlipstreamError, ToolError, UserError
     from slipstream.interfaces import (
         AssistantMessage,
         Environment,
@@ -41,9 +47,12 @@ __all__ = [
     "AssistantMessage",
     "Completion",
     "Environment",
+    "Episode",
     "InferenceBackend",
+    "Invalid",
     "Observation",
     "Outcome",
+    "PolicyFault",
     "RunConfig",
     "Sampling",
     "Score",
@@ -52,6 +61,8 @@ __all__ = [
     "Split",
     "Task",
     "TaskSource",
+    "Tool",
+    "ToolError",
     "ToolSpec",
     "Trajectory",
     "TrajectorySink",
@@ -61,12 +72,26 @@ __all__ = [
     "WeightPublisher",
     "WeightSubscriber",
     "__version__",
+    "dataset",
+    "environment",
+    "jsonl",
     "load_config",
+    "metric",
+    "monitor",
+    "reward",
+    "tool",
+    "tool_call",
 ]
 
 _NAMES_OF_MODULE = {
+    "authoring.environment": "environment",
+    "authoring.episode": "Episode",
+    "authoring.folders": "dataset",
+    "authoring.rewards": "Invalid PolicyFault metric monitor reward",
+    "authoring.tasks": "jsonl",
+    "authoring.tools": "Tool tool tool_call",
     "config": "RunConfig load_config",
-    "errors": "SlipstreamError UserError",
+    "errors": "SlipstreamError ToolError UserError",
     "interfaces": (
         "AssistantMessage Environment InferenceBackend Observation TaskSource ToolSpec TrajectorySink"
         " Transition WeightPublisher WeightSubscriber"

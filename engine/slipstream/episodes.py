@@ -18,7 +18,7 @@ import numpy as np
 from slipstream.chat import Chat
 from slipstream.config import EnvironmentConfig, RewardConfig
 from slipstream.environments import EnvironmentFactory
-from slipstream.errors import InfrastructureError
+from slipstream.errors import InfrastructureError, MonitorError
 from slipstream.flight_recorder import FLIGHT
 from slipstream.ground import Ground
 from slipstream.interfaces import Environment, InferenceBackend, Observation, Transition
@@ -35,6 +35,7 @@ from slipstream.types import (
     Outcome,
     Sampling,
     Score,
+    ScoreKind,
     Timings,
     ToolCall,
     Trajectory,
@@ -225,6 +226,7 @@ class EpisodeRunner:
         try:
             outcome, note = await self._played(lease, ground, recorder, speak, clock)
             scores = await ground.score()
+            _heed(scores, lease)
         except InfrastructureError as error:
             outcome, note = Outcome.INFRASTRUCTURE_FAILURE, one_line(error)
         finally:
@@ -297,6 +299,17 @@ class EpisodeRunner:
                 return Outcome.TRUNCATED
             recorder.show(bridge)
         return Outcome.TRUNCATED
+
+
+def _heed(scores: Sequence[Score], lease: Lease) -> None:
+    """Raise MonitorError when a monitor wants the run to end."""
+    for score in scores:
+        if score.kind is ScoreKind.HALT and score.value:
+            raise MonitorError(
+                f"{score.name} ends the run at task {lease.attempt.task} of {lease.split}, attempt "
+                f"{lease.attempt.attempt}: {score.invalid}; mend the environment, or give the monitor "
+                "another action, and go on with --resume"
+            )
 
 
 def one_line(error: BaseException) -> str:

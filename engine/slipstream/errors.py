@@ -6,7 +6,8 @@ SlipstreamError                 exit code 1 unless said otherwise
 │   ├── RunFolderError          a run folder that is missing, foreign or already in use
 │   ├── CheckpointError         a checkpoint or model folder that is missing or damaged
 │   ├── AddressError            a port in use, an address nobody answers
-│   └── WarmStartError          the warm-started policy is outside the learnable band
+│   ├── WarmStartError          the warm-started policy is outside the learnable band
+│   └── MonitorError            a monitor of the environment's author wants the run to end
 ├── ProtocolError               a peer broke the wire protocol
 │   ├── FrameError              bytes that are not a valid message; names what was expected and got
 │   │   └── DamageError         bytes that changed on their way: sent once more they may be right
@@ -54,6 +55,10 @@ class AddressError(UserError):
 
 class WarmStartError(UserError):
     """The warm-started policy is too weak for reinforcement learning to start."""
+
+
+class MonitorError(UserError):
+    """A monitor of the environment found what should not happen, and its author wants the run to end then."""
 
 
 class ProtocolError(SlipstreamError):

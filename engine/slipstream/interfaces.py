@@ -116,6 +116,14 @@ class TaskSource(Protocol):
         """Return the task at `index` of `split`."""
 
 
+@runtime_checkable
+class Checked(Protocol):
+    """A task source that can tell beforehand what is wrong with it."""
+
+    def check(self) -> None:
+        """Raise ConfigurationError with one sentence."""
+
+
 class InferenceBackend(Protocol):
     """Samples from a policy."""
 

@@ -29,7 +29,7 @@ from slipstream.guard import batch_fault
 from slipstream.model import head
 from slipstream.objective import Advantages, advantages, kernel_objective
 from slipstream.packing import pack
-from slipstream.rewards import components
+from slipstream.rewards import components, shown
 from slipstream.training import DeviceBatch, Optimizer, Update, schedule, score, trained_hidden
 from slipstream.types import Float32Array, Int32Array, ToolStatus, Trajectory, TrajectoryId
 from slipstream_kernels import PolicyMetrics, finish_metrics, linear_policy_loss, merge_metrics
@@ -280,7 +280,14 @@ def describe(trajectories: Sequence[Trajectory]) -> dict[str, float]:
         "length": float(np.mean([len(t.token_ids) for t in trajectories])),
         "tools/success": float(np.mean([call.status is ToolStatus.OK for call in calls])) if calls else 0.0,
         "tools/valid": len(calls) / max(messages, 1),
+        **shown([t.scores for t in trajectories]),
     }
+    for name, found in (
+        ("tools/crashed", sum(call.status is ToolStatus.CRASHED for call in calls)),
+        ("tools/cut", sum(call.cut for call in calls)),
+    ):
+        if found:
+            means[name] = found / len(calls)
     for trajectory in trajectories:
         for name, value in components(trajectory.scores).items():
             means[f"reward/{name}"] = means.get(f"reward/{name}", 0.0) + value / len(trajectories)

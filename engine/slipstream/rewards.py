@@ -11,12 +11,15 @@ Dimensions: U turns of one trajectory.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from slipstream.config_tasks import RewardConfig
 from slipstream.types import Float32Array, Score, ScoreKind
+
+_REWARDED: Final = (ScoreKind.OUTCOME, ScoreKind.SHAPING, ScoreKind.PENALTY)
 
 
 def reward(scores: Sequence[Score], config: RewardConfig) -> float | None:
@@ -43,9 +46,32 @@ def components(scores: Sequence[Score]) -> dict[str, float]:
     """Return weight x value of every judged component by name, before any cap, for the metrics."""
     sums: dict[str, float] = {}
     for score in scores:
-        if score.value is not None:
+        if score.value is not None and score.kind in _REWARDED:
             sums[score.name] = sums.get(score.name, 0.0) + _contribution(score)
     return sums
+
+
+def shown(trajectories: Sequence[Sequence[Score]]) -> dict[str, float]:
+    """Return what the scores of many trajectories tell beside their reward, under the names of metrics.py.
+
+    metric/NAME: mean over those in which it could be taken; monitor/NAME: share in which it fired;
+    invalid/NAME: share in which that component could not be judged; screened: share without a verdict.
+    """
+    values: dict[str, list[float]] = {}
+    for scores in trajectories:
+        for score in scores:
+            if score.kind is ScoreKind.METRIC and score.value is not None:
+                values.setdefault(f"metric/{score.name}", []).append(score.value)
+            elif score.kind in (ScoreKind.MONITOR, ScoreKind.HALT):
+                values.setdefault(score.name, []).append(score.value or 0.0)
+    means = {name: sum(taken) / len(taken) for name, taken in values.items()}
+    for scores in trajectories:
+        missing = [score for score in scores if score.value is None]
+        for name in {score.name for score in missing}:
+            means[f"invalid/{name}"] = means.get(f"invalid/{name}", 0.0) + 1.0 / len(trajectories)
+        if any(score.kind is ScoreKind.OUTCOME for score in missing):
+            means["screened"] = means.get("screened", 0.0) + 1.0 / len(trajectories)
+    return means
 
 
 def turn_rewards(earned_U: Sequence[float], scores: Sequence[Score], config: RewardConfig) -> Float32Array:

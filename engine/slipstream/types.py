@@ -39,11 +39,17 @@ class Split(StrEnum):
 
 
 class ScoreKind(StrEnum):
-    """What a score means for the reward; outcomes dominate the other two."""
+    """What a score means for the reward: of the first three it is made, and outcomes dominate."""
 
     OUTCOME = "outcome"
     SHAPING = "shaping"
     PENALTY = "penalty"
+    METRIC = "metric"
+    """A number that is only shown."""
+    MONITOR = "monitor"
+    """Whether a monitor fired (1 or 0); `invalid` then says why."""
+    HALT = "halt"
+    """As before, of a monitor that wants the run to end."""
 
 
 class ToolStatus(StrEnum):
@@ -52,6 +58,8 @@ class ToolStatus(StrEnum):
     OK = "ok"
     ERROR = "error"
     INVALID = "invalid"
+    CRASHED = "crashed"
+    """The tool itself is at fault: it raised what it should not, or gave what cannot be shown."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,6 +138,8 @@ class ToolCall:
     status: ToolStatus
     latency_s: float
     cached: bool = False
+    cut: bool = False
+    """Whether the policy was shown less than it returned."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from types import MappingProxyType
 from typing import Final
 
@@ -16,6 +17,7 @@ from slipstream.config import EnvironmentConfig, RewardConfig
 from slipstream.config_sentences import hint
 from slipstream.environments.factory import EnvironmentFactory, Play, Script
 from slipstream.errors import ConfigurationError
+from slipstream.interfaces import Checked
 from slipstream.programs import attribute_at
 
 __all__ = [
@@ -59,10 +61,16 @@ def environment_factory(config: EnvironmentConfig, rewards: RewardConfig) -> Env
     needs is not installed, or when that sandbox does not work on this machine.
     """
     if config.sandbox == "none":
-        return in_process(config, rewards)
-    from slipstream.environments.sandboxed import sandboxed
+        factory = in_process(config, rewards)
+    else:
+        from slipstream.environments.sandboxed import sandboxed
 
-    return sandboxed(f"{__name__}:{in_process.__name__}", config, rewards)
+        in_process(config, rewards)  # loads what the name stands for: the sandbox is shown its file
+        config, packages = _inside(config)
+        factory = sandboxed(f"{__name__}:{in_process.__name__}", config, rewards, packages=packages)
+    if isinstance(factory.tasks, Checked):
+        factory.tasks.check()
+    return factory
 
 
 def in_process(config: EnvironmentConfig, rewards: RewardConfig) -> EnvironmentFactory:
@@ -87,6 +95,15 @@ def in_process(config: EnvironmentConfig, rewards: RewardConfig) -> EnvironmentF
 def variant_of(config: EnvironmentConfig) -> str:
     """Return what stands behind the colon of a shipped environment's name, or ""."""
     return config.name.partition(":")[2]
+
+
+def _inside(config: EnvironmentConfig) -> tuple[EnvironmentConfig, tuple[str, ...]]:
+    """Return a configuration for a sandbox, which knows files by their modules' names, and those names."""
+    where, _, attribute = config.name.rpartition(":")
+    if config.name.partition(":")[0] in SHIPPED:
+        return config, ()
+    module = Path(where).stem if where.endswith(".py") else where
+    return config.model_copy(update={"name": f"{module}:{attribute}"}), (module.partition(".")[0],)
 
 
 def _made(path: str, config: EnvironmentConfig, rewards: RewardConfig) -> EnvironmentFactory:

@@ -225,15 +225,18 @@ class SandboxedEnvironment:
     ) -> Transition:
         """Return a transition that holds nothing about the call but its status on the worker's word."""
         most, text, call = self._limits.observation_chars, given.observation, given.call
-        if len(text) > most:
+        cut = len(text) > most + len(CUT.format(most))
+        if cut:
             text = text[:most] + CUT.format(most)
         if message.error or message.arguments is None or call is None:
             return replace(given, observation=text, call=None)
         call = replace(call, turn=turn, name=message.name, arguments=message.arguments, latency_s=latency_s)
+        if cut:
+            call = replace(call, cut=True)
         return replace(given, observation=text, call=call)
 
 
-_FAILED: Final = ToolCall(turn=0, name="", arguments={}, status=ToolStatus.ERROR, latency_s=0.0)
+_FAILED: Final = ToolCall(turn=0, name="", arguments={}, status=ToolStatus.CRASHED, latency_s=0.0)
 
 
 def _posed(task: Any, attempt: Any) -> tuple[Task, TaskAttempt]:
