@@ -63,6 +63,10 @@ class WarmupConfig(Part):
     """Different demonstrations; they are shown in order, again from the first after the last."""
     careful_share: Share = 0.3
     """Share of demonstrations that retry errors and read on past near misses; the others do not."""
+    chats: str = ""
+    """JSONL file of conversations of your own, which are imitated too (chats.py)."""
+    chats_share: Share = 0.5
+    """Share of each batch that is theirs; 1, or an environment without a script: they alone."""
     batch: int = Field(default=64, ge=1)
     learning_rate: float = Field(default=3e-3, gt=0.0)
     max_steps: int = Field(default=600, ge=0)

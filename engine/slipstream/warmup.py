@@ -1,8 +1,9 @@
-"""Floor 5. The warm start: supervised training on mixed-quality demonstrations, up to the learnable band.
+"""Floor 5. The warm start: supervised training on demonstrations of mixed quality, up to the learnable band.
 
 Reinforcement learning needs something to select from: a policy that succeeds now and then, and fails in
 ways it can mend. The demonstrators are scripted; only some of them retry errors and read on past near
-misses. Their messages are trained, prompts and tool results are not.
+misses. Beside or instead of them stand conversations of the user's own (chats.py). Messages of demonstrators
+and assistants are trained, prompts and tool results are not.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import asyncio
 import itertools
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 from slipstream import metrics
+from slipstream.chats import read_chats, rendered
 from slipstream.config import RunConfig
 from slipstream.demonstrations import demonstrations, play
 from slipstream.environments import Script, environment_factory
@@ -30,7 +32,7 @@ from slipstream.model import Policy, first_policy, head, publish_policy
 from slipstream.packing import PackedBatch, pack
 from slipstream.run_folder import write_json
 from slipstream.training import DeviceBatch, Optimizer, schedule, trained_hidden
-from slipstream.types import Split
+from slipstream.types import Split, Trajectory
 from slipstream_kernels import linear_logprob
 
 FOLDER = "warmup"
@@ -47,17 +49,20 @@ def main(config: RunConfig, folder: Path) -> int:
     """
     torch.set_num_threads(config.actor.threads + config.learner.threads)
     factory = environment_factory(config.environment, config.rewards)
-    policy = first_policy(config, factory.corpus())
+    own = read_chats(config.warmup.chats) if config.warmup.chats else []
+    said = (text for conversation in own for text in conversation.texts())
+    policy = first_policy(config, itertools.chain(factory.corpus(), said))
     runner = EpisodeRunner(
         factory=factory,
         chat=policy.chat,
         environment=config.environment,
         rewards=config.rewards,
     )
+    chats = rendered(own, policy.chat, factory.make(), config.environment)
     scripted = baselines(runner, config)
     _check_solvable(scripted, config)
     write_json(folder / "baselines.json", scripted)
-    success, step = WarmStart(policy, runner, config, folder).run()
+    success, step = WarmStart(policy, runner, config, folder, chats).run()
     _check_band(success, step, config)
     publish_policy(folder / "checkpoints" / FOLDER, policy, {"step": step, "success": success})
     return 0
@@ -66,8 +71,17 @@ def main(config: RunConfig, folder: Path) -> int:
 class WarmStart:
     """Supervised training that stops once held-out success reaches `warmup.target_success`."""
 
-    def __init__(self, policy: Policy, runner: EpisodeRunner, config: RunConfig, folder: Path) -> None:
+    def __init__(
+        self,
+        policy: Policy,
+        runner: EpisodeRunner,
+        config: RunConfig,
+        folder: Path,
+        chats: Sequence[Trajectory] = (),
+    ) -> None:
+        """Train `policy` on demonstrations of the environment's scripts, and on `chats`."""
         self._policy, self._runner, self._config, self._folder = policy, runner, config, folder
+        self._chats = chats
         self._device = head(policy.model).device
         optim = config.optim.model_copy(update={"learning_rate": config.warmup.learning_rate})
         self._optim = optim
@@ -97,17 +111,27 @@ class WarmStart:
 
     def _step(self, step: int) -> float:
         """Take one step on fresh demonstrations; return the loss per trained token."""
-        warmup = self._config.warmup
-        numbers = [(step * warmup.batch + i) % warmup.demonstrations for i in range(warmup.batch)]
-        shown = asyncio.run(demonstrations(self._runner, self._config, numbers))
+        shown = self._shown(step)
         ones = np.ones(len(shown), dtype=np.float32)
         masks = [t.loss_mask.astype(np.float32) for t in shown]
         packed = pack(shown, ones, masks, token_budget=self._config.batch.token_budget)
         count = sum(float(batch.weight.sum()) for batch in packed)
         values: list[float] = []
         losses = [self._loss(batch, count, values) for batch in packed if batch.weight.any()]
-        self._optimizer.step(losses, share=schedule(step, steps=warmup.max_steps, config=self._optim))
+        self._optimizer.step(
+            losses, share=schedule(step, steps=self._config.warmup.max_steps, config=self._optim)
+        )
         return sum(values)
+
+    def _shown(self, step: int) -> list[Trajectory]:
+        """Return the batch of a step: conversations, then demonstrations; each sort in order, and again."""
+        warmup, chats = self._config.warmup, self._chats
+        share = 0.0 if not chats else warmup.chats_share if ORACLE in self._runner.factory.scripts else 1.0
+        own = round(share * warmup.batch)
+        played = warmup.batch - own
+        numbers = [(step * played + i) % warmup.demonstrations for i in range(played)]
+        shown = asyncio.run(demonstrations(self._runner, self._config, numbers)) if numbers else []
+        return [*(chats[(step * own + i) % len(chats)] for i in range(own)), *shown]
 
     def _loss(self, batch: PackedBatch, count: float, sink: list[float]) -> Callable[[], Tensor]:
         """Cross-entropy of the demonstrated tokens: minus the mean of their log-probabilities."""
@@ -159,10 +183,11 @@ def _check_solvable(scripted: Mapping[str, Mapping[str, float | str]], config: R
     """Refuse a warm start without a demonstrator, and limits under which not even that one succeeds."""
     limits = config.environment
     if ORACLE not in scripted:
-        if config.warmup.max_steps:
+        if config.warmup.max_steps and not config.warmup.chats:
             raise ConfigurationError(
                 f"environment {limits.name} has no script called {ORACLE} whose episodes a warm start could "
-                "imitate; add one, or set warmup.max_steps=0 to begin with the model as it is"
+                "imitate; add one, give conversations (warmup.chats), or set warmup.max_steps=0 to begin with "
+                "the model as it is"
             )
         return
     expert = float(scripted[ORACLE]["success"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -206,3 +207,21 @@ def test_any_model_folder_goes_through_the_same_code(foreign_folder: Path, tmp_p
         assert "<|im_start|>assistant\n" in text
         assert one.loss_mask.sum() > 0 and np.isfinite(one.behavior_logprobs).all()
         assert set(one.versions[one.loss_mask > 0].tolist()) == {0}
+
+
+def test_conversations_of_the_users_own_are_imitated_beside_or_instead_of_demonstrations(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    config = config_of("warmup.batch=8", "warmup.chats_share=0.25")
+    _, policy, runner = started(config, tokenizer, tmp_path)
+    played = asyncio.run(demonstrations(runner, config, range(18)))
+    own, others = played[:3], played
+    beside = WarmStart(policy, runner, config, tmp_path, own)
+    for step in (0, 2):
+        numbers = [(2 * step) % 3, (2 * step + 1) % 3]
+        expected = [*(own[n] for n in numbers), *others[6 * step : 6 * step + 6]]
+        shown = beside._shown(step)
+        assert [one.token_ids.tolist() for one in shown] == [one.token_ids.tolist() for one in expected]
+    alone = replace(runner, factory=replace(runner.factory, scripts={}))
+    shown = WarmStart(policy, alone, config, tmp_path, own)._shown(1)
+    assert [one.token_ids.tolist() for one in shown] == [own[n % 3].token_ids.tolist() for n in range(8, 16)]
