@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from slipstream import doctor, run_folder, summary
+from slipstream import doctor, fork, run_folder, summary
 from slipstream import hub as hub_role
 from slipstream.audit import audit
 from slipstream.checkpoint import load_latest, verify
@@ -26,6 +26,7 @@ from slipstream.config import RunConfig
 from slipstream.environments import environment_factory
 from slipstream.errors import CheckpointError, ConfigurationError, RoleError, StorageError, disk_failure
 from slipstream.flight_recorder import FOLDER
+from slipstream.fork import Fork
 from slipstream.inference.vllm.serving import check_installed
 from slipstream.metrics import FILE as METRICS
 from slipstream.programs import check_program
@@ -54,10 +55,12 @@ def train(
     screen: Screen,
     program: Sequence[str] = PROGRAM,
     patience: Patience | None = None,
+    forked: Fork | None = None,
 ) -> int:
     """Run all stages in `folder` and return the exit code.
 
-    `program` is the command that understands `hub`, `actor`, `learner`, `warmup` and `eval`.
+    `forked` is what another run gives it for a warm start; `program` is the command that understands `hub`,
+    `actor`, `learner`, `warmup` and `eval`.
 
     Raises: RunFolderError when the folder cannot be used; UserError, NumericsError or RoleError when a
     role ended the run, the latter saying how to go on.
@@ -72,6 +75,9 @@ def train(
                 "--serial samples in its own process; leave inference.backend=vllm or --serial out"
             )
     with raising_signals(), run_folder.opened(folder, config, resume=resume), screen:
+        if forked is not None:
+            fork.begin(forked, folder)
+            screen.event(f"begins with the policy of {forked.run}, {forked.source.name}")
         run = _Run(config, folder, screen)
         run.supervisor = Supervisor(
             folder=folder,
@@ -150,6 +156,7 @@ class _Run:
                     f"the warm start that this run began with is damaged: {error}; restore "
                     f"{warm} from a copy, or choose another --output"
                 ) from None
+            fork.check_begun(self._folder)
             if warm.exists():
                 self._screen.event(f"the warm start is made again: {error}")
             threads = self._config.actor.threads + self._config.learner.threads

@@ -80,6 +80,12 @@ def read_config(folder: Path) -> RunConfig:
         raise RunFolderError(f"{path} cannot be used: {error}") from None
 
 
+def differences(old: RunConfig, new: RunConfig) -> dict[str, Any]:
+    """Return the new values of all settings that differ, by dotted key; None: of a key that is gone."""
+    ours, theirs = _flat(old.model_dump(mode="json")), _flat(new.model_dump(mode="json"))
+    return {key: theirs.get(key) for key in {**ours, **theirs} if ours.get(key) != theirs.get(key)}
+
+
 def first_difference(old: RunConfig, new: RunConfig) -> tuple[str, Any, Any] | None:
     """Return (dotted key, old value, new value) of the first setting that differs."""
     ours, theirs = _flat(old.model_dump()), _flat(new.model_dump())

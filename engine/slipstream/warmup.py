@@ -185,9 +185,9 @@ def _check_solvable(scripted: Mapping[str, Mapping[str, float | str]], config: R
     if ORACLE not in scripted:
         if config.warmup.max_steps and not config.warmup.chats:
             raise ConfigurationError(
-                f"environment {limits.name} has no script called {ORACLE} whose episodes a warm start could "
-                "imitate; add one, give conversations (warmup.chats), or set warmup.max_steps=0 to begin with "
-                "the model as it is"
+                f"environment {limits.name} has no script called {ORACLE} whose episodes a warm start "
+                "could imitate; add one, give conversations (warmup.chats), or set warmup.max_steps=0 to "
+                "begin with the model as it is"
             )
         return
     expert = float(scripted[ORACLE]["success"])

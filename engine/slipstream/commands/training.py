@@ -5,30 +5,61 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from slipstream import config as configuration
 from slipstream.commands.common import Command, recipe_args, recipe_of, recorded, resolve
+from slipstream.config import RunConfig
 from slipstream.errors import ConfigurationError
 from slipstream.types import Split
+
+if TYPE_CHECKING:
+    from slipstream.fork import Fork
 
 
 def _train_args(parser: argparse.ArgumentParser) -> None:
     recipe_args(parser)
     parser.add_argument("--output", type=Path, help="run folder (default: runs/RECIPE-SEED)")
     parser.add_argument("--resume", action="store_true", help="go on from the folder's last checkpoint")
+    parser.add_argument(
+        "--fork", metavar="RUN[@STEP]", help="begin with a checkpoint of that run, under its settings"
+    )
     parser.add_argument("--serial", action="store_true", help="one thread, deterministic")
     parser.add_argument("--dry-run", action="store_true", help="print the configuration and stop")
 
 
 def _train(chosen: argparse.Namespace) -> int:
-    config, folder = resolve(chosen, existing=chosen.resume)
+    forked = None
+    if chosen.fork is None:
+        config, folder = resolve(chosen, existing=chosen.resume)
+    else:
+        config, folder, forked = _forked(chosen)
     if chosen.dry_run:
         sys.stdout.write(configuration.dump(config))
         return 0
     from slipstream import display, launch
 
     screen = display.make_screen(config, folder, sys.stdout)
-    return launch.train(config, folder, resume=chosen.resume, serial=chosen.serial, screen=screen)
+    return launch.train(
+        config, folder, resume=chosen.resume, serial=chosen.serial, screen=screen, forked=forked
+    )
+
+
+def _forked(chosen: argparse.Namespace) -> tuple[RunConfig, Path, Fork]:
+    """Return configuration, folder and beginning of a fork; all that stands beside are settings."""
+    settings = [text for text in (chosen.recipe, *chosen.overrides) if text is not None]
+    if chosen.resume:
+        raise ConfigurationError(
+            "--fork begins a run and --resume goes on with one; leave --fork out to go on with a fork"
+        )
+    if chosen.output is None:
+        raise ConfigurationError("--fork needs --output DIR, a new folder for the run that it begins")
+    if settings and "=" not in settings[0]:
+        raise ConfigurationError(f"--fork takes the recipe of its run; leave {settings[0]} out")
+    from slipstream import fork
+
+    config, beginning = fork.planned(chosen.fork, settings)
+    return config, chosen.output.resolve(), beginning
 
 
 def _rollout_args(parser: argparse.ArgumentParser) -> None:
