@@ -34,6 +34,7 @@ from slipstream.config_parts import (
     OptimConfig,
     SamplingConfig,
     SupervisionConfig,
+    TrackingConfig,
     WarmupConfig,
 )
 from slipstream.config_sentences import hint, sentence
@@ -66,6 +67,7 @@ __all__ = [
     "SamplingConfig",
     "SandboxConfig",
     "SupervisionConfig",
+    "TrackingConfig",
     "WarmupConfig",
     "dump",
     "load_config",
@@ -112,6 +114,7 @@ class RunConfig(Part):
     checkpoint: CheckpointConfig = CheckpointConfig()
     hub: HubConfig = HubConfig()
     supervision: SupervisionConfig = SupervisionConfig()
+    tracking: TrackingConfig = TrackingConfig()
 
     @model_validator(mode="after")
     def _check_combinations(self) -> Self:

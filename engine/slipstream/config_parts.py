@@ -229,6 +229,17 @@ class HubConfig(Part):
     """With less room than this on the disk no episode begins; those that run still reach the log."""
 
 
+class TrackingConfig(Part):
+    """Where the rows of metrics.jsonl go too; none of it can hold a run up (tracking/)."""
+
+    wandb: str = ""
+    """Project in Weights & Biases; empty: not there. Where and as whom is for its own variables to say."""
+    tensorboard: bool = False
+    """Whether events for TensorBoard are written into the run's folder `tensorboard`."""
+    grace_s: float = Field(default=20.0, ge=0.0)
+    """How long the end of a run waits for what is still on its way there."""
+
+
 class SupervisionConfig(Part):
     """How the launcher keeps its processes going, and how it ends them."""
 

@@ -38,6 +38,9 @@ _FROZEN: Final = {
     "model.call_format": "the policy has learnt how to write calls",
 }
 
+_MEANING: Final = ("environment.", "agent.", "evaluation.temperature", "evaluation.top_p")
+"""Settings with which success means something else."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fork:
@@ -77,7 +80,7 @@ def planned(origin: str, overrides: Sequence[str]) -> tuple[RunConfig, Fork]:
             )
     source, number = _checkpoint(run, step if at else "")
     _check_length(source, config)
-    same = not any(key.startswith(("environment.", "agent.", "evaluation.")) for key in changed)
+    same = not any(key.startswith(_MEANING) for key in changed)
     return config, Fork(run=run, source=source, step=number, changed=changed, same_tasks=same)
 
 

@@ -34,6 +34,7 @@ from slipstream.rendezvous import expect_hub, known_address
 from slipstream.restarts import count_restart
 from slipstream.stop_signals import StoppedBySignal, raising_signals
 from slipstream.supervisor import Patience, RoleSpec, Supervisor
+from slipstream.tracking.keeper import Tracking
 from slipstream.types import Split
 
 if TYPE_CHECKING:
@@ -74,11 +75,16 @@ def train(
             raise ConfigurationError(
                 "--serial samples in its own process; leave inference.backend=vllm or --serial out"
             )
-    with raising_signals(), run_folder.opened(folder, config, resume=resume), screen:
+    with (
+        raising_signals(),
+        run_folder.opened(folder, config, resume=resume),
+        screen,
+        Tracking(config.tracking, folder, on_event=screen.event) as tracking,
+    ):
         if forked is not None:
             fork.begin(forked, folder)
             screen.event(f"begins with the policy of {forked.run}, {forked.source.name}")
-        run = _Run(config, folder, screen)
+        run = _Run(config, folder, screen, tracking)
         run.supervisor = Supervisor(
             folder=folder,
             program=program,
@@ -118,8 +124,8 @@ class _Run:
 
     supervisor: Supervisor
 
-    def __init__(self, config: RunConfig, folder: Path, screen: Screen) -> None:
-        self._config, self._folder, self._screen = config, folder, screen
+    def __init__(self, config: RunConfig, folder: Path, screen: Screen, tracking: Tracking) -> None:
+        self._config, self._folder, self._screen, self._tracking = config, folder, screen, tracking
         self._name, self._since = "", 0.0
         self._hub = ""
         """Where the hub listened when its clients were last started."""
@@ -260,6 +266,7 @@ class _Run:
     def tick(self) -> None:
         """Refresh the screen, look after the hub's clients; book the seconds, so that kill -9 loses few."""
         self._screen.refresh()
+        self._tracking.look()
         self._follow_hub()
         if time.monotonic() - self._since > BOOK_S:
             self._book_seconds()
