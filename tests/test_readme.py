@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
 import os
 import re
 import shlex
@@ -14,6 +15,9 @@ import pytest
 
 from slipstream import cli, errors, stop_signals, summary
 from slipstream.config import RunConfig, load_config, shipped_recipes
+from slipstream.environments import Script, environment_factory
+from slipstream.tools.hermes import parse_call
+from slipstream.types import Split, TaskAttempt, succeeded
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -44,6 +48,8 @@ def test_a_command_line_parses_and_its_settings_are_valid(line: str) -> None:
     chosen = parsed(line)
     overrides = getattr(chosen, "overrides", [])
     recipe = getattr(chosen, "recipe", None) or "research"
+    if "=" in recipe:  # a fork has the recipe of its run
+        recipe, overrides = "research", [recipe, *overrides]
     if not recipe.endswith(".toml"):
         assert recipe in shipped_recipes()
         load_config(recipe, overrides)
@@ -85,3 +91,32 @@ def test_exit_codes_are_those_of_the_program() -> None:
     codes = {int(code) for code in re.findall(r"^\| (\d+) \|", section, flags=re.MULTILINE)}
     failures = {kind.exit_code for kind in (errors.SlipstreamError, errors.UserError, errors.NumericsError)}
     assert codes == {0, *failures, stop_signals.STOPPED, cli.INTERRUPTED}
+
+
+def test_the_task_of_ones_own_is_learnable(tmp_path: Path) -> None:
+    """Its oracle solves it, the hasty script only now and then, and its command names it."""
+    section = README.partition("## Bring your own task\n")[2].partition("\n## ")[0]
+    (code,) = re.findall(r"^```python\n(.*?)^```$", section, flags=re.DOTALL | re.MULTILINE)
+    assert len(code.splitlines()) <= 32
+    path = tmp_path / "my_task.py"
+    path.write_text(code)
+    (command,) = re.findall(r"^slipstream train .*$", section, flags=re.MULTILINE)
+    overrides = [text.replace("my_task.py", str(path)) for text in parsed(command).overrides]
+    config = load_config("research", overrides)
+    factory = environment_factory(config.environment, config.rewards)
+
+    async def success(script: Script) -> float:
+        solved = 0
+        for index in range(64):
+            task = factory.tasks.task(Split.HELDOUT, index)
+            made, play, observation = factory.make(), script.play(task), ""
+            await made.reset(task, TaskAttempt(task=index, seed=1, group=index, attempt=0))
+            message = next(play)
+            while not (moved := await made.step(parse_call(message, made.tools))).done:
+                message = play.send(moved.observation)
+            solved += succeeded(await made.score())
+        return solved / 64
+
+    assert factory.careless is not None
+    assert asyncio.run(success(factory.scripts["oracle"])) == 1.0
+    assert 0.02 < asyncio.run(success(factory.careless)) < 0.3

@@ -47,7 +47,7 @@ HANG = "threading.Event().wait()"
 
 @pytest.fixture
 def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):  # type: ignore[no-untyped-def]
-    """Return a maker of a package wandb that misbehaves where it is told to, and of the file of taken rows."""
+    """Return a maker of a package wandb that misbehaves where told; it gives the file of taken rows."""
 
     def make(**where: str) -> Path:
         source = STAND_IN
