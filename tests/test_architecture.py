@@ -358,6 +358,8 @@ def _blocks(node: ast.AST) -> bool:
 
 
 PERMITTED_WAITS = {
+    # Users' functions run inside an episode, which has a deadline (ground.py).
+    "slipstream.foreign": {"settled: await value"},
     # Released by the backend; whoever asks has the deadline, be it a client or an episode.
     "slipstream.gateway.app": {"Gateway._call: await working"},
     # The role's main wait, and what it has just cancelled.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import time
 from asyncio import sleep
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -14,6 +13,7 @@ from slipstream.authoring.rewards import Judge, judged
 from slipstream.authoring.tools import Result, Tool
 from slipstream.config import EnvironmentConfig, RewardConfig
 from slipstream.errors import ConfigurationError
+from slipstream.foreign import settled
 from slipstream.interfaces import AssistantMessage, Observation, ToolSpec, Transition
 from slipstream.types import Score, ScoreKind, Task, TaskAttempt, ToolCall, ToolStatus
 
@@ -61,9 +61,7 @@ class AuthoredEnvironment:
         """Start an episode: the author's `setup` runs."""
         self._begin(task, attempt)
         if self._design.setup is not None:
-            made = self._design.setup(self._episode)
-            if inspect.isawaitable(made):
-                await made
+            await settled(self._design.setup(self._episode))
         opening = Observation(system=self._design.system, user=task.question)
         said = (("system", opening.system), ("user", opening.user))
         self._episode.messages += [{"role": role, "content": text} for role, text in said if text]

@@ -32,6 +32,7 @@ from slipstream.authoring.episode import Episode
 from slipstream.config import RewardConfig
 from slipstream.config_tasks import DOMINANCE_MARGIN
 from slipstream.errors import ConfigurationError, InfrastructureError
+from slipstream.foreign import Contained, settled
 from slipstream.types import Score, ScoreKind
 
 Function = Callable[[Episode], Any]
@@ -253,18 +254,19 @@ async def _component(one: Reward, episode: Episode, known: dict[str, float | Inv
 
 async def _value(one: Reward | Metric, episode: Episode, read: Callable[[float], str]) -> float | Invalid:
     """Call a judging function; `read` says what is wrong with a number, or ""."""
-    try:
-        value = await _called(one.function, episode)
+    value: Any = None
+    number = math.nan
+    with Contained(InfrastructureError, OSError) as ran:
+        value = await settled(one.function(episode))
         number = float(value) if hasattr(value, "__float__") else math.nan
-    except PolicyFault:
-        return 0.0
-    except Invalid as error:
-        return error
-    except (InfrastructureError, OSError):
-        raise
-    except Exception as error:  # noqa: BLE001 - a user's function may raise anything; it is logged
-        _tell(one.name, f"failed with {type(error).__name__}", error)
-        return Invalid(f"{type(error).__name__}: {error}")
+    match ran.error:
+        case PolicyFault():
+            return 0.0
+        case Invalid() as reason:
+            return reason
+        case Exception() as error:
+            _tell(one.name, f"failed with {type(error).__name__}", error)
+            return Invalid(f"{type(error).__name__}: {error}")
     if isinstance(value, Invalid):
         return value
     wrong = "a number" if not math.isfinite(number) else read(number)
@@ -277,21 +279,14 @@ async def _value(one: Reward | Metric, episode: Episode, read: Callable[[float],
 
 async def _fired(one: Monitor, episode: Episode) -> str:
     """Return why a monitor fires, or ""."""
-    try:
-        said = await _called(one.function, episode)
-    except (InfrastructureError, OSError):
-        raise
-    except Exception as error:  # noqa: BLE001 - as above
-        _tell(one.name, f"failed with {type(error).__name__}", error)
-        return ""
+    said: Any = None
+    with Contained(InfrastructureError, OSError) as ran:
+        said = await settled(one.function(episode))
+    if ran.error is not None:
+        _tell(one.name, f"failed with {type(ran.error).__name__}", ran.error)
     if isinstance(said, str):
         return said[:_LONGEST_REASON]
     return (inspect.getdoc(one.function) or one.name).splitlines()[0][:_LONGEST_REASON] if said else ""
-
-
-async def _called(function: Function, episode: Episode) -> Any:
-    value = function(episode)
-    return await value if inspect.isawaitable(value) else value
 
 
 def _two_valued(number: float) -> str:

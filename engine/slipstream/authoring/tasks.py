@@ -21,6 +21,7 @@ from typing import Any, Final, Literal
 from slipstream import plain_json
 from slipstream.authoring.episode import plain_copy
 from slipstream.errors import ConfigurationError, SlipstreamError
+from slipstream.foreign import Contained
 from slipstream.types import Split, Task
 
 Row = dict[str, Any]
@@ -188,12 +189,12 @@ class GeneratedTasks:
     def _task(self, split: Split, index: int) -> Task:
         """Return the task at `index` of `split`."""
         place = f"tasks: {self._name}({split}, {index})"
-        try:
+        row: object = None
+        with Contained(SlipstreamError) as ran:
             row = self._function(split, index)
-        except SlipstreamError:
-            raise
-        except Exception as error:
-            raise ConfigurationError(f"{place} failed with {type(error).__name__}: {error}") from error
+        if ran.error is not None:
+            kind = type(ran.error).__name__
+            raise ConfigurationError(f"{place} failed with {kind}: {ran.error}") from ran.error
         if not isinstance(row, Mapping):
             raise ConfigurationError(f"{place}: expected a dictionary, got {type(row).__name__}")
         plain, _ = checked_row({**row, "split": split.value}, place, self._question)

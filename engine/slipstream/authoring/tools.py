@@ -18,6 +18,7 @@ What a tool changed in the episode's state before it failed is undone.
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 import logging
 import warnings
@@ -33,6 +34,7 @@ from pydantic_core import PydanticSerializationError, to_json
 
 from slipstream.authoring.episode import Episode
 from slipstream.errors import ConfigurationError, InfrastructureError, ToolError
+from slipstream.foreign import Contained, settled
 from slipstream.interfaces import ToolSpec
 from slipstream.tools.hermes import format_call
 from slipstream.types import ToolStatus
@@ -75,6 +77,8 @@ class Tool:
     """Counts up when it answers otherwise than before: results kept of other versions are not given."""
     may_fail: bool = False
     """Whether environment.tool_failure_rate is about it."""
+    thread: bool = False
+    """Whether it runs in a thread of its own: what blocks holds all episodes of an actor up otherwise."""
     arguments: type[BaseModel] = BaseModel
     """What its arguments are checked and converted by."""
     episode: str = ""
@@ -104,24 +108,24 @@ class Tool:
         named = {name: getattr(checked, name) for name in type(checked).model_fields}
         if self.episode:
             named[self.episode] = episode
-        value = self.function(**named)
-        return await value if inspect.isawaitable(value) else value
+        if self.thread:
+            return await asyncio.to_thread(self.function, **named)
+        return await settled(self.function(**named))
 
     async def run(self, arguments: Mapping[str, Any], episode: Episode, *, most_chars: int) -> Result:
         """Carry a call out; raises only what fails its ground (InfrastructureError, OSError)."""
-        try:
+        value: Any = None
+        with Contained(InfrastructureError) as ran:
             value = await self.result(arguments, episode)
-        except ToolError as error:
-            return Result(text=f"error: {error}", status=ToolStatus.ERROR)
-        except InfrastructureError:
-            raise
-        except OSError as error:
-            if not isinstance(error, _OF_A_PATH):
-                raise
-            return self._crashed(error)
-        except Exception as error:  # noqa: BLE001 - a user's function may raise anything; it is logged below
-            return self._crashed(error)
-        return _shown(self.name, value, most_chars)
+        match ran.error:
+            case None:
+                return _shown(self.name, value, most_chars)
+            case ToolError() as refusal:
+                return Result(text=f"error: {refusal}", status=ToolStatus.ERROR)
+            case OSError() as failure if not isinstance(failure, _OF_A_PATH):
+                raise failure
+            case error:
+                return self._crashed(error)
 
     def _crashed(self, error: Exception) -> Result:
         kind = type(error).__name__
@@ -132,15 +136,28 @@ class Tool:
 
 
 @overload
-def tool(function: Function) -> Tool: ...
+def tool(function: Function) -> Tool:
+    """Make a tool of a function."""
+
+
 @overload
-def tool(*, pure: bool = ..., version: str = ..., may_fail: bool = ...) -> Callable[[Function], Tool]: ...
 def tool(
-    function: Function | None = None, *, pure: bool = False, version: str = "1", may_fail: bool = False
+    *, pure: bool = ..., version: str = ..., may_fail: bool = ..., thread: bool = ...
+) -> Callable[[Function], Tool]:
+    """Return what makes a tool of a function."""
+
+
+def tool(
+    function: Function | None = None,
+    *,
+    pure: bool = False,
+    version: str = "1",
+    may_fail: bool = False,
+    thread: bool = False,
 ) -> Tool | Callable[[Function], Tool]:
     """Make a tool of a function, sync or async: name, schema and description are the function's own.
 
-    pure, version: as in `Tool`; may_fail: whether seeded failures for training hit it. Raises
+    pure, version, thread: as in `Tool`; may_fail: whether seeded failures for training hit it. Raises
     ConfigurationError for a parameter without annotation, or of a type that JSON schema does not know.
 
     Example: ``@tool(pure=True, version="2")`` above ``def add(a: int, b: int = 1) -> int:``.
@@ -165,6 +182,7 @@ def tool(
             pure=pure,
             version=version,
             may_fail=may_fail,
+            thread=thread,
             arguments=model,
             episode=episode,
         )

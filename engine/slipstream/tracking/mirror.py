@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from slipstream import plain_json, run_folder
+from slipstream.foreign import Contained
 from slipstream.metrics import FILE, Row
 from slipstream.process import guard_parent
 from slipstream.tracking.sinks import Sink, make_sink
@@ -126,18 +127,18 @@ class Mirror:
                 if self._reading_done.is_set():
                     break
                 continue
-            try:
+            with Contained() as wrote:
                 self._sink.write(row)
                 self.written += 1
-            except Exception:
+            if wrote.error is not None:
                 self.failed += 1
                 if self.failed == 1:
-                    log.exception("the sink refused a row; later ones are only counted")
-        try:
+                    log.error("the sink refused a row; later ones are only counted", exc_info=wrote.error)
+        with Contained() as ended:
             self._sink.close()
             self.closed = True
-        except Exception:
-            log.exception("the sink does not close")
+        if ended.error is not None:
+            log.error("the sink does not close", exc_info=ended.error)
 
     def _note(self) -> None:
         told: dict[str, Any] = {

@@ -282,3 +282,13 @@ def test_failures_for_training_hit_the_tools_that_may_fail() -> None:
 def test_a_tool_is_a_plain_object() -> None:
     assert isinstance(add, Tool)
     assert add.call(a=1, b=2) == tool_call("add", a=1, b=2)
+
+
+def test_what_blocks_may_run_in_a_thread_of_its_own() -> None:
+    import threading
+
+    @tool(thread=True)
+    def where() -> bool:
+        return threading.current_thread() is threading.main_thread()
+
+    assert say(opened(world([where])), where.call()).observation == "false"
