@@ -16,7 +16,9 @@ from slipstream.chat import Chat, load_tokenizer, train_tokenizer
 from slipstream.config import RunConfig
 from slipstream.demonstrations import demonstrations
 from slipstream.environments import environment_factory
+from slipstream.environments.factory import ORACLE
 from slipstream.episodes import EpisodeRunner
+from slipstream.errors import ConfigurationError
 from slipstream.inference.trial import held_trial
 from slipstream.metrics import wilson_interval
 from slipstream.model import VOCABULARY, choose_device, load_policy
@@ -26,7 +28,7 @@ from slipstream.rewards import components, reward
 from slipstream.run_folder import write_json
 from slipstream.runners import configured_runner
 from slipstream.selection import pass_at_k
-from slipstream.types import Split, Trajectory
+from slipstream.types import Score, ScoreKind, Split, Trajectory
 
 
 def main(
@@ -133,6 +135,11 @@ def rollout(config: RunConfig, n: int, checkpoint: Path | None) -> int:
         source = f"sampled from {checkpoint}"
     else:
         factory = environment_factory(config.environment, config.rewards)
+        if ORACLE not in factory.scripts:
+            raise ConfigurationError(
+                f"environment {config.environment.name} has no script called {ORACLE} whose episodes "
+                "could be shown; give --checkpoint"
+            )
         chat = _tokenizer_only(config, factory.corpus())
         runner = EpisodeRunner(
             factory=factory, chat=chat, environment=config.environment, rewards=config.rewards
@@ -160,8 +167,18 @@ def _readable(trajectory: Trajectory, chat: Chat, title: str, config: RunConfig)
         mark = "policy │ " if trajectory.loss_mask[start] else "       │ "
         lines += [mark + line for line in text.splitlines()]
     parts = ", ".join(f"{name} {value:+.2f}" for name, value in components(trajectory.scores).items())
+    worth = reward(trajectory.scores, config.rewards)
+    told = "no reward" if worth is None else f"reward {worth:+.2f}"
     lines.append(
-        f"         {trajectory.outcome}, reward {reward(trajectory.scores, config.rewards):+.2f} ({parts}), "
-        f"{len(trajectory.token_ids)} tokens, {int(trajectory.loss_mask.sum())} sampled"
+        f"         {trajectory.outcome}, {told} ({parts}), {len(trajectory.token_ids)} tokens, "
+        f"{int(trajectory.loss_mask.sum())} sampled"
     )
+    lines += [f"         {score.name}: {_beside(score)}" for score in trajectory.scores if _beside(score)]
     return "\n".join(lines)
+
+
+def _beside(score: Score) -> str:
+    """Return what a score tells beside the reward: a metric, why a monitor fired, why there is no verdict."""
+    if score.value is None:
+        return f"not judged ({score.invalid})"
+    return f"{score.value:g}" if score.kind is ScoreKind.METRIC else score.invalid

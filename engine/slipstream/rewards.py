@@ -54,7 +54,7 @@ def components(scores: Sequence[Score]) -> dict[str, float]:
 def shown(trajectories: Sequence[Sequence[Score]]) -> dict[str, float]:
     """Return what the scores of many trajectories tell beside their reward, under the names of metrics.py.
 
-    metric/NAME: mean over those in which it could be taken; monitor/NAME: share in which it fired;
+    metric/NAME: mean over those in which it could be taken; fired/NAME: share in which that monitor fired;
     invalid/NAME: share in which that component could not be judged; screened: share without a verdict.
     """
     values: dict[str, list[float]] = {}

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from slipstream import evaluate, synthetic
 from slipstream.chat import Chat
 from slipstream.config import EnvironmentConfig, RunConfig, load_config
-from slipstream.errors import CheckpointError
+from slipstream.errors import CheckpointError, ConfigurationError
 from slipstream.metrics import wilson_interval
 from slipstream.model import Policy, build_model, publish_policy
 from slipstream.types import Score, ScoreKind, Split, TaskAttempt
@@ -131,3 +131,45 @@ def test_episodes_to_read(config: RunConfig, folder: Path, capsys: pytest.Captur
 def test_a_missing_folder_is_named(config: RunConfig, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no model here"):
         evaluate.main(config, tmp_path, split=Split.FRESH, tasks=1, attempts=1, temperature=1.0, output=None)
+
+
+OWN = """
+from slipstream import Invalid, environment, metric, monitor, reward, tool_call
+
+def tasks(split, index):
+    return {"question": f"Number {index} of {split}?", "answer": "1"}
+
+def oracle(task):
+    yield tool_call("answer", text="1")
+
+@reward()
+def right(episode):
+    return True if episode.task.index % 2 else Invalid("no reference")
+
+@metric
+def letters(episode):
+    return len(episode.answer)
+
+@monitor("log")
+def short(episode):
+    "The answer is short."
+    return True
+
+mine = environment(tasks=tasks, rewards=[right, letters, short], oracle=oracle)
+mute = environment(tasks=tasks, rewards=[right])
+"""
+
+
+def test_episodes_of_ones_own_show_what_is_beside_the_reward(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "own_task.py").write_text(OWN)
+    name = f"environment.name={tmp_path / 'own_task.py'}"
+    assert evaluate.rollout(load_config("research", [f"{name}:mine"]), 2, None) == 0
+    first, second = capsys.readouterr().out.split("── episode 2")
+    assert "completed, no reward (step -0.05, invalid -0.00)" in first
+    assert "right: not judged (no reference)" in first
+    assert "completed, reward +0.95 (right +1.00, step -0.05, invalid -0.00)" in second
+    assert "letters: 1\n" in second and "fired/short: The answer is short.\n" in second
+    with pytest.raises(ConfigurationError, match="has no script called oracle whose episodes could be shown"):
+        evaluate.rollout(load_config("research", [f"{name}:mute"]), 2, None)

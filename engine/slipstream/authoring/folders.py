@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final
 
 from slipstream.authoring.tasks import SPLITS, Row, RowTasks, checked_row
 from slipstream.errors import ConfigurationError
+from slipstream.extras import require
 from slipstream.types import Split
 
 SUFFIXES: Final = (".arrow", ".parquet")
@@ -29,11 +29,7 @@ def dataset(path: str | Path, *, question: str = "question") -> RowTasks:
 
 
 def _rows(folder: Path, question: str) -> Iterator[tuple[str, Row, Split | None]]:
-    if find_spec("pyarrow") is None:
-        raise ConfigurationError(
-            f"tasks: reading {folder} needs pyarrow, which is not installed; run "
-            "pip install 'slipstream[datasets]'"
-        )
+    require("datasets", "pyarrow", by=f"the dataset in {folder}")
     files = sorted(
         path
         for path in folder.rglob("*")

@@ -40,7 +40,7 @@ Kind = Literal["outcome", "shaping", "penalty"]
 Action = Literal["log", "screen", "zero", "halt"]
 KINDS: Final = ("outcome", "shaping", "penalty")
 ACTIONS: Final = ("log", "screen", "zero", "halt")
-MONITORS: Final = "monitor/"
+MONITORS: Final = "fired/"
 """What names of monitors' scores begin with."""
 _LONGEST_REASON: Final = 200
 _LOGGED_EACH: Final = 3
@@ -134,7 +134,7 @@ def metric(function: Function) -> Metric:
 def monitor(action: Action = "log") -> Callable[[Function], Monitor]:
     """Make a monitor of a function of the finished `Episode` that returns whether it fires, or a reason.
 
-    log      counted and shown as monitor/NAME, the share of episodes in which it fired; nothing else
+    log      counted and shown as fired/NAME, the share of episodes in which it fired; nothing else
     screen   the episode is not trained: its outcome is invalid, and it leaves its group's baseline
     zero     every outcome counts as failed, and shaping as 0
     halt     the run ends, and says why

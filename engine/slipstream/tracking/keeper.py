@@ -16,8 +16,9 @@ from typing import Final, Self
 from slipstream import run_folder
 from slipstream.config import TrackingConfig
 from slipstream.errors import ConfigurationError
+from slipstream.extras import require
 from slipstream.tracking.mirror import FOLDER
-from slipstream.tracking.sinks import SINKS, check_installed
+from slipstream.tracking.sinks import SINKS
 
 START_S: Final = 60.0
 """For a sink to say that it is there; W&B asks its server."""
@@ -57,7 +58,7 @@ class Tracking:
         try:
             for name, project in wanted.items():
                 if project:
-                    check_installed(name)
+                    require(name, name, by=f"tracking.{name}")
                     self._start(name, project if isinstance(project, str) else "")
         except BaseException:
             self._kill()

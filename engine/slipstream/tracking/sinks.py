@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from importlib.util import find_spec
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final, Protocol
 
 from slipstream import run_folder
-from slipstream.errors import ConfigurationError
 from slipstream.metrics import Row
 
 
@@ -91,15 +89,6 @@ SINKS: Final[Mapping[str, Callable[[Path, str, str], Sink]]] = MappingProxyType(
     {"tensorboard": TensorBoard, "wandb": Wandb}
 )
 """By name: of the sink, its key in [tracking], the package it needs, and the extra that installs that."""
-
-
-def check_installed(name: str) -> None:
-    """Raise ConfigurationError when the package of a sink is missing."""
-    if find_spec(name) is None:
-        raise ConfigurationError(
-            f"tracking.{name} needs the package {name}, which is not installed; run "
-            f"pip install 'slipstream[{name}]'"
-        )
 
 
 def make_sink(name: str, folder: Path, project: str, identity: str) -> Any:

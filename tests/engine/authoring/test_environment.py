@@ -170,7 +170,7 @@ def test_a_monitor_that_halts_ends_the_run_with_a_sentence(own: Path, chat: Chat
     with pytest.raises(MonitorError) as caught:
         asyncio.run(play(ran, load_config("research"), Split.HELDOUT, 3, ran.factory.scripts["oracle"]))
     assert str(caught.value) == (
-        "monitor/never ends the run at task 3 of heldout, attempt 0: the answer was seen; mend the "
+        "monitor never ends the run at task 3 of heldout, attempt 0: the answer was seen; mend the "
         "environment, or give the monitor another action, and go on with --resume"
     )
     assert caught.value.exit_code == 2
@@ -231,5 +231,5 @@ def test_broken_tasks_are_said_when_the_configuration_loads(tmp_path: Path) -> N
 
 def test_a_tool_that_changes_the_episode_is_seen_by_monitors() -> None:
     loud = monitor("log")(lambda episode: len(episode.calls) > 5)
-    assert answered(world(rewards=[right, loud]))["monitor/<lambda>"].value == 0.0
+    assert answered(world(rewards=[right, loud]))["fired/<lambda>"].value == 0.0
     assert capitals("heldout", 0)["hint"] == "north"

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 
-from slipstream.authoring import folders
 from slipstream.authoring.environment import environment
 from slipstream.authoring.folders import dataset
 from slipstream.authoring.rewards import reward
@@ -103,8 +102,8 @@ def test_what_is_no_dataset_is_one_sentence(arrow: Any, tmp_path: Path) -> None:
 
 
 def test_a_missing_package_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(folders, "find_spec", lambda name: None)
+    monkeypatch.setattr("slipstream.extras.find_spec", lambda name: None)
     assert refusal(tmp_path) == (
-        f"tasks: reading {tmp_path} needs pyarrow, which is not installed; run "
-        "pip install 'slipstream[datasets]'"
+        f"the dataset in {tmp_path} needs the extra datasets, and pyarrow is not installed; run pip install "
+        "'slipstream[datasets]'"
     )

@@ -160,17 +160,17 @@ def watch(action: Any, said: Any = "tests were edited") -> Any:
 
 def test_a_monitor_that_logs_is_counted_and_changes_nothing() -> None:
     found = answered(world(rewards=[right, watch("log")]))
-    assert (found["monitor/cheats"].value, found["monitor/cheats"].invalid) == (1.0, "tests were edited")
+    assert (found["fired/cheats"].value, found["fired/cheats"].invalid) == (1.0, "tests were edited")
     assert worth(found) == worth(answered(world()))
     quiet = answered(world(rewards=[right, watch("log", False)]))
-    assert shown([list(found.values()), list(quiet.values())]) == {"monitor/cheats": 0.5}
+    assert shown([list(found.values()), list(quiet.values())]) == {"fired/cheats": 0.5}
 
 
 def test_a_monitor_that_screens_takes_the_episode_out_of_training() -> None:
     found = answered(world(rewards=[right, watch("screen", True)]))
     assert worth(found) is None
     assert found["right"].invalid == "screened by cheats: Edits the tests."
-    assert shown([list(found.values())]) == {"monitor/cheats": 1.0, "invalid/right": 1.0, "screened": 1.0}
+    assert shown([list(found.values())]) == {"fired/cheats": 1.0, "invalid/right": 1.0, "screened": 1.0}
 
 
 def test_a_monitor_that_zeroes_makes_a_failure_of_a_success() -> None:
@@ -182,7 +182,7 @@ def test_a_monitor_that_zeroes_makes_a_failure_of_a_success() -> None:
 
 def test_a_monitor_that_fails_does_not_fire(caplog: pytest.LogCaptureFixture) -> None:
     found = answered(world(rewards=[right, monitor("zero")(raising(KeyError("x")))]))
-    assert (found["monitor/judged"].value, found["right"].value) == (0.0, 1.0)
+    assert (found["fired/judged"].value, found["right"].value) == (0.0, 1.0)
     assert "judged: failed with KeyError" in caplog.text
 
 

@@ -154,7 +154,7 @@ def test_a_tool_that_falls_costs_one_step(factory: EnvironmentFactory, cheat: st
     calls = [move.call for move in moves]
     assert [(call.turn, call.name, call.status) for call in calls if call is not None] == [
         (0, "cheat", ToolStatus.OK),
-        (1, "cheat", ToolStatus.ERROR),
+        (1, "cheat", ToolStatus.CRASHED),
         (2, "cheat", ToolStatus.OK),
         (3, "answer", ToolStatus.OK),
     ]

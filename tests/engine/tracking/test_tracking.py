@@ -173,11 +173,9 @@ def test_a_sink_that_cannot_start_is_one_sentence_at_the_start(  # type: ignore[
 
 
 def test_a_package_that_is_missing_is_said(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("slipstream.tracking.sinks.find_spec", lambda name: None)
+    monkeypatch.setattr("slipstream.extras.find_spec", lambda name: None)
     with (
-        pytest.raises(
-            ConfigurationError, match=r"tracking\.wandb needs the package wandb, which is not inst"
-        ),
+        pytest.raises(ConfigurationError, match=r"tracking\.wandb needs the extra wandb, and wandb is not"),
         Tracking(WANDB, run, on_event=print),
     ):
         pass
