@@ -307,8 +307,8 @@ def _heed(scores: Sequence[Score], lease: Lease) -> None:
         if score.kind is ScoreKind.HALT and score.value:
             raise MonitorError(
                 f"monitor {score.name.rpartition('/')[2]} ends the run at task {lease.attempt.task} of "
-                f"{lease.split}, attempt {lease.attempt.attempt}: {score.invalid}; mend the environment, or give the monitor "
-                "another action, and go on with --resume"
+                f"{lease.split}, attempt {lease.attempt.attempt}: {score.invalid}; mend the environment, or "
+                "give the monitor another action, and go on with --resume"
             )
 
 

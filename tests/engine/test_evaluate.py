@@ -167,9 +167,9 @@ def test_episodes_of_ones_own_show_what_is_beside_the_reward(
     name = f"environment.name={tmp_path / 'own_task.py'}"
     assert evaluate.rollout(load_config("research", [f"{name}:mine"]), 2, None) == 0
     first, second = capsys.readouterr().out.split("── episode 2")
-    assert "completed, no reward (step -0.05, invalid -0.00)" in first
+    assert "completed, no reward (step -0.05, invalid +0.00)" in first
     assert "right: not judged (no reference)" in first
-    assert "completed, reward +0.95 (right +1.00, step -0.05, invalid -0.00)" in second
+    assert "completed, reward +0.95 (right +1.00, step -0.05, invalid +0.00)" in second
     assert "letters: 1\n" in second and "fired/short: The answer is short.\n" in second
     with pytest.raises(ConfigurationError, match="has no script called oracle whose episodes could be shown"):
         evaluate.rollout(load_config("research", [f"{name}:mute"]), 2, None)
