@@ -17,7 +17,7 @@ from slipstream.audit import Audit, History, _judge
 from slipstream.chat import Chat
 from slipstream.config import BatchConfig, EnvironmentConfig, EvaluationConfig, HubConfig, RunConfig
 from slipstream.environments import EnvironmentFactory, environment_factory
-from slipstream.environments.research import ResearchEnvironment, ResearchTasks
+from slipstream.environments.research import ResearchEnvironment, ResearchOptions, ResearchTasks
 from slipstream.episodes import EpisodeRunner
 from slipstream.errors import InfrastructureError
 from slipstream.ingest import IngestLog, read_events
@@ -118,7 +118,7 @@ class Hub:
 
 
 def test_a_task_that_always_fails_costs_itself_and_nothing_else(tmp_path: Path, chat: Chat) -> None:
-    hub, tasks = Hub(tmp_path), ResearchTasks(CONFIG.environment)
+    hub, tasks = Hub(tmp_path), ResearchTasks(ResearchOptions())
     factory: EnvironmentFactory = dataclasses.replace(
         environment_factory(CONFIG.environment, CONFIG.rewards),
         make=lambda: Failing(tasks, CONFIG.environment, CONFIG.rewards),
