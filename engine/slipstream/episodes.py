@@ -27,6 +27,7 @@ from slipstream.retries import Backoff
 from slipstream.rewards import turn_rewards
 from slipstream.tools.hermes import parse_call, rewritten
 from slipstream.types import (
+    MARKED_MESSAGES,
     Completion,
     Float32Array,
     Int16Array,
@@ -132,10 +133,11 @@ class Recorder:
 
 
 class _Clock:
-    """Adds up where an episode's seconds went."""
+    """Adds up where an episode's seconds went, and notes when."""
 
     def __init__(self) -> None:
-        self._started_s = time.time()
+        self._started_s, self._began = time.time(), time.monotonic()
+        self._marks: list[float] = []
         self._seconds = {"generate": 0.0, "tools": 0.0}
 
     @contextmanager
@@ -145,7 +147,9 @@ class _Clock:
         try:
             yield
         finally:
-            self._seconds[kind] += time.monotonic() - began
+            ended = time.monotonic()
+            self._seconds[kind] += ended - began
+            self._marks += (began, ended) if kind == "generate" else (ended,)
 
     def timings(self) -> Timings:
         """Return the bookings up to now."""
@@ -154,7 +158,17 @@ class _Clock:
             finished_s=time.time(),
             generate_s=self._seconds["generate"],
             tools_s=self._seconds["tools"],
+            marks_ms=marks_ms(self._marks, self._began),
         )
+
+
+def marks_ms(marks: Sequence[float], began: float) -> tuple[int, ...]:
+    """Return `Timings.marks_ms` of marks and a beginning on one monotonic clock.
+
+    A message that led to nothing any more has its own end for the third mark.
+    """
+    whole = [*marks, marks[-1]] if len(marks) % 3 == 2 else marks
+    return tuple(max(0, round(1000 * (mark - began))) for mark in whole[: 3 * MARKED_MESSAGES])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

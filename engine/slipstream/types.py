@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from itertools import pairwise
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -170,6 +170,10 @@ class Completion:
     """(server, serial) of its tokens when servers sampled them; empty: the backend itself did."""
 
 
+MARKED_MESSAGES: Final = 512
+"""Of so many messages an episode notes when they were made: a header holds no more than 64 KiB."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Timings:
     """Where an episode's seconds went; wall-clock seconds of the actor's monotonic clock."""
@@ -179,6 +183,9 @@ class Timings:
     finished_s: float = 0.0
     generate_s: float = 0.0
     tools_s: float = 0.0
+    marks_ms: tuple[int, ...] = ()
+    """Three for each message of the policy, the first MARKED_MESSAGES of them, in milliseconds after
+    `started_s`: when it was asked for, when it was there, and when what it led to was there."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

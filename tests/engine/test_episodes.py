@@ -15,13 +15,14 @@ from slipstream.chat import Chat
 from slipstream.config import RunConfig, load_config
 from slipstream.environments import EnvironmentFactory, environment_factory
 from slipstream.environments.research import TOOLS, ResearchEnvironment, ResearchOptions, ResearchTasks
-from slipstream.episodes import EpisodeRunner
+from slipstream.episodes import EpisodeRunner, marks_ms
 from slipstream.errors import InfrastructureError, ToolError
 from slipstream.interfaces import AssistantMessage, Observation, ToolSpec, Transition
 from slipstream.redaction import Redactor
 from slipstream.rewards import reward
 from slipstream.tools.hermes import format_call
 from slipstream.types import (
+    MARKED_MESSAGES,
     Completion,
     Int32Array,
     Lease,
@@ -211,6 +212,9 @@ def test_timed_out_by_a_slow_tool(chat: Chat) -> None:
     config = config_of()
     assert trajectory.turn_rewards.sum() == pytest.approx(reward(trajectory.scores, config.rewards))
     assert trajectory.timings.tools_s > 0
+    # Two messages, each with its three marks, in order, that of the tool cut short too.
+    marks = trajectory.timings.marks_ms
+    assert len(marks) == 6 and list(marks) == sorted(marks)
 
 
 def test_timed_out_while_sampling(chat: Chat) -> None:
@@ -500,3 +504,9 @@ def test_scripts_are_shown_each_result(chat: Chat) -> None:
     trajectory = asyncio.run(runner.scripted(LEASE, play()))
     assert trajectory.outcome is Outcome.COMPLETED and not trajectory.success
     assert len(trajectory.turn_rewards) == 2
+
+
+def test_marks_are_whole_messages_in_milliseconds_and_bounded() -> None:
+    assert marks_ms([10.0, 10.25, 10.5, 11.0, 11.001], 9.75) == (250, 500, 750, 1250, 1251, 1251)
+    assert marks_ms([1.0], 2.0) == (0,)
+    assert len(marks_ms([float(n) for n in range(3 * MARKED_MESSAGES + 6)], 0.0)) == 3 * MARKED_MESSAGES

@@ -40,6 +40,7 @@ from slipstream.types import (
     ScoreKind,
     Split,
     TaskAttempt,
+    Timings,
     ToolCall,
     ToolStatus,
     Trajectory,
@@ -136,6 +137,7 @@ def made_trajectories() -> list[Trajectory]:
     other = dataclasses.replace(
         small[2], tool_calls=calls, scores=scores, outcome=Outcome.TIMED_OUT, note="late", identity=IDENTITY,
         attempt=ATTEMPT, sampling=Sampling(temperature=0.8),
+        timings=Timings(started_s=1e9, finished_s=1e9 + 2, generate_s=1.5, marks_ms=(0, 900, 70_000)),
     )  # fmt: skip
     return [*small, other]
 

@@ -18,7 +18,7 @@ import numpy as np
 
 from slipstream.chat import Chat
 from slipstream.config import EnvironmentConfig, RewardConfig
-from slipstream.episodes import UNSENT, TokenArrays
+from slipstream.episodes import UNSENT, TokenArrays, marks_ms
 from slipstream.flight_recorder import FLIGHT
 from slipstream.gateway.app import Gateway
 from slipstream.gateway.graph import Sample
@@ -105,12 +105,17 @@ class ProgramRunner:
         finally:
             self._rollouts.finish(rollout)
             self._rollouts.forget(rollout)
-        seconds = time.monotonic() - began
+        ended = time.monotonic()
+        seconds = ended - began
+        # What an answer led to has come when the agent asks again.
+        asked = [*(asked for asked, _ in rollout.spans[1:]), ended]
+        marks = [mark for span, then in zip(rollout.spans, asked, strict=False) for mark in (*span, then)]
         timings = Timings(
             started_s=started_s,
             finished_s=time.time(),
             generate_s=rollout.generate_s,
             tools_s=max(0.0, seconds - rollout.generate_s),
+            marks_ms=marks_ms(marks, began),
         )
         return self._trajectory(lease, rollout, end, sampling, timings)
 

@@ -72,6 +72,8 @@ class Rollout:
     """"too long" or "too many calls": why the agent could not go on."""
     generate_s: float = 0.0
     """Seconds in which the policy sampled for it."""
+    spans: list[tuple[float, float]] = field(default_factory=list)
+    """When each call was handed to the policy and when it was answered, on the monotonic clock."""
     ended: asyncio.Event = field(default_factory=asyncio.Event)
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     answered: OrderedDict[str, asyncio.Task[dict[str, Any]]] = field(default_factory=OrderedDict)
@@ -228,7 +230,8 @@ class Rollouts:
         sampling = replace(rollout.sampling, max_tokens=most)
         began = time.monotonic()
         completion = await rollout.backend.generate(prompt_P, sampling, rollout_id=rollout.number)
-        rollout.generate_s += time.monotonic() - began
+        rollout.spans.append((began, time.monotonic()))
+        rollout.generate_s += rollout.spans[-1][1] - began
         return completion
 
     def _room(self, rollout: Rollout, prompt_P: Int32Array, asked: str) -> int:

@@ -133,6 +133,10 @@ def test_an_agent_of_openais_client_is_recorded_as_the_environments_own_loop_is(
     ]
     assert made.turn_rewards.sum() == pytest.approx(shown.turn_rewards.sum())
     assert backend.released == [9]
+    # Asked, answered, asked again: what lies between two calls is the agent's time.
+    marks = made.timings.marks_ms
+    assert len(marks) == 3 * len(spans) and list(marks) == sorted(marks)
+    assert marks[2:-1:3] == marks[3::3]
 
 
 def test_a_history_that_is_summed_up_begins_a_segment(chat: Chat) -> None:
