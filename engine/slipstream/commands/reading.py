@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 
 from slipstream.commands.common import Command, folder_args
+from slipstream.errors import ConfigurationError
 
 
 def _plot(chosen: argparse.Namespace) -> int:
@@ -23,8 +25,62 @@ def _doctor(chosen: argparse.Namespace) -> int:
     return 0 if well else 1
 
 
+def _view_args(parser: argparse.ArgumentParser) -> None:
+    folder_args(parser)
+    parser.add_argument(
+        "--port", type=int, default=8080, help="on the loopback (default: 8080; 0: a free one)"
+    )
+    parser.add_argument("--export", type=Path, metavar="FILE", help="write page and episodes into one file")
+    parser.add_argument("--limit", type=int, default=256, help="most episodes of --export (default: 256)")
+    parser.add_argument(
+        "--filter", action="append", default=[], metavar="key=value",
+        help="episodes of --export, by keys of the page's address, such as outcome=success",
+    )  # fmt: skip
+    parser.add_argument(
+        "--checkpoint", type=Path, help="shows its log-probabilities beside the recorded ones"
+    )
+
+
+def _view(chosen: argparse.Namespace) -> int:
+    if chosen.limit < 1:
+        raise ConfigurationError(f"--limit must be at least 1, got {chosen.limit}")
+    from slipstream.extras import require
+    from slipstream.viewing.run import RunView
+
+    given = dict(_pair(text) for text in chosen.filter)
+    if given and chosen.export is None:
+        raise ConfigurationError("--filter goes with --export; the page has filters of its own")
+    scorer = None
+    if chosen.checkpoint is not None:
+        from slipstream.run_folder import read_config
+        from slipstream.viewing.gap import GapScorer
+
+        scorer = GapScorer(chosen.checkpoint, read_config(chosen.folder))
+    view = RunView(chosen.folder, scorer=scorer, scored_with=str(chosen.checkpoint or ""))
+    if chosen.export is None:
+        require("gateway", "starlette", "uvicorn", by="view without --export")
+        from slipstream.viewing.server import serve
+
+        return serve(view, port=chosen.port)
+    from slipstream.viewing.export import export
+
+    count = export(view, chosen.export, given, limit=chosen.limit)
+    sys.stdout.write(f"{chosen.export}: {count} of {view.index.count} episodes\n")
+    return 0
+
+
+def _pair(text: str) -> tuple[str, str]:
+    key, found, value = text.partition("=")
+    if not found:
+        raise ConfigurationError(f'--filter: expected key=value, got "{text}"')
+    return key, value
+
+
 COMMANDS = {
     "plot": Command(about="Draw the learning curve of a run.", declare=folder_args, run=_plot),
+    "view": Command(
+        about="Read the episodes of a run in a browser, or export them.", declare=_view_args, run=_view
+    ),
     "doctor": Command(
         about="Say what the processes of a run wait for, and what is wrong.", declare=folder_args, run=_doctor
     ),
