@@ -55,7 +55,7 @@ def _view(chosen: argparse.Namespace) -> int:
         from slipstream.run_folder import read_config
         from slipstream.viewing.gap import GapScorer
 
-        scorer = GapScorer(chosen.checkpoint, read_config(chosen.folder))
+        scorer = GapScorer.of(chosen.checkpoint, read_config(chosen.folder))
     view = RunView(chosen.folder, scorer=scorer, scored_with=str(chosen.checkpoint or ""))
     if chosen.export is None:
         require("gateway", "starlette", "uvicorn", by="view without --export")

@@ -18,8 +18,8 @@ STYLES: Final = "view.css"
 SCRIPTS: Final = ("dom.js", "source.js", "groups.js", "episode.js", "lanes.js", "main.js")
 """In the order in which they are run."""
 POLICY: Final = (
-    "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src data:; base-uri 'none'; "
-    "form-action 'none'; frame-ancestors 'none'"
+    "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src data:; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 HEADERS: Final = {
     "Content-Security-Policy": POLICY,

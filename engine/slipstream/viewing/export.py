@@ -57,7 +57,7 @@ def chosen(view: RunView, given: Mapping[str, str], *, limit: int) -> list[int]:
         fits &= view.found(given, filters.text, fits)
     numbers: list[int] = []
     for key in filters.ordered(view.index, fits):
-        group = view.index.groups[key]
+        group = view.index.members[key]
         if numbers and len(numbers) + len(group) > limit:
             break
         numbers += group[:limit]

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from slipstream.errors import ConfigurationError
-from slipstream.viewing.index import FATES, OUTCOMES, SPLITS, STATUSES, GroupKey, RunIndex
+from slipstream.viewing.index import FATES, OUTCOMES, SPLITS, STATUSES, RunIndex
 
 Numbers = NDArray[Any]
 ORDERS: Final = ("newest", "reward", "spread", "turns", "tokens", "slip", "seconds")
@@ -92,32 +92,33 @@ class Filters:
             fits &= (rows["evaluation"] == self.serial) | (sampled & (rows["evaluation"] < 0))
         return fits
 
-    def ordered(self, index: RunIndex, fits: NDArray[np.bool_]) -> list[GroupKey]:
-        """Return the groups that hold a fitting episode, in the order asked for."""
-        rows = index.rows[fits]
-        if not len(rows):
+    def ordered(self, index: RunIndex, fits: NDArray[np.bool_]) -> list[int]:
+        """Return the places of the groups that hold a fitting episode, in the order asked for."""
+        numbers = np.flatnonzero(fits)
+        if not len(numbers):
             return []
-        pairs = np.stack([rows["evaluation"].astype(np.int64), rows["group"]], axis=1)
-        keys, group_n = np.unique(pairs, axis=0, return_inverse=True)
-        value = self._value(rows, group_n.reshape(-1), len(keys), np.flatnonzero(fits))
-        order = np.argsort(value if self.up else -value, kind="stable")
-        return [(int(evaluation), int(group)) for evaluation, group in keys[order].tolist()]
+        counts = np.bincount(index.rows["place"][numbers], minlength=len(index.members))
+        value = self._value(index.rows, numbers, counts)
+        present = np.flatnonzero(counts)
+        order = np.argsort(value[present] if self.up else -value[present], kind="stable")
+        return [int(place) for place in present[order]]
 
-    def _value(self, rows: Numbers, group_n: Numbers, groups: int, numbers: Numbers) -> Numbers:
+    def _value(self, rows: Numbers, numbers: Numbers, counts: Numbers) -> Numbers:
         """Return [groups]: what they are sorted by."""
+        place_n, groups = rows["place"][numbers], len(counts)
         if self.sort == "newest":
             newest = np.zeros(groups)
-            np.maximum.at(newest, group_n, numbers)
+            newest[place_n] = numbers  # the last assignment stays, and numbers ascend
             return newest
         if self.sort == "spread":
             most, least = np.full(groups, -np.inf), np.full(groups, np.inf)
-            np.maximum.at(most, group_n, rows["reward"])
-            np.minimum.at(least, group_n, rows["reward"])
+            np.maximum.at(most, place_n, rows["reward"][numbers])
+            np.minimum.at(least, place_n, rows["reward"][numbers])
             spread: Numbers = most - least
             return spread
         column = rows["finished"] - rows["started"] if self.sort == "seconds" else rows[self.sort]
-        counts = np.bincount(group_n, minlength=groups)
-        means: Numbers = np.bincount(group_n, weights=column.astype(np.float64), minlength=groups) / counts
+        sums = np.bincount(place_n, weights=column[numbers].astype(np.float64), minlength=groups)
+        means: Numbers = sums / np.maximum(counts, 1)
         return means
 
 

@@ -18,20 +18,27 @@ import numpy as np
 from slipstream.types import Float32Array, Trajectory
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from slipstream.config import RunConfig
 
 
 class GapScorer:
-    """Scores episodes with one checkpoint; loads PyTorch.
+    """Scores episodes with one policy.
 
-    Example: ``GapScorer(folder / "checkpoints" / "latest", config)(trajectory)``.
+    Example: ``GapScorer.of(folder / "checkpoints" / "latest", config)(trajectory)``.
     """
 
-    def __init__(self, checkpoint: Path, config: RunConfig) -> None:
-        """Load the policy; raises CheckpointError."""
+    def __init__(self, model: PreTrainedModel) -> None:
+        """Score with a model that knows packed segments (attention.py)."""
+        self._model = model
+
+    @classmethod
+    def of(cls, checkpoint: Path, config: RunConfig) -> GapScorer:
+        """Load a policy; raises CheckpointError."""
         from slipstream.model import choose_device, load_policy
 
-        self._model = load_policy(checkpoint, config=config.model, device=choose_device(config.device)).model
+        return cls(load_policy(checkpoint, config=config.model, device=choose_device(config.device)).model)
 
     def __call__(self, trajectory: Trajectory) -> Float32Array | None:
         """Return the [T] gap in nats, NaN where no token was sampled or it begins a segment.

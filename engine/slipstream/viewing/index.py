@@ -24,10 +24,10 @@ ROW: Final = np.dtype(
     [
         ("segment", "i4"), ("offset", "i8"), ("group", "i8"), ("task", "i8"), ("attempt", "i4"),
         ("evaluation", "i4"), ("split", "u1"), ("outcome", "u1"), ("fate", "u1"), ("success", "u1"),
-        ("reward", "f4"), ("turns", "i4"), ("tokens", "i4"), ("length", "i4"), ("calls", "i4"),
-        ("cached", "i4"), ("serial_low", "i4"), ("serial_high", "i4"), ("step", "i4"), ("slip", "i4"),
-        ("tools", "u8"), ("statuses", "u1"), ("started", "f8"), ("finished", "f8"), ("generate", "f4"),
-        ("tool_time", "f4"), ("actor", "u2"), ("epoch", "i4"), ("seq", "i8"),
+        ("reward", "f4"), ("turns", "i4"), ("tokens", "i4"), ("serial_low", "i4"), ("serial_high", "i4"),
+        ("step", "i4"), ("slip", "i4"), ("place", "i4"), ("actor", "u2"), ("epoch", "i4"), ("seq", "i8"),
+        ("length", "i4"), ("calls", "i4"), ("cached", "i4"), ("tools", "u8"), ("statuses", "u1"),
+        ("started", "f8"), ("finished", "f8"), ("generate", "f4"), ("tool_time", "f4"),
     ]
 )  # fmt: skip
 OUTCOMES: Final = tuple(Outcome)
@@ -75,8 +75,10 @@ class RunIndex:
         """Begin with no episode."""
         self._rows = np.zeros(1024, ROW)
         self.count = 0
-        self.groups: dict[GroupKey, list[int]] = {}
-        """Rows of each group, in the order of arrival."""
+        self.groups: dict[GroupKey, int] = {}
+        """The place of each group, in the order of arrival: the column `place`."""
+        self.members: list[list[int]] = []
+        """Rows of the group at each place."""
         self.actors: list[str] = []
         self.tools: list[str] = []
         """Names by bit of the column `tools`."""
@@ -121,51 +123,53 @@ class RunIndex:
                 self.rows["step"][undone] = self.rows["slip"][undone] = -1
             case events.EvaluationDone() as event:
                 self.evaluations.append(event)
-            case events.State(versions=versions, incarnation=incarnation):
+            case events.State(versions=versions, forks=forks, incarnation=incarnation):
+                for number, step in forks.items():
+                    self.versions.fork(number, step)
                 self._add_versions(versions)
                 self._incarnation = incarnation
 
     def _received(self, event: events.Received, place: Place, record: memoryview) -> None:
         if self.count == len(self._rows):
             self._rows = np.concatenate([self._rows, np.zeros(len(self._rows), ROW)])
-        row = self._rows[self.count]
         identity, attempt, serials = event.identity, event.attempt, event.serials
+        actor = self._number(self.actors, identity.actor)
+        group = self.groups.setdefault((event.evaluation, attempt.group), len(self.members))
+        if group == len(self.members):
+            self.members.append([])
+        low, high = (serials[0], serials[-1]) if serials else (-1, -1)
         try:
-            actor = self._number(self.actors, identity.actor)
-            row["segment"], row["offset"] = place.segment, place.offset
-            row["group"], row["task"], row["attempt"] = attempt.group, attempt.task, attempt.attempt
-            row["evaluation"], row["actor"] = event.evaluation, min(actor, 65535)
-            row["epoch"], row["seq"] = identity.epoch, identity.seq
-            row["split"], row["outcome"] = SPLITS.index(event.split), OUTCOMES.index(event.outcome)
-            row["fate"], row["success"] = FATES.index(event.verdict), event.success
-            row["reward"], row["turns"], row["tokens"] = event.reward, event.turns, event.tokens
-            row["serial_low"], row["serial_high"] = (serials[0], serials[-1]) if serials else (-1, -1)
-            row["step"] = row["slip"] = -1
-            self._look_into(row, record)
+            # In the order of ROW; one assignment is ten times as fast as one for each column.
+            self._rows[self.count] = (
+                place.segment, place.offset, attempt.group, attempt.task, attempt.attempt, event.evaluation,
+                SPLITS.index(event.split), OUTCOMES.index(event.outcome), FATES.index(event.verdict),
+                event.success, event.reward, event.turns, event.tokens, low, high, -1, -1, group,
+                min(actor, 65535), identity.epoch, identity.seq, *self._look_into(record),
+            )  # fmt: skip
         except (OverflowError, ValueError, struct.error, msgspec.MsgspecError, RecursionError):
             self.unread += 1
             return
-        self.groups.setdefault((event.evaluation, attempt.group), []).append(self.count)
+        self.members[group].append(self.count)
         if event.verdict != "duplicate":
             self._row_of[actor, identity.epoch, identity.seq] = self.count
         self.count += 1
 
-    def _look_into(self, row: Any, record: memoryview) -> None:
-        """Read what only the record says: its length, where its seconds went, which tools it called."""
+    def _look_into(self, record: memoryview) -> tuple[Any, ...]:
+        """Return the last columns, which only the record knows: length, seconds, what was called."""
         lengths = _LENGTHS.unpack_from(record)
-        row["length"] = lengths[_MASK]
         between = _LENGTHS.size + sum(lengths[:-2])
         behind = between + lengths[-2]
         timings = _BRIEF.decode(record[between:behind]).timings
-        row["started"], row["finished"] = timings.started_s, timings.finished_s
-        row["generate"], row["tool_time"] = timings.generate_s, timings.tools_s
         calls = _CALLS.decode(record[behind : behind + lengths[-1]])
-        tools = statuses = 0
+        tools = statuses = cached = 0
         for call in calls:
             tools |= 1 << self._tool(call.name)
             statuses |= 1 << STATUSES.index(call.status)
-        row["tools"], row["statuses"] = tools, statuses
-        row["calls"], row["cached"] = len(calls), sum(call.cached for call in calls)
+            cached += call.cached
+        return (
+            lengths[_MASK], len(calls), cached, tools, statuses,
+            timings.started_s, timings.finished_s, timings.generate_s, timings.tools_s,
+        )  # fmt: skip
 
     def _trained(self, batch: int, identities: Iterable[TrajectoryId]) -> None:
         """Book what the optimizer step behind `batch` steps was made of; metrics.jsonl counts it too."""

@@ -22,6 +22,7 @@ from slipstream.records import HEAD, scan
 
 _U32: Final = struct.Struct("<I")
 _MOST_NOTES: Final = 20
+_OPEN_FILES: Final = 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,6 +67,7 @@ class LogReader:
         self.notes: list[str] = []
         """What is missing or damaged, one sentence each."""
         self.bytes_read = 0
+        self._files: dict[int, int] = {}
 
     @property
     def bytes_there(self) -> int:
@@ -94,21 +96,28 @@ class LogReader:
 
     def record(self, place: Place) -> bytes:
         """Return the trajectory's record of a Received event; raises RunFolderError when it is not there."""
-        path = self._path(place.segment)
+        name = self._path(place.segment).name
         try:
-            with path.open("rb") as file:
-                file.seek(place.offset)
-                head = file.read(HEAD.size + _U32.size)
-                length, _, _, event_bytes = struct.unpack("<IIQI", head)
-                start = _U32.size + event_bytes
-                if start >= length or place.offset + HEAD.size + length > os.fstat(file.fileno()).st_size:
-                    raise RunFolderError(f"{path.name} holds no trajectory at offset {place.offset}")
-                file.seek(place.offset + HEAD.size + start)
-                return file.read(length - start)
+            file = self._file(place.segment)
+            length, _, _, event_bytes = struct.unpack(
+                "<IIQI", os.pread(file, HEAD.size + _U32.size, place.offset)
+            )
+            start = _U32.size + event_bytes
+            if start >= length or place.offset + HEAD.size + length > os.fstat(file).st_size:
+                raise RunFolderError(f"{name} holds no trajectory at offset {place.offset}")
+            return os.pread(file, length - start, place.offset + HEAD.size + start)
         except FileNotFoundError:
-            raise RunFolderError(f"{path.name} is gone: hub.retain_bytes keeps only the newest") from None
-        except (struct.error, OSError) as error:
-            raise RunFolderError(f"{path.name} cannot be read at offset {place.offset}: {error}") from None
+            raise RunFolderError(f"{name} is gone: hub.retain_bytes keeps only the newest") from None
+        except (struct.error, OSError, OverflowError) as error:
+            raise RunFolderError(f"{name} cannot be read at offset {place.offset}: {error}") from None
+
+    def _file(self, segment: int) -> int:
+        """Return a segment's open file; a few stay open, also when their names are removed."""
+        if segment not in self._files:
+            self._files[segment] = os.open(self._path(segment), os.O_RDONLY | os.O_CLOEXEC)
+            while len(self._files) > _OPEN_FILES:
+                os.close(self._files.pop(next(iter(self._files))))
+        return self._files[segment]
 
     def _open_next(self) -> bool:
         """Go to the next segment when this one is read; return whether there is one to read."""
@@ -133,14 +142,14 @@ class LogReader:
     def _of_segment(self, file: int, size: int) -> Iterator[Found]:
         with mmap.mmap(file, size, prot=mmap.PROT_READ) as mapped, memoryview(mapped) as data:
             for offset in self._offsets(data, size):
-                length = HEAD.unpack_from(data, offset)[0]
-                body = data[offset + HEAD.size : offset + HEAD.size + length]
-                found = self._found(body, Place(segment=self._segment, offset=offset))
-                self._advance(offset + HEAD.size + length)
-                if found is not None:
-                    yield found
-                    found.record.release()
-                body.release()
+                end = offset + HEAD.size + HEAD.unpack_from(data, offset)[0]
+                # Views are let go before the file is, also when nobody asks for what is left.
+                with data[offset + HEAD.size : end] as body:
+                    found = self._found(body, Place(segment=self._segment, offset=offset))
+                    self._advance(end)
+                    if found is not None:
+                        with found.record:
+                            yield found
             if self._path(self._segment + 1).exists() and self._offset < size:
                 self._note(
                     f"{self._path(self._segment).name}: the last {size - self._offset} bytes are no event."

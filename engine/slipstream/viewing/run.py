@@ -36,6 +36,7 @@ MOST_LANES: Final = 512
 _CURVE_POINTS: Final = 240
 _CURVES: Final = ("success", "reward", "slip/mean", "ratio/ess", "entropy", "turns", "kl/reference")
 _EVENTS_AT_ONCE: Final = 64
+_SILENT_S: Final = 60.0
 
 Scorer = Callable[[Trajectory], Float32Array | None]
 
@@ -86,15 +87,13 @@ class RunView:
     def about(self) -> dict[str, Any]:
         """Return what the page's frame shows."""
         config, rows = self._config(), read_rows(self.folder)
-        status, summary = read_json(self.folder / "status.json"), read_json(self.folder / "summary.json")
         index = self.index
         return {
             "name": self.folder.resolve().name,
             "recipe": {"environment": _at(config, "environment", "name"), "seed": config.get("seed"),
                        "steps": config.get("steps"), "max_slip": config.get("max_slip")},
-            "status": {key: status.get(key) for key in ("stage", "step")},
-            "summary": {key: summary.get(key) for key in ("success_warm_start", "success_best", "steps")},
-            "over": bool(summary),
+            "step": max((int(row["step"]) for row in rows_of(rows, "train")), default=0),
+            "state": self._state(),
             "curves": _curves(rows),
             "episodes": index.count,
             "groups": len(index.groups),
@@ -125,7 +124,7 @@ class RunView:
             "size": PAGE_GROUPS,
             "search": None if search is None else search.state(),
             "groups": [
-                [{**describe(self.index, n), "fits": bool(fits[n])} for n in self.index.groups[key]]
+                [{**describe(self.index, n), "fits": bool(fits[n])} for n in self.index.members[key]]
                 for key in shown
             ],
         }
@@ -145,7 +144,8 @@ class RunView:
             trajectory, self._texts, self.index.versions, start=start, window=window, gap_T=gap
         )
         key = (trajectory.evaluation, trajectory.attempt.group)
-        group = [describe(self.index, number) for number in self.index.groups.get(key, [])]
+        members = self.index.members[self.index.groups[key]] if key in self.index.groups else []
+        group = [describe(self.index, number) for number in members]
         own = next((row for row in group if row["id"] == str(at)), None)
         return {**shown, "id": str(at), "row": own, "siblings": group}
 
@@ -203,6 +203,17 @@ class RunView:
             return tomllib.loads((self.folder / CONFIG).read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return {}
+
+    def _state(self) -> str:
+        """Return how the run is, in a word; a hub and a warm start write something every few seconds."""
+        if read_json(self.folder / "summary.json"):
+            return "over"
+        written = [
+            path.stat().st_mtime for name in ("status.json", METRICS) if (path := self.folder / name).exists()
+        ]
+        if not written:
+            return "not begun"
+        return "running" if time.time() - max(written) < _SILENT_S else "stopped"
 
     def _facets(self) -> dict[str, Any]:
         """Return what there is to filter by, with how often it occurs."""

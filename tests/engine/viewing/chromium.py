@@ -1,6 +1,6 @@
 """A real browser for tests: Chromium without a window, driven over its debugging pipe, no library between.
 
-Messages of the Chrome DevTools Protocol are JSON texts with a zero byte behind each, on file descriptors 3 and 4.
+Messages of the Chrome DevTools Protocol are JSON texts with a zero byte behind each, at descriptors 3 and 4.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Self
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
-ANSWER_S = 60.0
+ANSWER_S = 20.0
 
 
 def browser() -> str | None:
@@ -57,7 +57,13 @@ class Chromium:
         self._session = self.ask("Target.attachToTarget", targetId=page, flatten=True)["sessionId"]
         for domain in ("Page", "Runtime", "Log", "Network"):
             self.ask(f"{domain}.enable")
-        self.ask("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
+        self.ask(
+            "Emulation.setDeviceMetricsOverride",
+            width=width,
+            height=height,
+            deviceScaleFactor=1,
+            mobile=False,
+        )
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.ask("Emulation.setEmulatedMedia", features=[scheme])
 
@@ -76,7 +82,7 @@ class Chromium:
         os.close(self._write)
 
     def ask(self, method: str, **parameters: Any) -> dict[str, Any]:
-        """Send a command and return its result; raises RuntimeError for an error, TimeoutError without one."""
+        """Send a command and return its result; raises RuntimeError for an error, TimeoutError."""
         self._number += 1
         message = {"id": self._number, "method": method, "params": parameters}
         if self._session is not None:
@@ -109,7 +115,9 @@ class Chromium:
         deadline = time.monotonic() + ANSWER_S
         while not self.value(f"Boolean({expression})"):
             if time.monotonic() > deadline:
-                raise TimeoutError(f"{expression} did not become true: {self.value('document.body.innerText')[:800]}")
+                raise TimeoutError(
+                    f"{expression} did not become true: {self.value('document.body.innerText')[:800]}"
+                )
 
     def key(self, key: str) -> None:
         """Press a key."""
@@ -120,9 +128,8 @@ class Chromium:
 
     def point(self, selector: str, number: int = 0) -> None:
         """Move the pointer onto an element."""
-        box = self.value(
-            f"(b => [b.x + b.width / 2, b.y + b.height / 2])(document.querySelectorAll({selector!r})[{number}].getBoundingClientRect())"
-        )
+        element = f"document.querySelectorAll({selector!r})[{number}].getBoundingClientRect()"
+        box = self.value(f"(b => [b.x + b.width / 2, b.y + b.height / 2])({element})")
         self.ask("Input.dispatchMouseEvent", type="mouseMoved", x=box[0], y=box[1])
 
     def screenshot(self, path: Path) -> None:
@@ -145,7 +152,11 @@ class Chromium:
 
     def requests(self) -> list[str]:
         """Return every address that was asked for."""
-        return [e["params"]["request"]["url"] for e in self.events if e.get("method") == "Network.requestWillBeSent"]
+        return [
+            e["params"]["request"]["url"]
+            for e in self.events
+            if e.get("method") == "Network.requestWillBeSent"
+        ]
 
     def _next(self, deadline: float, method: str) -> dict[str, Any]:
         while b"\0" not in self._buffer:

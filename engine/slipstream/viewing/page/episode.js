@@ -34,7 +34,7 @@ function episodeHead(episode, given, about) {
     : `group ${episode.attempt.group}, task ${episode.attempt.task}`;
   return el(".episode-head",
     el("a", { href: router.back }, "\u2190 groups"), el("b", where), el("span.quiet", `attempt ${episode.attempt.attempt}`),
-    el(".cells", (episode.siblings || []).map((row) => cell(row, about, row.id === episode.id))));
+    el(".cells", inOrder(episode.siblings || []).map((row) => cell(row, about, row.id === episode.id))));
 }
 
 // Overlays
@@ -51,7 +51,6 @@ function drawBar(state) {
   const { about } = state, overlay = state.overlay || "text";
   const buttons = OVERLAYS.map(([name, text], place) => el("button", {
     "aria-pressed": String(name === overlay), "data-overlay": name, title: `${OVERLAY_NOTES[name] || "the tokens as they are"} (${place + 1})`,
-    disabled: name === "gap" && !state.episode.tokens.gap,
     click: () => choose(state, name) }, text));
   let note = OVERLAY_NOTES[overlay];
   if (overlay === "gap") note = state.episode.tokens.gap ? `${note}; ${about.gap}` : GAPLESS;

@@ -42,7 +42,8 @@ function nothing(found, given, about) {
     about.episodes ? el("button", { click: () => router.go("groups", {}) }, "Clear all filters") : null);
 }
 
-function groupRow(rows, about) {
+function groupRow(arrived, about) {
+  const rows = inOrder(arrived);
   const first = rows[0];
   const kind = first.evaluation >= 0 ? `evaluation of serial ${first.evaluation}` : words(first.split);
   const rewards = rows.filter((row) => row.outcome !== "infrastructure_failure").map((row) => row.reward);
@@ -50,12 +51,14 @@ function groupRow(rows, about) {
   const slips = rows.map((row) => row.slip).filter((slip) => slip >= 0);
   return el("article.group",
     el(".meta", el("b", first.evaluation >= 0 ? `task ${first.task}` : `group ${first.group}`),
-      el("span.quiet", first.evaluation >= 0 ? kind : `task ${first.task}`),
-      el("span.quiet", fateOf(rows)), slips.length ? el("span.quiet", `slip \u2264 ${Math.max(...slips)}`) : null),
+      el("span.quiet", first.evaluation >= 0 ? kind : `task ${first.task}${slips.length ? `, slip up to ${Math.max(...slips)}` : ""}`),
+      el("span.quiet", fateOf(rows))),
     el(".cells", rows.map((row) => cell(row, about))),
     el(".stats", el("b.num", rewards.length ? signed(mean) : "\u2013"), strip(rewards, about.facets.reward),
       el("span.quiet", `${rows.filter((row) => row.success).length} of ${rows.length} succeed`)));
 }
+
+const inOrder = (rows) => [...rows].sort((one, other) => one.attempt - other.attempt || one.order - other.order);
 
 function fateOf(rows) {
   const fates = new Map();

@@ -45,10 +45,10 @@ function overlayKept(given) {
 }
 
 function drawTop(about) {
-  const { status, recipe, curves, log } = about;
+  const { recipe, curves, log } = about;
   const tab = (page, name) => el("a", { href: page === "groups" ? router.back : `#/${page}`, "aria-current": router.page === page || (page === "groups" && router.page === "episode") ? "page" : null }, name);
-  const reading = log.read < log.bytes ? `reading the log, ${Math.floor(100 * log.read / log.bytes)} %` : about.over ? "over" : words(status.stage || "no status");
-  const steps = recipe.steps ? `step ${status.step ?? about.summary.steps ?? "\u2013"} of ${recipe.steps}` : "";
+  const reading = log.read < log.bytes ? `reading the log, ${Math.floor(100 * log.read / log.bytes)} %` : about.state;
+  const steps = recipe.steps ? `step ${about.step} of ${recipe.steps}` : "";
   const top = document.getElementById("top");
   top.replaceChildren(
     el(".brand", el("b", shown(about.name)), el("span.quiet", [recipe.environment, steps, reading].filter(Boolean).map((text, place) => [place ? " \u00b7 " : "", shown(text)]))),

@@ -1,0 +1,256 @@
+"""The page in a real browser: it is drawn, it is steered, and hostile text does nothing in it."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from chromium import ANSWER_S, Chromium, browser
+from runs import RunMaker, call, episode, small_run
+
+from slipstream import cli
+from slipstream.chat import Chat
+
+pytestmark = pytest.mark.skipif(browser() is None, reason="needs a Chromium (Debian's package chromium)")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, chat: Chat) -> Path:
+    """A run, and its export beside it."""
+    folder = tmp_path_factory.mktemp("view")
+    small_run(folder / "run", chat)
+    assert cli.main(["view", str(folder / "run"), "--export", str(folder / "out.html")]) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def served(folder: Path) -> Iterator[str]:
+    """The address of the command, serving."""
+    command = [sys.executable, "-m", "slipstream", "view", str(folder / "run"), "--port", "0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        yield line.split(" at ")[1].split()[0]
+        process.terminate()
+        assert process.wait(timeout=20) == 0
+
+
+@pytest.fixture(scope="module")
+def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chromium]:
+    with Chromium(tmp_path_factory.mktemp("browser")) as page:
+        yield page
+
+
+@pytest.fixture(params=["served", "exported"])
+def address(request: pytest.FixtureRequest, folder: Path) -> str:
+    """The page both ways."""
+    if request.param == "served":
+        return str(request.getfixturevalue("served"))
+    return f"file://{folder / 'out.html'}"
+
+
+@pytest.fixture
+def page(chromium: Chromium, address: str) -> Chromium:
+    chromium.open("about:blank")
+    chromium.events.clear()
+    return chromium
+
+
+def shown(page: Chromium, address: str, place: str, element: str) -> None:
+    """Open a deep link and wait for an element; nothing was refused, nothing failed, nothing came from elsewhere."""
+    page.open("about:blank")
+    page.open(f"{address}#/{place}")
+    page.until(f"document.querySelector({element!r})")
+    assert page.complaints() == []
+    origin = address.split("/out.html")[0]
+    assert [url for url in page.requests() if not url.startswith((origin, "about:", "data:"))] == []
+
+
+def texts(page: Chromium, selector: str) -> list[str]:
+    return [str(t) for t in page.value(f"[...document.querySelectorAll({selector!r})].map(n => n.innerText)")]
+
+
+def test_groups_are_filtered_by_address_and_by_hand(page: Chromium, address: str) -> None:
+    shown(page, address, "groups", ".group")
+    assert [text.split("\n")[0] for text in texts(page, ".meta")] == ["task 7", "group 1", "group 0"]
+    assert [text.split("\n")[0] for text in texts(page, ".cell")] == [
+        "+1.00", "+0.50", "\u2013", "+1.00", "\u22121.00",
+    ]  # fmt: skip
+    shown(page, address, "groups?outcome=success&kind=train&sort=reward", ".group")
+    assert texts(page, ".list-head b") == ["2 episodes"]
+    assert page.value("document.querySelectorAll('.cell.unfit').length") == 2
+    for name, value, left in (("tool", "search", 1), ("tool", "", 3)):
+        page.value(
+            "(s => { s.value = " + repr(value) + "; s.dispatchEvent(new Event('change')); })"
+            "([...document.querySelectorAll('.rail label')].find(l => l.innerText.startsWith('Tool')).querySelector('select'))"
+        )
+        page.value(
+            "location.hash = '#/groups' + (" + repr(value) + f" ? '?{name}=' + " + repr(value) + " : '')"
+        )
+        page.until(f"document.querySelectorAll('.group').length === {left}")
+    shown(page, address, "groups?text=oslo", ".group")
+    assert len(texts(page, ".group")) == 1
+    shown(page, address, "groups?low=5", ".empty")
+    assert "No episode fits these filters." in texts(page, ".empty")[0]
+
+
+def test_the_keyboard_goes_everywhere(page: Chromium, address: str) -> None:
+    shown(page, address, "groups", ".group")
+    for key in "jjl":
+        page.key(key)
+    assert page.value("document.activeElement.innerText").startswith("\u22121.00")
+    page.key("Enter")
+    page.until("document.querySelector('.message')")
+    assert "attempt 1" in texts(page, ".episode-head")[0]
+    page.key("[")
+    page.until("document.querySelector('.episode-head').innerText.includes('attempt 0')")
+    page.key("3")
+    page.until("location.hash.endsWith('overlay=logprob')")
+    page.key("]")
+    page.until("document.querySelector('.episode-head').innerText.includes('attempt 1')")
+    # The overlay stays from one episode to the next.
+    assert page.value("document.querySelector('[aria-pressed=true]').innerText") == "Log-prob"
+    page.key("Escape")
+    page.until("document.querySelector('.group')")
+    page.key("s")
+    page.until("document.querySelector('.lanes')")
+    page.key("?")
+    page.until("document.getElementById('help').open")
+    assert page.complaints() == []
+
+
+def test_an_episode_is_read(page: Chromium, address: str) -> None:
+    shown(page, address, "groups?tool=search", ".group")
+    page.value("document.querySelector('.cell:not(.unfit)').click()")
+    page.until("document.querySelector('.message')")
+    assert [text.split("\n")[0] for text in texts(page, ".who")] == ["prompt", "policy", "tool", "policy"]
+    said = texts(page, ".said")
+    assert said[0] == "<|user|>Where does Ada live?<|end|><|assistant|>" and said[3] == "Oslo<|end|>"
+    assert [text.split() for text in texts(page, ".call summary")] == [
+        ["ok", "search", "{", '"query":', '"Ada"', "}", "500", "ms"],
+        ["ok", "answer", "{", '"text":', '"Oslo"', "}", "500", "ms", "cached"],
+    ]
+    assert texts(page, ".big") == ["+1.00"] and "trained in step 3" in texts(page, ".verdict")[0]
+    page.key("4")
+    page.until("document.querySelector('[aria-pressed=true]').innerText === 'Version'")
+    assert texts(page, ".overlays .legend") == ["serial 0: slip 2"]
+    tinted = "[...document.querySelectorAll('.policy [data-i]')].filter(n => n.style.backgroundColor).length"
+    assert page.value(tinted) == page.value("document.querySelectorAll('.policy [data-i]').length") > 0
+    page.point(".policy [data-i]")
+    page.until("!document.getElementById('tip').hidden")
+    tip = texts(page, "#tip")[0]
+    assert "-0.2500, p = 0.779" in tip and "weights of step 0" in tip and "slip\n2" in tip
+    page.key("5")
+    assert "--checkpoint DIR" in texts(page, ".overlays")[0]
+    assert page.complaints() == []
+
+
+def test_lanes_are_drawn_to_scale(page: Chromium, address: str) -> None:
+    shown(page, address, "lanes?step=3", ".lanes")
+    widths = page.value(
+        "Object.fromEntries(['generate', 'tools', 'queue', 'training'].map(k => [k, [...document.querySelectorAll("
+        "'.lane:first-of-type .' + k)].map(r => Number(r.getAttribute('width')))]))"
+    )
+    # 0.75 s and 0.5 s of generation; 0.5 s and 0.1 s of tools; queued from 2 s to 7 s, trained to 10 s.
+    unit = widths["training"][0] / 3.0
+    assert [round(width / unit, 2) for width in widths["generate"]] == [0.75, 0.5]
+    assert [round(width / unit, 2) for width in widths["tools"]] == [0.5, 0.1]
+    assert [round(width / unit, 2) for width in widths["queue"]] == [5.0]
+    assert (
+        texts(page, ".lane-slip") == []
+        or page.value("document.querySelector('.lane-slip').textContent") == "slip 2"
+    )
+    assert "generate 1.25 s each" in texts(page, ".sums")[0]
+
+
+def test_hostile_text_is_shown_and_does_nothing(page: Chromium, address: str) -> None:
+    shown(page, address, "groups?outcome=timed_out", ".group")
+    page.value("document.querySelector('.cell:not(.unfit)').click()")
+    page.until("document.querySelector('.message')")
+    for key in "12345":
+        page.key(key)
+    page.point(".policy [data-i]", 3)
+    title = page.value("document.title")
+    assert title.endswith("slipstream view") and "owned" not in title
+    assert page.value("document.querySelectorAll('main script, main img, #tip script, #tip img').length") == 0
+    prompt = texts(page, ".said")[0]
+    assert "<script>document.title = 'owned'</script>" in prompt
+    # What cannot be seen, or turns text around, is spelled out; a spelled control token is ordinary text.
+    for code in ("U+202E", "U+2066", "U+200B", "U+2028", "U+001B"):
+        assert code in prompt
+    assert "\u202e" not in page.value("document.body.textContent")
+    assert texts(page, ".note")[0].startswith("<script>")
+    assert page.complaints() == []
+
+
+def test_dark_and_light_differ_and_both_can_be_read(chromium: Chromium, folder: Path) -> None:
+    grounds = {}
+    for scheme in ("light", "dark"):
+        feature = {"name": "prefers-color-scheme", "value": scheme}
+        chromium.ask("Emulation.setEmulatedMedia", features=[feature])
+        shown(chromium, f"file://{folder / 'out.html'}", "groups", ".group")
+        grounds[scheme] = chromium.value(
+            "['backgroundColor', 'color'].map(k => getComputedStyle(document.documentElement)[k].match(/\\d+/g).map(Number)"
+            ".reduce((a, b) => a + b) / 3)"
+        )
+    chromium.ask("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": "light"}])
+    assert grounds["light"][0] - grounds["light"][1] > 150 and grounds["dark"][1] - grounds["dark"][0] > 150
+
+
+def test_a_page_fits_into_1280_pixels(page: Chromium, address: str) -> None:
+    for place, element in (("groups", ".group"), ("lanes?step=3", ".lanes")):
+        shown(page, address, place, element)
+        assert page.value("document.documentElement.scrollWidth") <= 1280
+
+
+def test_megabytes_come_in_windows(chromium: Chromium, tmp_path: Path, chat: Chat) -> None:
+    run = RunMaker(tmp_path / "run", chat)
+    long = [episode(chat, "Where? " * 400, *["Ada " * 200, "5 " * 3000] * 20, "Oslo", seq=0,
+                    calls=[call("search", query="x" * 200_000)])]  # fmt: skip
+    run.receive(long[0])
+    run.close()
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "slipstream", "view", str(tmp_path / "run"), "--port", str(port)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        address = process.stdout.readline().split(" at ")[1].split()[0]
+        shown(chromium, address, "groups", ".group")
+        chromium.value("document.querySelector('.cell').click()")
+        chromium.until("document.querySelector('.segment button')")
+        window = chromium.value("document.querySelectorAll('[data-i]').length")
+        assert window == 4096 < len(long[0].token_ids)
+        chromium.value("document.querySelector('.segment button').click()")
+        chromium.until(f"document.querySelectorAll('[data-i]').length === {2 * 4096}")
+        assert len(texts(chromium, ".call pre")[0]) < 30_000
+        process.terminate()
+        assert process.wait(timeout=20) == 0
+
+
+def test_an_empty_run_says_what_is_missing_and_fills_by_itself(
+    chromium: Chromium, tmp_path: Path, chat: Chat
+) -> None:
+    (tmp_path / "run").mkdir()
+    command = [sys.executable, "-m", "slipstream", "view", str(tmp_path / "run"), "--port", "0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        address = process.stdout.readline().split(" at ")[1].split()[0]
+        shown(chromium, address, "groups", ".empty")
+        assert "trajectories/ is missing" in texts(chromium, ".empty")[0]
+        assert texts(chromium, ".missing summary") == ["4 things missing"]
+        shown(chromium, address, "lanes", ".empty")
+        chromium.value("location.hash = '#/groups'")
+        run = RunMaker(tmp_path / "run")
+        run.receive(episode(chat, "a?", "b", seq=0))
+        run.close()
+        deadline = time.monotonic() + ANSWER_S
+        while not chromium.value("document.querySelectorAll('.cell').length") and time.monotonic() < deadline:
+            chromium.value("new Promise(r => setTimeout(r, 200))")
+        assert len(texts(chromium, ".cell")) == 1
+        process.terminate()
+        assert process.wait(timeout=20) == 0
