@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Self
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
-ANSWER_S = 20.0
+ANSWER_S = 60.0
 
 
 def browser() -> str | None:
