@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -27,16 +28,24 @@ def folder(tmp_path_factory: pytest.TempPathFactory, chat: Chat) -> Path:
     return folder
 
 
+@contextmanager
+def serving(run: Path) -> Iterator[str]:
+    """The command on a run: the address at which it serves."""
+    command = [sys.executable, "-m", "slipstream", "view", str(run), "--port", "0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            yield process.stdout.readline().split(" at ")[1].split()[0]
+        finally:
+            process.terminate()
+            assert process.wait(timeout=60) == 0
+
+
 @pytest.fixture(scope="module")
 def served(folder: Path) -> Iterator[str]:
-    """The address of the command, serving."""
-    command = [sys.executable, "-m", "slipstream", "view", str(folder / "run"), "--port", "0"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        line = process.stdout.readline()
-        yield line.split(" at ")[1].split()[0]
-        process.terminate()
-        assert process.wait(timeout=20) == 0
+    """The address of the run."""
+    with serving(folder / "run") as address:
+        yield address
 
 
 @pytest.fixture(scope="module")
@@ -51,16 +60,10 @@ def address(request: pytest.FixtureRequest, folder: Path, served: str) -> str:
     return served if request.param == "served" else f"file://{folder / 'out.html'}"
 
 
-@pytest.fixture
-def page(chromium: Chromium, address: str) -> Chromium:
-    chromium.open("about:blank")
-    chromium.events.clear()
-    return chromium
-
-
 def shown(page: Chromium, address: str, place: str, element: str) -> None:
     """Open a deep link and wait for an element; nothing fails, is refused, or comes from elsewhere."""
     page.open("about:blank")
+    page.events.clear()
     page.open(f"{address}#/{place}")
     page.until(f"document.querySelector({element!r})")
     assert page.complaints() == []
@@ -72,86 +75,88 @@ def texts(page: Chromium, selector: str) -> list[str]:
     return [str(t) for t in page.value(f"[...document.querySelectorAll({selector!r})].map(n => n.innerText)")]
 
 
-def test_groups_are_filtered_by_address_and_by_hand(page: Chromium, address: str) -> None:
-    shown(page, address, "groups", ".group")
-    assert [text.split("\n")[0] for text in texts(page, ".meta")] == ["task 7", "group 1", "group 0"]
-    assert [text.split("\n")[0] for text in texts(page, ".cell")] == [
+def test_groups_are_filtered_by_address_and_by_hand(chromium: Chromium, address: str) -> None:
+    shown(chromium, address, "groups", ".group")
+    assert [text.split("\n")[0] for text in texts(chromium, ".meta")] == ["task 7", "group 1", "group 0"]
+    assert [text.split("\n")[0] for text in texts(chromium, ".cell")] == [
         "+1.00", "+0.50", "\u2013", "+1.00", "\u22121.00",
     ]  # fmt: skip
-    shown(page, address, "groups?outcome=success&kind=train&sort=reward", ".group")
-    assert texts(page, ".list-head b") == ["2 episodes"]
-    assert page.value("document.querySelectorAll('.cell.unfit').length") == 2
+    shown(chromium, address, "groups?outcome=success&kind=train&sort=reward", ".group")
+    assert texts(chromium, ".list-head b") == ["2 episodes"]
+    assert chromium.value("document.querySelectorAll('.cell.unfit').length") == 2
     tool = "[...document.querySelectorAll('.rail label')].find(l => l.innerText.startsWith('Tool'))"
     for value in ("search", "answer"):
         chosen = f"s.value = {value!r}; s.dispatchEvent(new Event('change'))"
-        page.value(f"(s => {{ {chosen} }})({tool}.querySelector('select'))")
-        page.until(f"location.hash.includes('tool={value}')")
-        assert page.value("location.hash").startswith("#/groups?outcome=success&kind=train")
-        page.until("document.querySelectorAll('.cell:not(.unfit)').length === 1")
-    page.value("[...document.querySelectorAll('button')].find(b => b.innerText === 'Clear all').click()")
-    page.until("document.querySelectorAll('.group').length === 3")
-    shown(page, address, "groups?text=oslo", ".group")
-    assert len(texts(page, ".group")) == 1
-    shown(page, address, "groups?low=5", ".empty")
-    assert "No episode fits these filters." in texts(page, ".empty")[0]
+        chromium.value(f"(s => {{ {chosen} }})({tool}.querySelector('select'))")
+        chromium.until(f"location.hash.includes('tool={value}')")
+        assert chromium.value("location.hash").startswith("#/groups?outcome=success&kind=train")
+        chromium.until("document.querySelectorAll('.cell:not(.unfit)').length === 1")
+    chromium.value("[...document.querySelectorAll('button')].find(b => b.innerText === 'Clear all').click()")
+    chromium.until("document.querySelectorAll('.group').length === 3")
+    shown(chromium, address, "groups?text=oslo", ".group")
+    assert len(texts(chromium, ".group")) == 1
+    shown(chromium, address, "groups?low=5", ".empty")
+    assert "No episode fits these filters." in texts(chromium, ".empty")[0]
 
 
-def test_the_keyboard_goes_everywhere(page: Chromium, address: str) -> None:
-    shown(page, address, "groups", ".group")
+def test_the_keyboard_goes_everywhere(chromium: Chromium, address: str) -> None:
+    shown(chromium, address, "groups", ".group")
     for key in "jjl":
-        page.key(key)
-    assert page.value("document.activeElement.innerText").startswith("\u22121.00")
-    page.key("Enter")
-    page.until("document.querySelector('.message')")
-    assert "attempt 1" in texts(page, ".episode-head")[0]
-    page.key("[")
-    page.until("document.querySelector('.episode-head').innerText.includes('attempt 0')")
-    page.key("3")
-    page.until("location.hash.endsWith('overlay=logprob')")
-    page.key("]")
-    page.until("document.querySelector('.episode-head').innerText.includes('attempt 1')")
+        chromium.key(key)
+    assert chromium.value("document.activeElement.innerText").startswith("\u22121.00")
+    chromium.key("Enter")
+    chromium.until("document.querySelector('.message')")
+    assert "attempt 1" in texts(chromium, ".episode-head")[0]
+    chromium.key("[")
+    chromium.until("document.querySelector('.episode-head').innerText.includes('attempt 0')")
+    chromium.key("3")
+    chromium.until("location.hash.endsWith('overlay=logprob')")
+    chromium.key("]")
+    chromium.until("document.querySelector('.episode-head').innerText.includes('attempt 1')")
     # The overlay stays from one episode to the next.
-    assert page.value("document.querySelector('[aria-pressed=true]').innerText") == "Log-prob"
-    page.key("Escape")
-    page.until("document.querySelector('.group')")
-    page.key("s")
-    page.until("document.querySelector('.lanes')")
-    page.key("?")
-    page.until("document.getElementById('help').open")
-    assert page.complaints() == []
+    assert chromium.value("document.querySelector('[aria-pressed=true]').innerText") == "Log-prob"
+    chromium.key("Escape")
+    chromium.until("document.querySelector('.group')")
+    chromium.key("s")
+    chromium.until("document.querySelector('.lanes')")
+    chromium.key("?")
+    chromium.until("document.getElementById('help').open")
+    assert chromium.complaints() == []
 
 
-def test_an_episode_is_read(page: Chromium, address: str) -> None:
-    shown(page, address, "groups?tool=search", ".group")
-    page.value("document.querySelector('.cell:not(.unfit)').click()")
-    page.until("document.querySelector('.message')")
-    assert [text.split("\n")[0] for text in texts(page, ".who")] == ["prompt", "policy", "tool", "policy"]
-    said = texts(page, ".said")
+def test_an_episode_is_read(chromium: Chromium, address: str) -> None:
+    shown(chromium, address, "groups?tool=search", ".group")
+    chromium.value("document.querySelector('.cell:not(.unfit)').click()")
+    chromium.until("document.querySelector('.message')")
+    assert [text.split("\n")[0] for text in texts(chromium, ".who")] == ["prompt", "policy", "tool", "policy"]
+    said = texts(chromium, ".said")
     assert said[0] == "<|user|>Where does Ada live?<|end|><|assistant|>" and said[3] == "Oslo<|end|>"
-    assert [text.split() for text in texts(page, ".call summary")] == [
+    assert [text.split() for text in texts(chromium, ".call summary")] == [
         ["ok", "search", "{", '"query":', '"Ada"', "}", "500", "ms"],
         ["ok", "answer", "{", '"text":', '"Oslo"', "}", "500", "ms", "cached"],
     ]
-    assert texts(page, ".big") == ["+1.00"] and "trained in step 3" in texts(page, ".verdict")[0]
-    page.key("4")
-    page.until("document.querySelector('[aria-pressed=true]').innerText === 'Version'")
-    assert texts(page, ".overlays .legend") == ["serial 0: slip 2"]
+    assert texts(chromium, ".big") == ["+1.00"] and "trained in step 3" in texts(chromium, ".verdict")[0]
+    chromium.key("4")
+    chromium.until("document.querySelector('[aria-pressed=true]').innerText === 'Version'")
+    assert texts(chromium, ".overlays .legend") == ["serial 0: slip 2"]
     tinted = "[...document.querySelectorAll('.policy [data-i]')].filter(n => n.style.backgroundColor).length"
-    assert page.value(tinted) == page.value("document.querySelectorAll('.policy [data-i]').length") > 0
-    page.point(".policy [data-i]")
-    page.until("!document.getElementById('tip').hidden")
-    tip = texts(page, "#tip")[0]
+    assert (
+        chromium.value(tinted) == chromium.value("document.querySelectorAll('.policy [data-i]').length") > 0
+    )
+    chromium.point(".policy [data-i]")
+    chromium.until("!document.getElementById('tip').hidden")
+    tip = texts(chromium, "#tip")[0]
     assert "-0.2500, p = 0.779" in tip and "weights of step 0" in tip and "slip\n2" in tip
-    page.key("5")
-    assert "--checkpoint DIR" in texts(page, ".overlays")[0]
-    assert page.complaints() == []
+    chromium.key("5")
+    assert "--checkpoint DIR" in texts(chromium, ".overlays")[0]
+    assert chromium.complaints() == []
 
 
-def test_lanes_are_drawn_to_scale(page: Chromium, address: str) -> None:
-    shown(page, address, "lanes?step=3", ".lanes")
+def test_lanes_are_drawn_to_scale(chromium: Chromium, address: str) -> None:
+    shown(chromium, address, "lanes?step=3", ".lanes")
     drawn = "[...document.querySelector('.lane').querySelectorAll('.KIND')]"
     widths = {
-        kind: page.value(drawn.replace("KIND", kind) + ".map(r => Number(r.getAttribute('width')))")
+        kind: chromium.value(drawn.replace("KIND", kind) + ".map(r => Number(r.getAttribute('width')))")
         for kind in ("generate", "tools", "queue", "training")
     }
     # 0.75 s and 0.5 s of generation; 0.5 s and 0.1 s of tools; queued from 2 s to 7 s, trained to 10 s.
@@ -159,28 +164,31 @@ def test_lanes_are_drawn_to_scale(page: Chromium, address: str) -> None:
     assert [round(width / unit, 2) for width in widths["generate"]] == [0.75, 0.5]
     assert [round(width / unit, 2) for width in widths["tools"]] == [0.5, 0.1]
     assert [round(width / unit, 2) for width in widths["queue"]] == [5.0]
-    assert page.value("document.querySelector('.lane-slip').textContent") == "slip 2"
-    assert "generate 1.25 s each" in texts(page, ".sums")[0]
+    assert chromium.value("document.querySelector('.lane-slip').textContent") == "slip 2"
+    assert "generate 1.25 s each" in texts(chromium, ".sums")[0]
 
 
-def test_hostile_text_is_shown_and_does_nothing(page: Chromium, address: str) -> None:
-    shown(page, address, "groups?outcome=timed_out", ".group")
-    page.value("document.querySelector('.cell:not(.unfit)').click()")
-    page.until("document.querySelector('.message')")
+def test_hostile_text_is_shown_and_does_nothing(chromium: Chromium, address: str) -> None:
+    shown(chromium, address, "groups?outcome=timed_out", ".group")
+    chromium.value("document.querySelector('.cell:not(.unfit)').click()")
+    chromium.until("document.querySelector('.message')")
     for key in "12345":
-        page.key(key)
-    page.point(".policy [data-i]", 3)
-    title = page.value("document.title")
+        chromium.key(key)
+    chromium.point(".policy [data-i]", 3)
+    title = chromium.value("document.title")
     assert title.endswith("slipstream view") and "owned" not in title
-    assert page.value("document.querySelectorAll('main script, main img, #tip script, #tip img').length") == 0
-    prompt = texts(page, ".said")[0]
+    assert (
+        chromium.value("document.querySelectorAll('main script, main img, #tip script, #tip img').length")
+        == 0
+    )
+    prompt = texts(chromium, ".said")[0]
     assert "<script>document.title = 'owned'</script>" in prompt
     # What cannot be seen, or turns text around, is spelled out; a spelled control token is ordinary text.
     for code in ("U+202E", "U+2066", "U+200B", "U+2028", "U+001B"):
         assert code in prompt
-    assert "\u202e" not in page.value("document.querySelector('main').textContent")
-    assert texts(page, ".note")[0].startswith("<script>")
-    assert page.complaints() == []
+    assert "\u202e" not in chromium.value("document.querySelector('main').textContent")
+    assert texts(chromium, ".note")[0].startswith("<script>")
+    assert chromium.complaints() == []
 
 
 def test_dark_and_light_differ_and_both_can_be_read(chromium: Chromium, folder: Path) -> None:
@@ -197,10 +205,10 @@ def test_dark_and_light_differ_and_both_can_be_read(chromium: Chromium, folder: 
     assert grounds["light"][0] - grounds["light"][1] > 150 and grounds["dark"][1] - grounds["dark"][0] > 150
 
 
-def test_a_page_fits_into_1280_pixels(page: Chromium, address: str) -> None:
+def test_a_page_fits_into_1280_pixels(chromium: Chromium, address: str) -> None:
     for place, element in (("groups", ".group"), ("lanes?step=3", ".lanes")):
-        shown(page, address, place, element)
-        assert page.value("document.documentElement.scrollWidth") <= 1280
+        shown(chromium, address, place, element)
+        assert chromium.value("document.documentElement.scrollWidth") <= 1280
 
 
 def test_megabytes_come_in_windows(chromium: Chromium, tmp_path: Path, chat: Chat) -> None:
@@ -209,10 +217,7 @@ def test_megabytes_come_in_windows(chromium: Chromium, tmp_path: Path, chat: Cha
     made = episode(chat, "Where?", *said, "Oslo", seq=0, calls=[call("search", query="x" * 200_000)])
     run.receive(made)
     run.close()
-    command = [sys.executable, "-m", "slipstream", "view", str(tmp_path / "run"), "--port", "0"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        address = process.stdout.readline().split(" at ")[1].split()[0]
+    with serving(tmp_path / "run") as address:
         shown(chromium, address, "groups", ".group")
         chromium.value("document.querySelector('.cell').click()")
         chromium.until("document.querySelector('.segment button')")
@@ -221,18 +226,13 @@ def test_megabytes_come_in_windows(chromium: Chromium, tmp_path: Path, chat: Cha
         chromium.value("document.querySelector('.segment button').click()")
         chromium.until(f"document.querySelectorAll('[data-i]').length === {2 * 4096}")
         assert len(texts(chromium, ".call pre")[0]) < 30_000
-        process.terminate()
-        assert process.wait(timeout=20) == 0
 
 
 def test_an_empty_run_says_what_is_missing_and_fills_by_itself(
     chromium: Chromium, tmp_path: Path, chat: Chat
 ) -> None:
     (tmp_path / "run").mkdir()
-    command = [sys.executable, "-m", "slipstream", "view", str(tmp_path / "run"), "--port", "0"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        address = process.stdout.readline().split(" at ")[1].split()[0]
+    with serving(tmp_path / "run") as address:
         shown(chromium, address, "groups", ".empty")
         assert "trajectories/ is missing" in texts(chromium, ".empty")[0]
         assert texts(chromium, ".missing summary") == ["4 things missing"]
@@ -245,5 +245,3 @@ def test_an_empty_run_says_what_is_missing_and_fills_by_itself(
         while not chromium.value("document.querySelectorAll('.cell').length") and time.monotonic() < deadline:
             chromium.value("new Promise(r => setTimeout(r, 200))")
         assert len(texts(chromium, ".cell")) == 1
-        process.terminate()
-        assert process.wait(timeout=20) == 0

@@ -4,10 +4,10 @@
 const OVERLAYS = [["text", "Text"], ["mask", "Mask"], ["logprob", "Log-prob"], ["version", "Version"], ["gap", "Gap"]];
 const OVERLAY_NOTES = {
   text: "",
-  mask: "sampled by the policy and trained; what it was only shown is plain",
-  logprob: "probability at sampling time: the stronger, the less likely the token was",
-  version: "weights that sampled each token, by slip when it was trained, or else by serial",
-  gap: "log-probability of the checkpoint minus the recorded one, in nats",
+  mask: "what was only shown to the policy is plain",
+  logprob: "probability at sampling time; strong is unlikely",
+  version: "by slip when trained, or else by serial",
+  gap: "log-probability by the checkpoint minus the recorded one, nats",
 };
 
 async function episodePage(main, id, given, about) {
@@ -53,7 +53,7 @@ function drawBar(state) {
     "aria-pressed": String(name === overlay), "data-overlay": name, title: `${OVERLAY_NOTES[name] || "the tokens as they are"} (${place + 1})`,
     click: () => choose(state, name) }, text));
   let note = OVERLAY_NOTES[overlay];
-  if (overlay === "gap") note = state.episode.tokens.gap ? `${note}; ${about.gap}` : GAPLESS;
+  if (overlay === "gap") note = state.episode.tokens.gap ? `${note} (${about.gap})` : GAPLESS;
   state.talk.previousElementSibling.replaceChildren(el(".segmented", { role: "group", "aria-label": "token overlay" }, buttons), el("span.quiet", shown(note)), legend(state) || "");
 }
 
@@ -85,7 +85,7 @@ function gapEnd(episode) {
 }
 
 function gapTint(gap, end) {
-  const share = Math.round(75 * Math.min(1, Math.abs(gap) / end));
+  const share = Math.round(60 * Math.min(1, Math.abs(gap) / end));
   return `color-mix(in oklab, ${gap >= 0 ? "var(--good)" : "var(--bad)"} ${share}%, transparent)`;
 }
 
@@ -108,7 +108,7 @@ function slipOf(episode, about) {
 function versionTint(serial, episode, slip) {
   const versions = versionsOf(episode);
   const level = slip.known && slip.of(serial) !== null ? slip.of(serial) : versions.length - 1 - versions.indexOf(serial);
-  return `color-mix(in oklab, var(--age) ${Math.min(80, 14 + 16 * level)}%, transparent)`;
+  return `color-mix(in oklab, var(--age) ${Math.min(75, 10 + 13 * level)}%, transparent)`;
 }
 
 function paint(state) {
