@@ -155,6 +155,11 @@ def small_run(folder: Path, chat: Chat) -> dict[str, Trajectory]:
         ),
         "held": episode(chat, "Where does Bo live?", "Rome", seq=4, group=7, evaluation=1, serial=1),
     }  # fmt: skip
+    beside = (
+        Score(name="pages", kind=ScoreKind.METRIC, weight=0.0, value=7.0),
+        Score(name="loops", kind=ScoreKind.MONITOR, weight=0.0, value=1.0, invalid="the same call thrice"),
+    )
+    made["held"] = dataclasses.replace(made["held"], scores=(*made["held"].scores, *beside))
     run = RunMaker(folder, chat)
     run.publish(0, step=0)
     run.receive(made["good"])

@@ -152,6 +152,26 @@ def test_an_episode_is_read(chromium: Chromium, address: str) -> None:
     assert chromium.complaints() == []
 
 
+def test_what_is_beside_the_reward_is_not_part_of_it(chromium: Chromium, address: str) -> None:
+    shown(chromium, address, "groups?kind=evaluation", ".group")
+    chromium.value("document.querySelector('.cell').click()")
+    chromium.until("document.querySelector('.message')")
+    reward, besides = texts(chromium, ".side table")
+    assert reward.split() == ["answer", "outcome", "1", "\u00d7", "1", "+1.00", "reward", "+1.00"]
+    assert besides.split() == [
+        "pages",
+        "metric",
+        "7",
+        "loops",
+        "monitor",
+        "fired",
+        "the",
+        "same",
+        "call",
+        "thrice",
+    ]
+
+
 def test_lanes_are_drawn_to_scale(chromium: Chromium, address: str) -> None:
     shown(chromium, address, "lanes?step=3", ".lanes")
     drawn = "[...document.querySelector('.lane').querySelectorAll('.KIND')]"

@@ -169,7 +169,8 @@ function callLine(call) {
   const flat = call.arguments.replace(/\s*\n\s*/g, " ");
   return el("details.call", el("summary", el(`span.status.${call.status}`, call.status), el("b", shown(call.name)),
     el("code", shown(flat.length > 140 ? `${flat.slice(0, 140)} \u2026` : flat)),
-    el("span.quiet.push", seconds(call.latency_s)), call.cached ? el("span.tag", "cached") : null),
+    el("span.quiet.push", seconds(call.latency_s)), call.cached ? el("span.tag", "cached") : null,
+    call.cut ? el("span.tag", { title: "the policy was shown less than the tool returned" }, "cut") : null),
     el("pre", shown(call.arguments)));
 }
 
@@ -193,7 +194,7 @@ function more(state) {
 // What it was worth, and where it comes from
 
 function sidePanel(episode, about) {
-  return el("aside.side", { "aria-label": "about this episode" }, verdict(episode), rewardTable(episode), timeBar(episode), facts(episode));
+  return el("aside.side", { "aria-label": "about this episode" }, verdict(episode), rewardTable(episode), besides(episode), timeBar(episode), facts(episode));
 }
 
 function verdict(episode) {
@@ -204,10 +205,23 @@ function verdict(episode) {
     episode.note ? el("p.note", shown(episode.note)) : null);
 }
 
+const PARTS = ["outcome", "shaping", "penalty"];
+
+// Metrics, and monitors that fired or did not.
+function besides(episode) {
+  const scores = episode.scores.filter((score) => !PARTS.includes(score.kind));
+  if (!scores.length) return null;
+  const said = (score) => (score.kind === "metric" ? (score.value === null ? "\u2013" : +score.value.toFixed(4)) : score.value ? "fired" : "silent");
+  return el("section", el("h3", "Beside the reward"), el("table", el("tbody", scores.map((score) => [
+    el("tr", el("td", shown(score.name)), el("td.quiet", score.kind), el("td.num", said(score))),
+    score.invalid ? el("tr", el("td.invalid", { colspan: 3 }, shown(score.invalid))) : null]))));
+}
+
 function rewardTable(episode) {
-  if (!episode.scores.length) return el("section", el("h3", "Reward"), el("p.quiet", "It was not scored: it says nothing about the policy."));
+  if (!episode.scores.some((score) => PARTS.includes(score.kind))) return el("section", el("h3", "Reward"), el("p.quiet", "It was not scored: it says nothing about the policy."));
   let sum = 0, judged = true;
-  const rows = episode.scores.map((score) => {
+  const parts = episode.scores.filter((score) => PARTS.includes(score.kind));
+  const rows = parts.map((score) => {
     const part = score.value === null ? null : score.weight * score.value;
     sum += part || 0;
     judged &&= part !== null || score.kind !== "outcome";
