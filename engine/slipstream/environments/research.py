@@ -22,9 +22,10 @@ from slipstream.environments.options import read_options
 from slipstream.environments.scripted import DO_NOTHING, EXPERT, HASTY, WITHOUT_RETRY, Habits, research
 from slipstream.environments.tool_episode import ANSWER, COMPLAINTS, FAULTS, Result, ToolEpisode, failed, tool
 from slipstream.interfaces import Observation, ToolSpec
+from slipstream.tools.cache import ToolCache, cache_of
 from slipstream.tools.documents import Document, DocumentStore
 from slipstream.tools.hermes import format_call
-from slipstream.types import Score, ScoreKind, Split, Task, TaskAttempt
+from slipstream.types import Score, ScoreKind, Split, Task, TaskAttempt, ToolStatus
 
 
 def _words(text: str) -> list[str]:
@@ -52,8 +53,8 @@ LEAST_PEOPLE = 10
 """So many that each task has its person and each manager enough near misses."""
 
 TOOLS = (
-    tool("search", "List documents whose title holds all words", "query"),
-    tool("open", "Read a document", "document"),
+    tool("search", "List documents whose title holds all words", "query", version="1"),
+    tool("open", "Read a document", "document", version="1"),
     ANSWER,
 )
 
@@ -70,14 +71,15 @@ class ResearchOptions(Part):
 def factory(config: EnvironmentConfig, rewards: RewardConfig) -> EnvironmentFactory:
     """Return what makes the environment; raises ConfigurationError for its options."""
     options = read_options(ResearchOptions, config)
-    tasks = ResearchTasks(options)
+    tasks, cache = ResearchTasks(options), cache_of(config)
 
     def script(habits: Habits, about: str) -> Script:
         return Script(play=lambda task: research(task, options.hops, habits), about=about)
 
     return EnvironmentFactory(
         tasks=tasks,
-        make=lambda: ResearchEnvironment(tasks, config, rewards),
+        make=lambda: ResearchEnvironment(tasks, config, rewards, cache),
+        close=cache.close,
         corpus=lambda: corpus(options),
         scripts={
             "do_nothing": script(DO_NOTHING, 'answers "unknown" at once'),
@@ -187,8 +189,14 @@ class ResearchEnvironment(ToolEpisode):
     tools: Sequence[ToolSpec] = TOOLS
     secrets: Collection[str] = ("answer", "facts")
 
-    def __init__(self, tasks: ResearchTasks, config: EnvironmentConfig, rewards: RewardConfig) -> None:
-        super().__init__(config, rewards)
+    def __init__(
+        self,
+        tasks: ResearchTasks,
+        config: EnvironmentConfig,
+        rewards: RewardConfig,
+        cache: ToolCache | None = None,
+    ) -> None:
+        super().__init__(config, rewards, cache)
         self._tasks = tasks
         self._opened: set[str] = set()
 
@@ -205,8 +213,16 @@ class ResearchEnvironment(ToolEpisode):
         body = self._store.open(argument)
         if body is None:
             return failed("no such document")
-        self._opened.add(argument)
         return Result(text=body)
+
+    def saw(self, name: str, arguments: Mapping[str, Any], result: Result) -> None:
+        """Note which documents were read."""
+        if name == "open" and result.status is ToolStatus.OK:
+            self._opened.add(arguments["document"])
+
+    def world(self) -> Any:
+        """Return what names the world, which several tasks share."""
+        return [self._task.split, self._task.data["world"], self._tasks.options.model_dump()]
 
     def right(self) -> bool:
         """Tell whether the answer is the city asked for."""

@@ -4,7 +4,8 @@
     scores           = outcome +1 or -1, step x turns, invalid x invalid messages, and what else there is
 
 An environment adds its tools, `call` and `right`; what it says, apart from its seeded failures, depends on
-the task and the calls alone.
+the task and the calls alone. Results of tools that are declared pure come out of the tool cache, if there is
+one: their `call` changes nothing, what an episode remembers of a result it notes in `saw`.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import Any, Final
 
 from slipstream.config import EnvironmentConfig, RewardConfig
 from slipstream.interfaces import AssistantMessage, Observation, ToolSpec, Transition
+from slipstream.tools.cache import ToolCache
 from slipstream.tools.hermes import format_call
 from slipstream.types import Score, ScoreKind, Split, Task, TaskAttempt, ToolCall, ToolStatus
 
@@ -32,6 +34,8 @@ LONGEST_ERROR: Final = 200
 class Result:
     """What a tool says."""
 
+    # Kept in the tool cache as these three: another field means another `version` of every pure tool.
+
     text: str
     status: ToolStatus = ToolStatus.OK
     done: bool = False
@@ -44,14 +48,16 @@ def failed(reason: str) -> Result:
     return Result(text=line[:LONGEST_ERROR], status=ToolStatus.ERROR)
 
 
-def tool(name: str, description: str, *arguments: str) -> ToolSpec:
-    """Return a tool that takes strings."""
+def tool(name: str, description: str, *arguments: str, version: str = "") -> ToolSpec:
+    """Return a tool that takes strings; one with a version is pure."""
     schema = {
         "type": "object",
         "properties": {argument: {"type": "string"} for argument in arguments},
         "required": list(arguments),
     }
-    return ToolSpec(name=name, description=description, parameters=schema)
+    return ToolSpec(
+        name=name, description=description, parameters=schema, pure=bool(version), version=version
+    )
 
 
 ANSWER: Final = tool("answer", "Give the final answer", "text")
@@ -92,14 +98,28 @@ class ToolEpisode(ABC):
     tools: Sequence[ToolSpec]
     secrets: Collection[str] = ("answer",)
 
-    def __init__(self, config: EnvironmentConfig, rewards: RewardConfig) -> None:
+    def __init__(
+        self, config: EnvironmentConfig, rewards: RewardConfig, cache: ToolCache | None = None
+    ) -> None:
         self._config, self._rewards = config, rewards
+        self._cache = cache or ToolCache(config.name)
         self._turn = self._invalid = 0
         self._answer: str | None = None
 
     @abstractmethod
     async def call(self, name: str, arguments: Mapping[str, Any]) -> Result:
         """Carry out a call of a tool other than `answer`."""
+
+    def saw(self, name: str, arguments: Mapping[str, Any], result: Result) -> None:
+        """Note what a tool said, wherever the result came from."""
+        return
+
+    def world(self) -> Any:
+        """Return what results of pure tools depend on beside their arguments, as plain data.
+
+        Here it is the task; tasks of one world give what names that.
+        """
+        return [self._task.split, self._task.index, self._config.options]
 
     @abstractmethod
     def right(self) -> bool | str:
@@ -119,15 +139,14 @@ class ToolEpisode(ABC):
             lost = self._rewards.step_penalty + self._rewards.invalid_penalty
             return Transition(observation=f"error: {message.error}", done=False, reward=-lost)
         started = time.monotonic()
-        if self._config.tool_latency_s:
-            await sleep(self._config.tool_latency_s)
-        result = await self._result(message.name, message.arguments)
+        result, cached = await self._result(message.name, message.arguments)
         call = ToolCall(
             turn=turn,
             name=message.name,
             arguments=message.arguments,
             status=result.status,
             latency_s=time.monotonic() - started,
+            cached=cached,
         )
         return Transition(
             observation=result.text, done=result.done, call=call, reward=-self._rewards.step_penalty
@@ -178,11 +197,34 @@ class ToolEpisode(ABC):
         self._faults.restore(state["faults"])
         self.remember(state)
 
-    async def _result(self, name: str, arguments: Mapping[str, Any]) -> Result:
+    async def _result(self, name: str, arguments: Mapping[str, Any]) -> tuple[Result, bool]:
+        """Return what a call gives, and whether it came out of the cache; an answer takes no time."""
         if name == ANSWER.name:
             self._answer = next(iter(arguments.values()))
-            return Result(text="", done=True)
+            return Result(text="", done=True), False
         fault = self._faults.strike()
         if fault is not None:
-            return Result(text=fault, status=ToolStatus.ERROR)
+            await self._take_time()
+            return Result(text=fault, status=ToolStatus.ERROR), False
+        spec = next(tool for tool in self.tools if tool.name == name)
+        if not spec.pure:
+            result = await self._called(name, arguments)
+            self.saw(name, arguments, result)
+            return result, False
+
+        async def compute() -> list[Any]:
+            result = await self._called(name, arguments)
+            return [result.text, result.status.value, result.done]
+
+        said, cached = await self._cache.call(name, spec.version, arguments, self.world(), compute)
+        result = Result(text=said[0], status=ToolStatus(said[1]), done=said[2])
+        self.saw(name, arguments, result)
+        return result, cached
+
+    async def _called(self, name: str, arguments: Mapping[str, Any]) -> Result:
+        await self._take_time()
         return await self.call(name, arguments)
+
+    async def _take_time(self) -> None:
+        if self._config.tool_latency_s:
+            await sleep(self._config.tool_latency_s)
