@@ -22,12 +22,10 @@ from slipstream.config import EnvironmentConfig, RewardConfig
 from slipstream.interfaces import AssistantMessage, Observation, ToolSpec, Transition
 from slipstream.tools.cache import ToolCache
 from slipstream.tools.hermes import format_call
+from slipstream.tools.wording import COMPLAINTS as COMPLAINTS
+from slipstream.tools.wording import ERROR, error
+from slipstream.tools.wording import FAULTS as FAULTS
 from slipstream.types import Score, ScoreKind, Split, Task, TaskAttempt, ToolCall, ToolStatus
-
-FAULTS: Final = ("error: timeout", "error: unavailable", "error: rate limit")
-COMPLAINTS: Final = ("error: no tool call", "error: call is not JSON")
-"""What every environment says of messages that hold no call."""
-LONGEST_ERROR: Final = 200
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,9 +41,8 @@ class Result:
 
 
 def failed(reason: str) -> Result:
-    """Return a tool's standard error: one line of at most LONGEST_ERROR characters."""
-    line = " ".join(f"error: {reason}".split())
-    return Result(text=line[:LONGEST_ERROR], status=ToolStatus.ERROR)
+    """Return a tool's standard error."""
+    return Result(text=error(reason), status=ToolStatus.ERROR)
 
 
 def tool(name: str, description: str, *arguments: str, version: str = "") -> ToolSpec:
@@ -137,7 +134,7 @@ class ToolEpisode(ABC):
         if message.error or message.arguments is None:
             self._invalid += 1
             lost = self._rewards.step_penalty + self._rewards.invalid_penalty
-            return Transition(observation=f"error: {message.error}", done=False, reward=-lost)
+            return Transition(observation=f"{ERROR}{message.error}", done=False, reward=-lost)
         started = time.monotonic()
         result, cached = await self._result(message.name, message.arguments)
         call = ToolCall(
