@@ -220,7 +220,7 @@ class ResearchEnvironment(ToolEpisode):
         if name == "open" and result.status is ToolStatus.OK:
             self._opened.add(arguments["document"])
 
-    def world(self) -> Any:
+    def world(self, name: str) -> Any:
         """Return what names the world, which several tasks share."""
         return [self._task.split, self._task.data["world"], self._tasks.options.model_dump()]
 

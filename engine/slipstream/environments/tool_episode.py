@@ -111,8 +111,8 @@ class ToolEpisode(ABC):
         """Note what a tool said, wherever the result came from."""
         return
 
-    def world(self) -> Any:
-        """Return what results of pure tools depend on beside their arguments, as plain data.
+    def world(self, name: str) -> Any:
+        """Return what results of the pure tool `name` depend on beside its arguments, as plain data.
 
         Here it is the task; tasks of one world give what names that.
         """
@@ -213,7 +213,7 @@ class ToolEpisode(ABC):
             result = await self._called(name, arguments)
             return [result.text, result.status.value, result.done]
 
-        said, cached = await self._cache.call(name, spec.version, arguments, self.world(), compute)
+        said, cached = await self._cache.call(name, spec.version, arguments, self.world(name), compute)
         result = Result(text=said[0], status=ToolStatus(said[1]), done=said[2])
         self.saw(name, arguments, result)
         return result, cached

@@ -1,4 +1,4 @@
-"""The words of failing tools are those that policies have been trained on, and the engine writes no others."""
+"""The words of failing tools are those that policies have been trained on; the engine writes no others."""
 
 from __future__ import annotations
 
