@@ -108,7 +108,7 @@ def compare(chosen: argparse.Namespace, work: Path) -> dict[str, Any]:
 
 def train(plan: Plan, warm: Path, arm: str, cache: str) -> tuple[Measured, str]:
     """Train one arm; return what its tools did, and a digest of all that must be equal."""
-    folder = plan.work / arm
+    folder = plan.work / f"run-{arm}"
     latency = f"environment.tool_latency_s={plan.latency_s}"
     write_config(folder, plan.config(1, latency, f"environment.tool_cache={cache}"))
     shutil.copytree(warm, folder / "checkpoints" / "warmup")
