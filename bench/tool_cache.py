@@ -13,8 +13,8 @@ the seconds in which tools worked, and the seconds that episodes waited for call
 only the first is real, and the others wait for it: what tools work is less than what episodes wait. Seeded
 failures are real calls, whatever the cache holds, and each task is posed to one group only: a cold cache can
 save little more than what the attempts of a group have in common. On a busy machine a latency is longer than
-the tool took, since the episode's next turn waits for the processor. The runs must agree in every token, log-probability,
-score and weight; the benchmark fails when they do not.
+the tool took, since the episode's next turn waits for the processor. The runs must agree in every token,
+log-probability, score and weight; the benchmark fails when they do not.
 """
 
 from __future__ import annotations
