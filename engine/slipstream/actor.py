@@ -115,7 +115,7 @@ class Actor:
         policy = load_policy(self._warm, config=config.model, device=choose_device(config.device))
         redactor = Redactor.of_process(config.environment.canaries)
         guard_logs(redactor)
-        self._runner = configured_runner(config, policy.chat, redactor, port=port)
+        self._runner = configured_runner(config, policy.chat, redactor, folder=folder, port=port)
         self._brake = Brake(Backoff(first_s=config.environment.backoff_s))
         self._train = self._sampler(policy.chat.stop_token)
         self._pinned: EmbeddedBackend | None = None

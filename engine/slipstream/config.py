@@ -182,6 +182,9 @@ def _demands(config: RunConfig) -> Iterator[tuple[bool, str, str, object]]:
     yield not beyond or inference.insecure, "inference.host", expected, f'"{inference.host}"'
     expected = "an address of this machine that actors reach"
     yield inference.host not in {"", "0.0.0.0", "::"}, "inference.host", expected, f'"{inference.host}"'
+    cache, sandbox = config.environment.tool_cache, config.environment.sandbox
+    expected = '"off" in a sandbox, whose tools could leave false results to every other episode'
+    yield cache == "off" or sandbox == "none", "environment.tool_cache", expected, f'"{cache}"'
     device = re.fullmatch(r"auto|cpu|cuda(:\d+)?", config.device)
     yield device is not None, "device", '"auto", "cpu", "cuda" or "cuda:N"', f'"{config.device}"'
 

@@ -48,7 +48,12 @@ class EnvironmentConfig(Part):
     tool_failure_rate: Share = 0.1
     """Share of calls of tools that may fail which return a seeded, standard error."""
     tool_latency_s: float = Field(default=0.0, ge=0.0)
-    """Added to each tool call."""
+    """What a call of a tool that looks something up takes longer; a result out of the cache comes at once."""
+    tool_cache: str = Field(default="off", min_length=1)
+    """Where results of pure tools are kept: "off", "run" (one file in the run's folder, for all its actors),
+    or the path of a file of your own, for several runs."""
+    tool_cache_bytes: int = Field(default=1 << 28, ge=1 << 20)
+    """Size of that file from which the oldest results go."""
     tool_schemas: bool = False
     """Shows the policy each tool's description and the schema of its arguments, not their names alone."""
     max_turns: int = Field(default=10, ge=1)

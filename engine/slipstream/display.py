@@ -165,6 +165,8 @@ def picture(snapshot: Snapshot, events: Sequence[str], title: str) -> Renderable
     starved = "–" if snapshot.starved is None else f"{snapshot.starved:.0%}"
     table.add_row("waiting", Text("\n".join([*snapshot.waiting, f"learner starved {starved} of the time"])))
     table.add_row("actors", Text("\n".join(snapshot.actors) or "–"))
+    if snapshot.cached is not None:
+        table.add_row("tool cache", f"answered {snapshot.cached:.0%} of the calls")
     books = "   ".join(f"{name.replace('_', ' ')} {count:,}" for name, count in snapshot.books.items())
     table.add_row("books", Text(books or "–"))
     table.add_row("events", Text("\n".join(events) or "–", style="dim"))

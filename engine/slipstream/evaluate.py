@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import logging
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from slipstream import versions
 from slipstream.call_formats import CALL_FORMATS
 from slipstream.chat import Chat, load_tokenizer, train_tokenizer
 from slipstream.config import RunConfig
@@ -29,6 +31,8 @@ from slipstream.run_folder import write_json
 from slipstream.runners import configured_runner
 from slipstream.selection import pass_at_k
 from slipstream.types import Score, ScoreKind, Split, Trajectory
+
+log = logging.getLogger(__name__)
 
 
 def main(
@@ -112,9 +116,12 @@ def tried(
 ) -> list[Trajectory]:
     """Return the trajectories of the policy in a folder, all attempts at a task together."""
     policy = load_policy(checkpoint, config=config.model, device=choose_device(config.device))
+    runner = configured_runner(config, policy.chat, Redactor.of_process(config.environment.canaries))
+    if isinstance(runner, EpisodeRunner):
+        _compare_versions(checkpoint, runner.factory.versions)
     return held_trial(
         policy,
-        configured_runner(config, policy.chat, Redactor.of_process(config.environment.canaries)),
+        runner,
         split=split,
         tasks=tasks,
         attempts=attempts,
@@ -123,6 +130,13 @@ def tried(
         config=config,
         close=True,
     )
+
+
+def _compare_versions(checkpoint: Path, environment: Mapping[str, str]) -> None:
+    """Warn of each version that is another one than that of the run in which a checkpoint lies."""
+    recorded = versions.of_checkpoint(checkpoint)
+    for difference in versions.differences(recorded, versions.present(environment)) if recorded else ():
+        log.warning("%s: success may not be that of its run: %s", checkpoint, difference)
 
 
 def rollout(config: RunConfig, n: int, checkpoint: Path | None) -> int:

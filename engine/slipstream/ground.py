@@ -25,6 +25,7 @@ from slipstream.interfaces import (
     Transition,
 )
 from slipstream.retries import Backoff, retried
+from slipstream.tools.wording import ERROR
 from slipstream.types import Score, Task, TaskAttempt, ToolCall, ToolStatus
 
 T = TypeVar("T")
@@ -111,7 +112,7 @@ def _refused(message: AssistantMessage, turn: int, error: ToolError) -> Transiti
         status=ToolStatus.ERROR,
         latency_s=0.0,
     )
-    return Transition(observation=f"error: {error}", done=False, call=call)
+    return Transition(observation=f"{ERROR}{error}", done=False, call=call)
 
 
 @contextmanager

@@ -29,6 +29,10 @@ class ToolSpec:
     name: str
     description: str
     parameters: dict[str, Any]
+    pure: bool = False
+    """Whether equal arguments in an equal state of its world give equal results, and change nothing."""
+    version: str = ""
+    """Of a pure tool: another one once it, or its world, answers otherwise than before."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from slipstream import doctor, fork, run_folder, summary
+from slipstream import doctor, fork, run_folder, summary, versions
 from slipstream import hub as hub_role
 from slipstream.audit import audit
 from slipstream.checkpoint import load_latest, verify
@@ -34,6 +34,7 @@ from slipstream.rendezvous import expect_hub, known_address
 from slipstream.restarts import count_restart
 from slipstream.stop_signals import StoppedBySignal, raising_signals
 from slipstream.supervisor import Patience, RoleSpec, Supervisor
+from slipstream.tools.cache import in_folder
 from slipstream.tracking.keeper import Tracking
 from slipstream.types import Split
 
@@ -54,6 +55,7 @@ def train(
     resume: bool,
     serial: bool,
     screen: Screen,
+    other_versions: bool = False,
     program: Sequence[str] = PROGRAM,
     patience: Patience | None = None,
     forked: Fork | None = None,
@@ -61,12 +63,14 @@ def train(
     """Run all stages in `folder` and return the exit code.
 
     `forked` is what another run gives it for a warm start; `program` is the command that understands `hub`,
-    `actor`, `learner`, `warmup` and `eval`.
+    `actor`, `learner`, `warmup` and `eval`; `other_versions` goes on with other packages or data than the run
+    began with.
 
-    Raises: RunFolderError when the folder cannot be used; UserError, NumericsError or RoleError when a
-    role ended the run, the latter saying how to go on.
+    Raises: RunFolderError when the folder cannot be used or was begun with other versions; UserError,
+    NumericsError or RoleError when a role ended the run, the latter saying how to go on.
     """
-    environment_factory(config.environment, config.rewards).close()
+    factory = environment_factory(config.environment, config.rewards)
+    factory.close()
     if config.agent.program:
         check_program(config.agent.program)
     if config.inference.backend == "vllm":
@@ -81,6 +85,8 @@ def train(
         screen,
         Tracking(config.tracking, folder, on_event=screen.event) as tracking,
     ):
+        for difference in versions.hold(folder, versions.present(factory.versions), accept=other_versions):
+            screen.event(f"going on with another version: {difference}")
         if forked is not None:
             fork.begin(forked, folder)
             screen.event(f"begins with the policy of {forked.run}, {forked.source.name}")
@@ -222,6 +228,7 @@ class _Run:
                     "--temperature", str(config.evaluation.temperature),
                     "--output", str(self._folder / file),
                     "--flight", str(self._folder / FOLDER / f"eval-{index}.ring"),
+                    f"environment.tool_cache={in_folder(config.environment, self._folder).tool_cache}",
                 ),
             )
             for index, (path, file, threads) in enumerate(targets)

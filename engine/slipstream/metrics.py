@@ -46,6 +46,7 @@ DEFINITIONS: Mapping[str, str] = MappingProxyType(
         "length": "Mean tokens of a trajectory, prompt and observations included.",
         "outcome/*": "Share of trajectories that ended this way.",
         "tools/success": "Share of executed tool calls with status ok.",
+        "tools/cached": "Share of executed tool calls whose result came out of the tool cache.",
         "tools/valid": "Share of assistant messages that were well-formed tool calls.",
         "monitor/*": "Signs of a degenerate policy (monitors.py); alarms: how many are above their limit.",
         "tools/crashed": "Share of executed tool calls in which the tool itself failed.",

@@ -279,6 +279,7 @@ def describe(trajectories: Sequence[Trajectory]) -> dict[str, float]:
         "turns": float(np.mean([len(t.turn_rewards) for t in trajectories])),
         "length": float(np.mean([len(t.token_ids) for t in trajectories])),
         "tools/success": float(np.mean([call.status is ToolStatus.OK for call in calls])) if calls else 0.0,
+        "tools/cached": float(np.mean([call.cached for call in calls])) if calls else 0.0,
         "tools/valid": len(calls) / max(messages, 1),
         **shown([t.scores for t in trajectories]),
     }

@@ -1,7 +1,8 @@
 """Floor 3. The run folder: who may use it, which configuration it belongs to, where things are.
 
-config.toml  lock  run.json  hub.json  status.json  metrics.jsonl  baselines.json  times.json  restarts.json
-checkpoints/  weights/  trajectories/  logs/<role>-<n>.log  learning_curve.png  summary.json
+config.toml  lock  run.json  versions.json  hub.json  status.json  metrics.jsonl  baselines.json  times.json
+restarts.json  tool_cache.sqlite  checkpoints/  weights/  trajectories/  logs/<role>-<n>.log
+learning_curve.png  summary.json
 """
 
 from __future__ import annotations

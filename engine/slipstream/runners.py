@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from slipstream.chat import Chat
 from slipstream.config import RunConfig
 from slipstream.environments import environment_factory
@@ -9,14 +11,18 @@ from slipstream.episodes import EpisodeRunner
 from slipstream.interfaces import Runner
 from slipstream.programs import OUTSIDE, check_program, load_program
 from slipstream.redaction import Redactor
+from slipstream.tools.cache import in_folder
 
 
-def configured_runner(config: RunConfig, chat: Chat, redactor: Redactor, *, port: int = 0) -> Runner:
+def configured_runner(
+    config: RunConfig, chat: Chat, redactor: Redactor, *, folder: Path | None = None, port: int = 0
+) -> Runner:
     """Return the runner that a configuration asks for; raises ConfigurationError.
 
-    port: where a gateway listens, 0 for a free port.
+    folder: of the run whose tool cache it may use; port: where a gateway listens, 0 for a free port.
     """
-    factory = environment_factory(config.environment, config.rewards)
+    environment = config.environment if folder is None else in_folder(config.environment, folder)
+    factory = environment_factory(environment, config.rewards)
     if not config.agent.program:
         return EpisodeRunner(
             factory=factory,

@@ -45,6 +45,8 @@ class Snapshot:
     generated_per_s: float | None
     trained_per_s: float | None
     starved: float | None
+    cached: float | None
+    """Share of tool calls that the tool cache answered, likewise; None without a cache."""
     waiting: Sequence[str]
     actors: Sequence[str]
     books: Mapping[str, int]
@@ -72,6 +74,7 @@ def take_snapshot(config: RunConfig, folder: Path, stage: str) -> Snapshot:
         generated_per_s=_mean(recent, "actors/tokens_per_s"),
         trained_per_s=_mean(recent, "tokens/trained_per_s"),
         starved=_mean(recent, "wait/learner_starved"),
+        cached=None if config.environment.tool_cache == "off" else _mean(recent, "tools/cached"),
         waiting=waits_of(status),
         actors=actors_of(status),
         books=status.get("books", {}),

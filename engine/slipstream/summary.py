@@ -6,9 +6,7 @@ JSON object with `success` and `tasks`, and, for what is lost or doubled, log an
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +15,7 @@ from slipstream.config import RunConfig
 from slipstream.metrics import Row, read_rows, rows_of, wilson_interval
 from slipstream.restarts import restarts_of
 from slipstream.run_folder import read_json, write_json
+from slipstream.versions import installed, recorded_in
 
 BASELINES = "baselines.json"
 FINAL_BEST = "final_best.json"
@@ -69,7 +68,8 @@ def summarise(config: RunConfig, folder: Path, audited: Audit | None = None) -> 
             "final_tasks": config.evaluation.final_tasks,
         },
         "books": books,
-        "versions": _versions(),
+        "tool_cache_hits": weighted_mean(train, "tools/cached", "trajectories"),
+        "versions": {**installed(_PACKAGES), **recorded_in(folder)},
     }
 
 
@@ -108,13 +108,3 @@ def warm_start_success(folder: Path, rows: Sequence[Row]) -> float | None:
         return float(baseline["success"])
     checks = [row["success"] for row in rows_of(rows, "warmup") if row.get("success") is not None]
     return float(checks[-1]) if checks else None
-
-
-def _versions() -> dict[str, str]:
-    versions = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            versions[package] = "source tree"
-    return versions

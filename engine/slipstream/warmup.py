@@ -31,6 +31,7 @@ from slipstream.inference.trial import held_trial
 from slipstream.model import Policy, first_policy, head, publish_policy
 from slipstream.packing import PackedBatch, pack
 from slipstream.run_folder import write_json
+from slipstream.tools.cache import in_folder
 from slipstream.training import DeviceBatch, Optimizer, schedule, trained_hidden
 from slipstream.types import Split, Trajectory
 from slipstream_kernels import linear_logprob
@@ -48,7 +49,7 @@ def main(config: RunConfig, folder: Path) -> int:
     Raises WarmStartError with advice when held-out success stays below `warmup.min_success`.
     """
     torch.set_num_threads(config.actor.threads + config.learner.threads)
-    factory = environment_factory(config.environment, config.rewards)
+    factory = environment_factory(in_folder(config.environment, folder), config.rewards)
     own = read_chats(config.warmup.chats) if config.warmup.chats else []
     said = (text for conversation in own for text in conversation.texts())
     policy = first_policy(config, itertools.chain(factory.corpus(), said))

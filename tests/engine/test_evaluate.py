@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from slipstream import evaluate, synthetic
+from slipstream import evaluate, synthetic, versions
 from slipstream.chat import Chat
 from slipstream.config import EnvironmentConfig, RunConfig, load_config
 from slipstream.errors import CheckpointError, ConfigurationError
@@ -61,6 +61,18 @@ def test_figures_are_written_and_repeat(config: RunConfig, folder: Path, tmp_pat
     assert (results[0]["split"], results[0]["tasks"], results[0]["temperature"]) == ("fresh", 20, 1.0)
     outcomes = [value for name, value in results[0].items() if name.startswith("outcome/")]
     assert sum(outcomes) == pytest.approx(1.0)
+
+
+def test_other_versions_than_those_of_the_run_are_told(
+    config: RunConfig, folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = folder.parent.parent
+    versions.hold(run, {**versions.present({}), "torch": "0.1"}, accept=True)
+    evaluate.tried(config, folder, split=Split.FRESH, tasks=1, temperature=1.0)
+    (run / "versions.json").unlink()
+    here = versions.present({})["torch"]
+    told = f"{folder}: success may not be that of its run: torch is {here} here and was 0.1"
+    assert [record.message for record in caplog.records] == [told]
 
 
 def test_the_batch_of_live_episodes_changes_nothing(config: RunConfig, folder: Path) -> None:

@@ -66,6 +66,7 @@ def train(
     settings: Sequence[str] = (),
     config: RunConfig | None = None,
     patience: Patience = PATIENCE,
+    other_versions: bool = False,
 ) -> str:
     """Run the launcher here and return what it showed."""
     config = config or load_config("research", ["actor.count=1", *settings])
@@ -73,8 +74,9 @@ def train(
     screen = PlainScreen(config, folder, stream)
     try:
         code = launch.train(
-            config, folder, resume=resume, serial=False, screen=screen, program=PROGRAM, patience=patience
-        )
+            config, folder, resume=resume, serial=False, screen=screen, program=PROGRAM, patience=patience,
+            other_versions=other_versions,
+        )  # fmt: skip
     except (RoleError, UserError, NumericsError) as error:
         error.add_note(stream.getvalue())
         raise
@@ -109,6 +111,19 @@ def starts(tmp_path: Path, role: str) -> int:
 def ready(tmp_path: Path, *roles: str) -> bool:
     """Tell whether each of these has come to where it acts on signals as planned."""
     return all(any((tmp_path / "ready").glob(f"{role}-*")) for role in roles)
+
+
+def test_a_run_goes_on_only_with_the_versions_it_began_with(tmp_path: Path) -> None:
+    folder = plan(tmp_path)
+    train(folder)
+    recorded = json.loads((folder / "versions.json").read_text())
+    assert set(recorded) == {"python", "slipstream", "torch"}
+    (folder / "versions.json").write_text(json.dumps({**recorded, "torch": "0.1"}))
+    with pytest.raises(RunFolderError, match=r"begun with other versions: torch is .* here and was 0\.1;"):
+        train(folder, resume=True)
+    shown = train(folder, resume=True, other_versions=True)
+    assert f"going on with another version: torch is {recorded['torch']} here and was 0.1" in shown
+    assert json.loads((folder / "versions.json").read_text()) == recorded
 
 
 def test_a_run_leaves_summary_curve_configuration_and_logs(tmp_path: Path) -> None:

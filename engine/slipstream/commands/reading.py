@@ -76,6 +76,27 @@ def _pair(text: str) -> tuple[str, str]:
     return key, value
 
 
+def _replay_args(parser: argparse.ArgumentParser) -> None:
+    folder_args(parser)
+    parser.add_argument(
+        "trajectory",
+        nargs="?",
+        default="",
+        metavar="TRAJECTORY",
+        help="such as actor-0/0/17, or its place in the log, from 0",
+    )
+    parser.add_argument("--last", action="store_true", help="the newest episode")
+    parser.add_argument("--failed", action="store_true", help="the newest episode without success")
+
+
+def _replay(chosen: argparse.Namespace) -> int:
+    if sum((bool(chosen.trajectory), chosen.last, chosen.failed)) != 1:
+        raise ConfigurationError("give one of TRAJECTORY, such as actor-0/0/17, --last and --failed")
+    from slipstream import replay
+
+    return replay.main(chosen.folder, chosen.trajectory, failed=chosen.failed)
+
+
 COMMANDS = {
     "plot": Command(about="Draw the learning curve of a run.", declare=folder_args, run=_plot),
     "view": Command(
@@ -83,5 +104,8 @@ COMMANDS = {
     ),
     "doctor": Command(
         about="Say what the processes of a run wait for, and what is wrong.", declare=folder_args, run=_doctor
+    ),
+    "replay": Command(
+        about="Play a recorded episode again and say where it differs.", declare=_replay_args, run=_replay
     ),
 }

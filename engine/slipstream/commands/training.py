@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from slipstream import config as configuration
+from slipstream import versions
 from slipstream.commands.common import Command, recipe_args, recipe_of, recorded, resolve
 from slipstream.config import RunConfig
 from slipstream.errors import ConfigurationError
@@ -25,6 +26,9 @@ def _train_args(parser: argparse.ArgumentParser) -> None:
         "--fork", metavar="RUN[@STEP]", help="begin with a checkpoint of that run, under its settings"
     )
     parser.add_argument("--serial", action="store_true", help="one thread, deterministic")
+    parser.add_argument(
+        versions.ACCEPT, action="store_true", help="go on with other packages or data than the run began with"
+    )
     parser.add_argument("--dry-run", action="store_true", help="print the configuration and stop")
 
 
@@ -41,7 +45,13 @@ def _train(chosen: argparse.Namespace) -> int:
 
     screen = display.make_screen(config, folder, sys.stdout)
     return launch.train(
-        config, folder, resume=chosen.resume, serial=chosen.serial, screen=screen, forked=forked
+        config,
+        folder,
+        resume=chosen.resume,
+        serial=chosen.serial,
+        screen=screen,
+        forked=forked,
+        other_versions=chosen.other_versions,
     )
 
 

@@ -46,6 +46,10 @@ class Shipped:
 
 SHIPPED: Final[Mapping[str, Shipped]] = MappingProxyType(
     {
+        "deep-research": Shipped(
+            about="Chains of words through real text, Python's own: search, open, check, note, answer.",
+            factory="slipstream.environments.deep_research:factory",
+        ),
         "research": Shipped(
             about="Who lives where: search, open and answer over a small library with near misses.",
             factory="slipstream.environments.research:factory",

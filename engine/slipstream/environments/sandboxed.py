@@ -26,6 +26,7 @@ from slipstream.config import EnvironmentConfig, RewardConfig
 from slipstream.environments.factory import EnvironmentFactory
 from slipstream.errors import ConfigurationError, InfrastructureError
 from slipstream.interfaces import AssistantMessage, Conversing, Observation, Resumable, ToolSpec, Transition
+from slipstream.tools import wording
 from slipstream.tools.sandbox import Sandbox, Worker, WorkerError, choose
 from slipstream.types import Score, Task, TaskAttempt, ToolCall, ToolStatus
 
@@ -169,14 +170,14 @@ class SandboxedEnvironment:
         except WorkerError as error:
             fault = str(error)
         except msgspec.MsgspecError:
-            fault = "tool broke its protocol"
+            fault = wording.BROKE_PROTOCOL
         else:
             if math.isfinite(moved.transition.reward):
                 self._state = moved.state
                 return self._checked(moved.transition, message, turn, time.monotonic() - started)
-            fault = "tool broke its protocol"
+            fault = wording.BROKE_PROTOCOL
         await self.restore(self._task, self._attempt, self._state)
-        failed = Transition(observation=f"error: {fault}", done=False, call=_FAILED)
+        failed = Transition(observation=f"{wording.ERROR}{fault}", done=False, call=_FAILED)
         return self._checked(failed, message, turn, time.monotonic() - started)
 
     async def score(self) -> Sequence[Score]:

@@ -13,6 +13,7 @@ from jsonschema.exceptions import best_match
 
 from slipstream.call_formats import HERMES, NOT_CLOSED, OPEN, CallFormat
 from slipstream.interfaces import AssistantMessage, ToolSpec
+from slipstream.tools import wording
 
 _SAY_NO_MORE: Final = {"type", "title", "description"}
 """Keys of a schema with which any string will do."""
@@ -51,9 +52,9 @@ def parse_call(
     if not attempts and plain:
         return AssistantMessage(text=text)
     if not attempts or attempts[0].fault == NOT_CLOSED:
-        return AssistantMessage(text=text, error="no tool call")
+        return AssistantMessage(text=text, error=wording.NO_CALL)
     if len(attempts) > 1 or text.count(OPEN) > 1:
-        return AssistantMessage(text=text, error="more than one tool call")
+        return AssistantMessage(text=text, error=wording.MORE_THAN_ONE)
     if attempts[0].fault:
         return AssistantMessage(text=text, error=f"call is {attempts[0].fault}")
     call = attempts[0].call
@@ -66,27 +67,27 @@ def parse_call(
 def _fault(call: Any, tools: Mapping[str, ToolSpec]) -> str:
     """Return what is wrong with a decoded call, or an empty string."""
     if not isinstance(call, dict) or not isinstance(call.get("name"), str) or call["name"] not in tools:
-        return "unknown tool"
+        return wording.UNKNOWN_TOOL
     arguments = call.get("arguments")
     if not isinstance(arguments, dict):
-        return "arguments are not an object"
+        return wording.NO_OBJECT
     schema = tools[call["name"]].parameters
     missing = [name for name in schema.get("required", ()) if name not in arguments]
     if missing:
-        return f"missing argument {missing[0]}"
+        return wording.MISSING.format(missing[0])
     known = schema.get("properties", {})
     unknown = [name for name in arguments if name not in known]
     if unknown:
-        return "unknown argument"
+        return wording.UNKNOWN_ARGUMENT
     for name, value in arguments.items():
         wanted = known[name]
         if wanted.get("type") == "string" and wanted.keys() <= _SAY_NO_MORE:
             if not isinstance(value, str):
-                return "argument is not a string"
+                return wording.NO_STRING
         elif reason := _mismatch(value, wanted):
             return f"argument {name}: {reason}"
     spelled = json.dumps(arguments, ensure_ascii=False)
-    return "argument is not valid text" if _SURROGATE.search(spelled) else ""
+    return wording.NO_TEXT if _SURROGATE.search(spelled) else ""
 
 
 def _mismatch(value: Any, schema: Mapping[str, Any]) -> str:

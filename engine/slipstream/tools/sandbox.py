@@ -31,6 +31,7 @@ from slipstream.config import SandboxConfig
 from slipstream.errors import ConfigurationError, FrameError, InfrastructureError, ToolError
 from slipstream.flight_recorder import FLIGHT
 from slipstream.messages import decode_struct
+from slipstream.tools import wording
 from slipstream.tools.bubblewrap import SCRATCH, Backend, command, scratch_folder
 from slipstream.tools.confinement import Confinement, Limits
 from slipstream.tools.frames import (
@@ -235,16 +236,16 @@ class Worker:
         self._number = secrets.randbits(63)
         request = frame_of(Request(number=self._number, method=method, arguments=arguments))
         if len(request) - LENGTH.size > MAX_REQUEST_BYTES:
-            raise WorkerError(f"tool call too large: {len(request)} bytes")
+            raise WorkerError(wording.TOO_LARGE.format(len(request)))
         try:
             async with asyncio.timeout(seconds):
                 answer = await self._answer(request)
         except TimeoutError:
-            raise WorkerTimeout(f"tool did not answer within {seconds:g} s") from None
+            raise WorkerTimeout(wording.TOO_SLOW.format(seconds)) from None
         except OSError:
-            raise WorkerError("tool crashed") from None
+            raise WorkerError(wording.CRASHED) from None
         except FrameError:
-            raise WorkerError("tool broke its protocol") from None
+            raise WorkerError(wording.BROKE_PROTOCOL) from None
         match answer.kind:
             case "value":
                 return answer.value
@@ -253,7 +254,7 @@ class Worker:
             case "infrastructure":
                 raise InfrastructureError(answer.text)
             case "oversized":
-                raise WorkerError("tool answered too much")
+                raise WorkerError(wording.TOO_MUCH)
             case _:
                 raise WorkerError(f"tool failed with {answer.text}"[:_ENVELOPE_BYTES])
 
@@ -304,7 +305,7 @@ class Worker:
         try:
             length = length_of(header, most)
         except FrameError:
-            raise WorkerError("tool answered too much") from None
+            raise WorkerError(wording.TOO_MUCH) from None
         return await self._exactly(length)
 
     async def _exactly(self, size: int) -> bytes:
@@ -312,7 +313,7 @@ class Worker:
         while len(parts) < size:
             part = await loop.sock_recv(self._channel, size - len(parts))
             if not part:
-                raise WorkerError("tool crashed")
+                raise WorkerError(wording.CRASHED)
             parts += part
         return bytes(parts)
 

@@ -1,0 +1,221 @@
+"""Floor 4. Questions that only reading answers, made from the passages themselves.
+
+A *clue* is two words that stand side by side in one place of the whole library; the word behind them there is
+what they lead to. A question chains clues: what the first leads to is half of the next.
+
+    Find the last word: "terminates the _", then "_ loop _".
+
+Each hop lists, beside its passage, near misses: passages that hold both words somewhere. Splits share no
+last passage.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+import zlib
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import pairwise
+from typing import Final
+
+from slipstream.environments.deep_research.passages import LISTED, Library, library, words
+from slipstream.errors import ConfigurationError
+from slipstream.types import Split, Task
+
+MOST_CLUES: Final = 4000
+MOST_TASKS: Final = 4096
+"""Of all splits together."""
+MOST_OF_AN_ANSWER: Final = 0.01
+"""Largest share of the questions of a split that one word answers, if there are as many other answers."""
+SHARES: Final = ((60, Split.TRAIN), (80, Split.HELDOUT), (100, Split.FRESH))
+"""Up to which percent of the last passages a split has."""
+_CLUE: Final = re.compile(r"(?<![\w\"'`*-])(?=([A-Za-z]\w*) ([A-Za-z]\w*) ([A-Za-z]\w{3,}) )")
+_COMMON: Final = frozenset(
+    [
+        "that",
+        "this",
+        "with",
+        "from",
+        "which",
+        "when",
+        "then",
+        "than",
+        "have",
+        "been",
+        "will",
+        "would",
+        "they",
+        "them",
+        "their",
+        "there",
+        "these",
+        "those",
+        "into",
+        "such",
+        "only",
+        "also",
+        "does",
+        "each",
+        "some",
+        "more",
+        "most",
+        "used",
+        "using",
+        "must",
+        "where",
+        "while",
+        "what",
+        "other",
+        "another",
+        "same",
+        "both",
+        "either",
+        "like",
+    ]
+)
+"""Words too common to be asked for."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Clue:
+    """Two neighbours, and what they lead to.
+
+    Example: ``Clue(first="terminates", second="the", passage=17, leads_to="nearest", listed=2)``.
+    """
+
+    first: str
+    second: str
+    passage: int
+    leads_to: str
+    listed: int
+    """Passages that a search for both lists."""
+
+
+Chain = tuple[Clue, ...]
+
+
+class DeepResearchTasks:
+    """The questions of one library with so many hops; raises ConfigurationError when there are too few."""
+
+    def __init__(self, corpus: str, hops: int) -> None:
+        self.library: Library = library(corpus)
+        self.hops = hops
+        self._chains = _split_chains(corpus, hops)
+        few = [split for split, chains in self._chains.items() if not chains]
+        if few:
+            raise ConfigurationError(
+                f"environment.options.corpus: {corpus!r} has too little text for questions of {hops} hops "
+                f"({few[0]} has none); give more text or fewer hops"
+            )
+        self.task = lru_cache(maxsize=4096)(self._task)
+
+    def count(self, split: Split) -> int:
+        """Return how many different questions a split has; beyond them they come again."""
+        return len(self._chains[split])
+
+    def _task(self, split: Split, index: int) -> Task:
+        """Return the task at `index`; passages carry other numbers in each."""
+        chains = self._chains[split]
+        chain = chains[index % len(chains)]
+        draw = random.Random(f"deep research {split} {index}")
+        modulus = _prime_from(len(self.library.passages))
+        data = {
+            "answer": chain[-1].leads_to,
+            "passages": [clue.passage for clue in chain],
+            "clues": [[chain[0].first, chain[0].second], *([clue.second] for clue in chain[1:])],
+            "numbering": [draw.randrange(1, modulus), draw.randrange(modulus), modulus],
+        }
+        return Task(split=split, index=index, question=question_of(chain), data=data)
+
+
+def question_of(chain: Chain) -> str:
+    """Return what is asked; a gap is filled by one word, the same before and behind a "then"."""
+    # A word before a gap keeps its blank, as in a passage: there it is the same token.
+    phrases = [f'"{chain[0].first} {chain[0].second} _"', *(f'"_ {clue.second} _"' for clue in chain[1:])]
+    return f"Find the last word: {', then '.join(phrases)}."
+
+
+@lru_cache(maxsize=8)
+def _split_chains(corpus: str, hops: int) -> Mapping[Split, Sequence[Chain]]:
+    shelf = library(corpus)
+    clues = _clues(shelf)
+    chains: dict[Split, list[Chain]] = {split: [] for split in Split}
+    for chain in _chains(clues, hops):
+        chains[_split_of(shelf.passages[chain[-1].passage])].append(chain)
+    return {split: _balanced(found) for split, found in chains.items()}
+
+
+def _clues(shelf: Library) -> list[Clue]:
+    """Return clues in an order of their own, each checked with a real search."""
+    counts: Counter[tuple[str, str]] = Counter()
+    for text in shelf.passages:
+        counts.update(pairwise(words(text)))
+    order = list(range(len(shelf.passages)))
+    random.Random("deep research clues").shuffle(order)
+    found: list[Clue] = []
+    for number in order:
+        for match in _CLUE.finditer(shelf.passages[number]):
+            first, second, after = match.groups()
+            if counts[first.casefold(), second.casefold()] != 1 or after.casefold() in _COMMON:
+                continue
+            listed = shelf.search(f"{first} {second}")
+            if number in listed:
+                found.append(
+                    Clue(first=first, second=second, passage=number, leads_to=after, listed=len(listed))
+                )
+        if len(found) >= MOST_CLUES:
+            break
+    return found
+
+
+def _chains(clues: Sequence[Clue], hops: int) -> list[Chain]:
+    """Return chains of clues over different passages, with as many near misses as hops or more."""
+    by_first: defaultdict[str, list[Clue]] = defaultdict(list)
+    for clue in clues:
+        by_first[clue.first.casefold()].append(clue)
+    chains: list[Chain] = [(clue,) for clue in clues]
+    for _ in range(hops - 1):
+        chains = [
+            (*chain, clue)
+            for chain in chains
+            for clue in by_first[chain[-1].leads_to.casefold()]
+            if clue.passage not in {known.passage for known in chain}
+        ]
+        random.Random("deep research chains").shuffle(chains)
+        del chains[8 * MOST_TASKS :]
+    return [chain for chain in chains if _is_fair(chain)][:MOST_TASKS]
+
+
+def _is_fair(chain: Chain) -> bool:
+    """Tell whether there is something to confuse, and the answer stands nowhere in the question."""
+    near_misses = sum(clue.listed - 1 for clue in chain)
+    return near_misses >= len(chain) and chain[-1].leads_to.casefold() not in words(question_of(chain))
+
+
+def _split_of(passage: str) -> Split:
+    place = zlib.crc32(passage.encode()) % 100
+    return next(split for share, split in SHARES if place < share)
+
+
+def _balanced(chains: Sequence[Chain]) -> list[Chain]:
+    """Return the chains without those whose answer is asked for too often, in an order of their own."""
+    answers: Counter[str] = Counter()
+    most = max(2, int(MOST_OF_AN_ANSWER * len(chains)))
+    kept: list[Chain] = []
+    for chain in chains:
+        answer = chain[-1].leads_to.casefold()
+        answers[answer] += 1
+        if answers[answer] <= most:
+            kept.append(chain)
+    random.Random("deep research order").shuffle(kept)
+    return kept
+
+
+def _prime_from(least: int) -> int:
+    number = max(least, LISTED, 3)
+    while any(number % divisor == 0 for divisor in range(2, int(number**0.5) + 1)):
+        number += 1
+    return number

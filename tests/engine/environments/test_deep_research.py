@@ -1,0 +1,244 @@
+"""Deep research: questions out of real text, answered by reading, by nothing else, and always the same."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections import Counter
+from collections.abc import Sequence
+from itertools import combinations, pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from slipstream.config import EnvironmentConfig, RewardConfig, load_config
+from slipstream.environments import EnvironmentFactory, Script, environment_factory
+from slipstream.environments.deep_research import DeepResearchEnvironment
+from slipstream.environments.deep_research.passages import LISTED, LONGEST, TOPICS, library, words
+from slipstream.environments.deep_research.questions import DeepResearchTasks
+from slipstream.errors import ConfigurationError
+from slipstream.interfaces import AssistantMessage, Resumable, Transition
+from slipstream.tools.hermes import parse_call
+from slipstream.types import Split, Task, TaskAttempt, ToolStatus, succeeded
+
+HOPS = (1, 2, 3)
+
+
+@pytest.fixture(scope="module")
+def made() -> EnvironmentFactory:
+    """Two hops, no failures."""
+    return factory_of(tool_failure_rate=0.0)
+
+
+def factory_of(options: dict[str, Any] | None = None, **settings: Any) -> EnvironmentFactory:
+    config = EnvironmentConfig(name="deep-research", options=options or {}, **settings)
+    return environment_factory(config, RewardConfig(shaping=0.2))
+
+
+def attempt(task: Task, number: int = 0) -> TaskAttempt:
+    return TaskAttempt(task=task.index, seed=1, group=task.index, attempt=number)
+
+
+async def played(factory: EnvironmentFactory, task: Task, script: Script, *, again: bool = False) -> Any:
+    """Play one task; with `again` each step is taken by a new object that goes on from the last state."""
+    environment = factory.make()
+    await environment.reset(task, attempt(task))
+    messages = script.play(task)
+    said, transitions = next(messages), list[Transition]()
+    for _ in range(40):
+        transition = await environment.step(parse_call(said, environment.tools))
+        transitions.append(transition)
+        if again and isinstance(environment, Resumable):
+            state, environment = environment.state(), factory.make()
+            assert isinstance(environment, Resumable)
+            await environment.restore(task, attempt(task), state)
+        if transition.done:
+            break
+        said = messages.send(transition.observation)
+    return await environment.score(), [each.observation for each in transitions]
+
+
+def success(factory: EnvironmentFactory, script: Script, indices: Sequence[int]) -> float:
+    scores = [
+        asyncio.run(played(factory, factory.tasks.task(Split.HELDOUT, index), script))[0] for index in indices
+    ]
+    return sum(map(succeeded, scores)) / len(scores)
+
+
+def step(environment: DeepResearchEnvironment, name: str, **arguments: str) -> Transition:
+    return asyncio.run(environment.step(AssistantMessage(text="", name=name, arguments=arguments)))
+
+
+def test_the_text_is_pythons_own() -> None:
+    shelf = library(TOPICS)
+    assert len(shelf.passages) > 1000 and len(set(shelf.passages)) == len(shelf.passages)
+    assert "The loop currently controlled by it" not in shelf.passages
+    assert any(text.startswith("Assert statements are a convenient way") for text in shelf.passages)
+    assert all(len(text) <= LONGEST and "\n" not in text for text in shelf.passages)
+    assert library(TOPICS) is shelf and re.fullmatch(r"[0-9a-f]{16}", shelf.digest)
+
+
+@pytest.mark.parametrize("hops", HOPS)
+def test_every_question_has_one_answer_and_near_misses(hops: int) -> None:
+    """Checked by reading all passages: each pair of neighbours is in one place, and leads on from there."""
+    tasks = DeepResearchTasks(TOPICS, hops)
+    spelled = [words(text) for text in tasks.library.passages]
+    places = Counter(pair for text in spelled for pair in pairwise(text))
+    for split in Split:
+        for index in range(0, tasks.count(split), 7):
+            task = tasks.task(split, index)
+            first, second = task.data["clues"][0]
+            near_misses = 0
+            for hop, passage in enumerate(task.data["passages"]):
+                second = task.data["clues"][hop][-1]
+                assert places[first.casefold(), second.casefold()] == 1
+                listed = tasks.library.search(f"{first} {second}")
+                assert passage in listed and len(listed) <= LISTED
+                near_misses += len(listed) - 1
+                text = spelled[passage]
+                pairs = list(pairwise(text))
+                first = text[pairs.index((first.casefold(), second.casefold())) + 2]
+            assert first == task.data["answer"].casefold()
+            assert near_misses >= hops
+            assert first not in words(task.question)
+
+
+@pytest.mark.parametrize("hops", HOPS)
+def test_splits_share_no_task_and_no_last_passage(hops: int) -> None:
+    tasks = DeepResearchTasks(TOPICS, hops)
+    posed = {split: [tasks.task(split, i) for i in range(tasks.count(split))] for split in Split}
+    assert all(len(found) >= 60 for found in posed.values())
+    questions = {split: {task.question for task in found} for split, found in posed.items()}
+    last = {split: {task.data["passages"][-1] for task in found} for split, found in posed.items()}
+    for one, other in combinations(Split, 2):
+        assert not questions[one] & questions[other] and not last[one] & last[other]
+    for found in posed.values():
+        answers = Counter(task.data["answer"].casefold() for task in found)
+        assert answers.most_common(1)[0][1] / len(found) <= 0.035, "a constant answer must not pay"
+
+
+def test_tasks_are_always_the_same_and_begin_anew(made: EnvironmentFactory) -> None:
+    tasks = DeepResearchTasks(TOPICS, 2)
+    count = tasks.count(Split.TRAIN)
+    for index in (0, 5, count - 1):
+        task, again = tasks.task(Split.TRAIN, index), tasks.task(Split.TRAIN, index + count)
+        assert task == made.tasks.task(Split.TRAIN, index)
+        assert task.question == again.question and task.data["numbering"] != again.data["numbering"]
+    assert tasks.task(Split.TRAIN, 1 << 24).data["answer"]
+    assert made.versions == {"text of deep-research": library(TOPICS).digest}
+
+
+def test_scripts(made: EnvironmentFactory) -> None:
+    """Only who checks and reads solves everything; who believes the first passage seldom does."""
+    assert made.careless is not None
+    found = {name: success(made, script, range(60)) for name, script in made.scripts.items()}
+    assert found["oracle"] == found["without_retry"] == 1.0
+    assert found["do_nothing"] == 0.0
+    assert 0.1 < found["without_check"] < 0.6
+    failing = factory_of(tool_failure_rate=0.2)
+    assert success(failing, failing.scripts["oracle"], range(20)) == 1.0
+    assert success(failing, failing.scripts["without_retry"], range(60)) < 0.5
+
+
+def test_an_episode_goes_on_in_another_object() -> None:
+    factory = factory_of(tool_failure_rate=0.3)
+    task = factory.tasks.task(Split.TRAIN, 3)
+    oracle = factory.scripts["oracle"]
+    whole, broken = (asyncio.run(played(factory, task, oracle, again=again)) for again in (False, True))
+    assert whole == broken and succeeded(whole[0])
+    shaping = {score.name: score.value for score in whole[0]}["passages"]
+    assert shaping == 1.0
+    assert any(text.startswith("error: ") for text in whole[1])
+
+
+def test_neither_question_nor_public_data_tells_the_answer(made: EnvironmentFactory) -> None:
+    environment = made.make()
+    assert isinstance(environment, DeepResearchEnvironment)
+    for index in range(40):
+        task = made.tasks.task(Split.TRAIN, index)
+        public = {key: value for key, value in task.data.items() if key not in environment.secrets}
+        assert set(public) == {"clues", "numbering"}
+        assert task.data["answer"].casefold() not in words(f"{public} {task.question}")
+
+
+def test_tools(made: EnvironmentFactory) -> None:
+    environment = made.make()
+    assert isinstance(environment, DeepResearchEnvironment)
+    task = made.tasks.task(Split.TRAIN, 0)
+    asyncio.run(environment.reset(task, attempt(task)))
+    query = " ".join(task.data["clues"][0])
+    assert step(environment, "check", document="10").observation in {
+        "error: search first",
+        "error: no such document",
+    }
+    listed = step(environment, "search", query=query).observation.split("\n")
+    assert listed == sorted(listed, key=int) and 1 <= len(listed) <= LISTED
+    verdicts = [step(environment, "check", document=each).observation for each in listed]
+    assert verdicts.count("holds") == 1 and set(verdicts) <= {"holds", "does not hold"}
+    right = listed[verdicts.index("holds")]
+    assert query.casefold() in step(environment, "open", document=f"{right}").observation.casefold()
+    turned = step(environment, "search", query=" ".join(reversed(query.split()))).observation
+    assert turned.split("\n") == listed
+    assert step(environment, "check", document=right).observation == "does not hold", "the order counts"
+    for document in ("", "9", "99999", "-10", "１２", "12 ", "x", "1" * 5000):
+        failed = step(environment, "open", document=document)
+        assert failed.observation == "error: no such document"
+        assert failed.call is not None and failed.call.status is ToolStatus.ERROR
+    assert step(environment, "search", query="").observation == "no results"
+    assert step(environment, "search", query='" OR xyzzy').observation == "no results"
+    step(environment, "note", text="one\n two")
+    assert step(environment, "note", text="three").observation == "one two; three"
+    assert environment.state()["notes"] == ["one two", "three"]
+
+
+def test_a_check_through_the_cache_knows_the_last_search(tmp_path: Path) -> None:
+    factory = factory_of(tool_failure_rate=0.0, tool_cache=str(tmp_path / "cache"))
+    task = factory.tasks.task(Split.TRAIN, 0)
+    oracle = factory.scripts["oracle"]
+    first, second = (asyncio.run(played(factory, task, oracle)) for _ in range(2))
+    assert first == second and succeeded(first[0])
+    plain = factory_of(tool_failure_rate=0.0)
+    assert asyncio.run(played(plain, task, plain.scripts["oracle"])) == first
+    factory.close()
+
+
+def test_a_folder_of_ones_own(tmp_path: Path) -> None:
+    """Prose is read, headings, code and grammar are not; WordNet's glosses are sentences."""
+    text = [f"The number{i} river flows through valley{i} towards another sea{i}." for i in range(9)]
+    prose = "\n\n".join(text)
+    (tmp_path / "a.rst").write_text(f"Heading\n=======\n\n{prose}\n\n    indented code here.\n")
+    gloss = "001 03 n 01 dog 0 000 | a friendly animal that barks; an example"
+    (tmp_path / "data.noun").write_text(f"{gloss}\n")
+    (tmp_path / "b.py").write_text("This is no text that anybody reads here.")
+    assert sorted(library(str(tmp_path)).passages) == sorted([*text, "a friendly animal that barks."])
+    with pytest.raises(ConfigurationError, match="too little text for questions of 2 hops"):
+        factory_of({"corpus": str(tmp_path)})
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (
+            {"corpus": "/no/folder"},
+            "expected 'python-topics' or an existing folder, got '/no/folder'",
+        ),
+        ({"hops": 9}, "environment.options: hops"),
+        ({"corpsu": "x"}, "has no option corpsu; did you mean corpus"),
+    ],
+)
+def test_a_mistake_is_one_sentence(options: dict[str, Any], told: str) -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        factory_of(options)
+    assert told in str(caught.value)
+
+
+def test_an_empty_folder_is_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match="which holds no sentence"):
+        factory_of({"corpus": str(tmp_path)})
+
+
+def test_the_recipe_fits_its_limits() -> None:
+    config = load_config("deep-research")
+    assert config.environment.name == "deep-research"
+    assert environment_factory(config.environment, config.rewards).careless is not None
