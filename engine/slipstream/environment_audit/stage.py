@@ -1,0 +1,443 @@
+"""Floor 5. Episodes of an audit: played in the loop of training, with the environment watched from inside it.
+
+What differs from training: no tokenizer and no limit of tokens, no latency added, no waits between retries,
+and episodes that take longer than TIMEOUT_S are ended.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import threading
+import time
+import traceback
+import zlib
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import msgspec
+import numpy as np
+
+from slipstream.config import RunConfig
+from slipstream.environment_audit.letters import Letters
+from slipstream.environment_audit.verdicts import Line, Transcript, plain
+from slipstream.environments import EnvironmentFactory, environment_factory
+from slipstream.episodes import EpisodeRunner
+from slipstream.interfaces import (
+    AssistantMessage,
+    Conversing,
+    Environment,
+    Observation,
+    Resumable,
+    ToolSpec,
+    Transition,
+)
+from slipstream.redaction import Redactor
+from slipstream.rewards import reward
+from slipstream.types import (
+    Completion,
+    Int32Array,
+    Lease,
+    Outcome,
+    Sampling,
+    Score,
+    Split,
+    Task,
+    TaskAttempt,
+    succeeded,
+)
+
+TIMEOUT_S: Final = 4.0
+"""Most seconds of an episode, and of its judgement."""
+MOST_TOKENS: Final = 1 << 26
+MOST_SHOWN: Final = 4000
+"""Characters kept of each text; its length and checksum are kept of all."""
+MOST_OVERDUE: Final = 3
+"""So many episodes that do not end are enough to give up."""
+
+Play = Generator[str, str, None]
+"""Yields messages, is sent each observation, as in `slipstream.environments.factory`."""
+
+
+class Blocked(BaseException):
+    """A call of the environment neither returned nor waited: nothing else in its process can run."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Move:
+    """One message, and what it led to."""
+
+    said: str
+    shown: str = ""
+    size: int = 0
+    """Characters of the whole observation."""
+    checksum: int = 0
+    role: str = ""
+    reward: float = 0.0
+    done: bool = False
+    status: str = ""
+    seconds: float = 0.0
+
+
+@dataclass(slots=True, kw_only=True)
+class Episode:
+    """All that was seen of an episode."""
+
+    policy: str
+    split: Split
+    attempt: TaskAttempt
+    task: Task | None = None
+    opening: Observation | None = None
+    moves: list[Move] = field(default_factory=list)
+    scores: Sequence[Score] = ()
+    outcome: Outcome | None = None
+    """None: it did not get to an end."""
+    note: str = ""
+    fault: str = ""
+    """Why it did not, in words."""
+    complaints: list[tuple[str, str]] = field(default_factory=list)
+    """(kind, sentence): promises of an environment that were broken in it."""
+    tools: str = ""
+    reset_s: float = 0.0
+    reward: float | None = None
+
+    @property
+    def success(self) -> bool:
+        """Whether every outcome score is positive."""
+        return self.outcome is not None and succeeded(self.scores)
+
+    @property
+    def name(self) -> str:
+        """Which episode it is."""
+        return f"{self.policy}, {self.split} task {self.attempt.task}, attempt {self.attempt.attempt}"
+
+    def complain(self, kind: str, sentence: str) -> None:
+        """Note a broken promise, once."""
+        if (kind, sentence) not in self.complaints:
+            self.complaints.append((kind, sentence))
+
+    def transcript(self) -> Transcript:
+        """Return the episode to be read."""
+        lines = []
+        if self.opening is not None:
+            lines += [Line(who="system", text=plain(self.opening.system))] if self.opening.system else []
+            lines.append(Line(who="task", text=plain(self.opening.user)))
+        for move in self.moves:
+            lines.append(Line(who="policy", text=plain(move.said)))
+            if not move.done:
+                lines.append(Line(who=move.role or "tool", text=plain(move.shown)))
+        return Transcript(title=self.name, lines=tuple(lines), ending=plain(self.ending()))
+
+    def ending(self) -> str:
+        """Return how it ended."""
+        if self.fault:
+            return self.fault
+        parts = ", ".join(
+            f"{score.name} {'invalid' if score.value is None else f'{score.weight * score.value:+.2f}'}"
+            for score in self.scores
+        )
+        earned = "no reward" if self.reward is None else f"reward {self.reward:+.2f}"
+        return f"{self.outcome}, {earned} ({parts})" + (f": {self.note}" if self.note else "")
+
+    def essence(self) -> list[tuple[str, Any]]:
+        """Return (what, value) of all that must be the same when it is played again."""
+        opened = () if self.opening is None else (self.opening.system, self.opening.user)
+        parts: list[tuple[str, Any]] = [("reset", opened)]
+        for number, move in enumerate(self.moves, start=1):
+            parts.append((f"message {number}", move.said))
+            seen = (move.shown, move.checksum, move.role, move.reward, move.done, move.status)
+            parts.append((f"step {number}", seen))
+        scores = tuple((s.name, s.kind, s.weight, s.value, s.invalid) for s in self.scores)
+        return [*parts, ("score", scores), ("end", (self.outcome, self.fault))]
+
+    def difference(self, other: Episode) -> str:
+        """Return what differs first between two episodes, or ""."""
+        own, others = self.essence(), other.essence()
+        for (what, mine), (_, theirs) in zip(own, others, strict=False):
+            if repr(mine) != repr(theirs):
+                return what
+        return "" if len(own) == len(others) else "end"
+
+
+class Watched:
+    """An environment whose every answer is noted."""
+
+    def __init__(self, inner: Environment, episode: Episode) -> None:
+        self._inner, self._episode = inner, episode
+        self.tools: Sequence[ToolSpec] = inner.tools
+        self.converses = isinstance(inner, Conversing) and inner.converses
+        self._look()
+
+    async def reset(self, task: Task, attempt: TaskAttempt) -> Observation:
+        """Reset it."""
+        began = time.perf_counter()
+        opening = await self._inner.reset(task, attempt)
+        episode = self._episode
+        episode.reset_s = time.perf_counter() - began
+        episode.task, episode.moves = task, []
+        texts = (opening.system, opening.user)
+        if not all(map(self._is_text, texts, ("the system message", "the task's message"))):
+            raise TypeError("an opening that is not text")
+        episode.opening = Observation(system=opening.system[:MOST_SHOWN], user=opening.user[:MOST_SHOWN])
+        self._look()
+        return opening
+
+    async def step(self, message: AssistantMessage) -> Transition:
+        """Step it."""
+        move = Move(said=message.text[:MOST_SHOWN])
+        self._episode.moves.append(move)
+        began = time.perf_counter()
+        given = await self._inner.step(message)
+        move.seconds = time.perf_counter() - began
+        if not self._is_text(given.observation, "an observation"):
+            raise TypeError("an observation that is not text")
+        move.shown, move.size = given.observation[:MOST_SHOWN], len(given.observation)
+        move.checksum = zlib.crc32(given.observation.encode("utf-8", "surrogatepass"))
+        move.role, move.done, move.reward = given.role, given.done, given.reward
+        move.status = "" if given.call is None else str(given.call.status)
+        if given.role not in ("tool", "user"):
+            self._episode.complain(
+                "type", f'expected an observation to be of "tool" or "user", got {given.role!r}'
+            )
+        self._look()
+        return given
+
+    async def score(self) -> Sequence[Score]:
+        """Score it."""
+        scores = await self._inner.score()
+        self._look()
+        return scores
+
+    async def close(self) -> None:
+        """Close it, if it has anything to close."""
+        close = getattr(self._inner, "close", None)
+        if close is not None:
+            await close()
+
+    def _is_text(self, value: object, what: str) -> bool:
+        if not isinstance(value, str):
+            self._episode.complain("type", f"expected {what} to be a string, got {type(value).__name__}")
+            return False
+        if not value.isascii() and any("\ud800" <= letter <= "\udfff" for letter in value):
+            self._episode.complain("text", f"{what} holds half a character, which no tokenizer takes")
+        return True
+
+    def _look(self) -> None:
+        """Note the tools, and that they are others than before."""
+        seen = listed(self._inner.tools)
+        before, self._episode.tools = self._episode.tools, seen
+        if before and before != seen:
+            self._episode.complain("tools", f"its tools changed after {len(self._episode.moves)} messages")
+
+
+class WatchedResumable(Watched):
+    """The same of a resumable one."""
+
+    @property
+    def secrets(self) -> Any:
+        """Its secrets."""
+        return self._inner.secrets  # type: ignore[attr-defined]
+
+    def state(self) -> dict[str, Any]:
+        """Return its state."""
+        state: dict[str, Any] = self._inner.state()  # type: ignore[attr-defined]
+        return state
+
+    async def restore(self, task: Task, attempt: TaskAttempt, state: dict[str, Any]) -> None:
+        """Restore it; what the step to be tried again led to never happened."""
+        del self._episode.moves[-1:]
+        await self._inner.restore(task, attempt, state)  # type: ignore[attr-defined]
+
+
+class Stage:
+    """Plays the episodes of one audit, and keeps what happened in them."""
+
+    def __init__(self, config: RunConfig, *, episodes: int, seed: int, threshold: float = 0.1) -> None:
+        """Make nothing yet; `episodes` of each kind are wanted, of tasks that `seed` chooses.
+
+        threshold: success, as a share of the oracle's, up to which a policy that knows nothing is borne.
+        """
+        longest = min(config.environment.timeout_s, TIMEOUT_S)
+        update = {"max_tokens": MOST_TOKENS, "timeout_s": longest, "tool_latency_s": 0.0, "backoff_s": 0.0}
+        self.environment = config.environment.model_copy(update=update)
+        self.rewards = config.rewards
+        self.wanted, self.seed, self.threshold = episodes, seed, threshold
+        self.episodes: list[Episode] = []
+        self.overdue = 0
+        self.tools: Sequence[ToolSpec] = ()
+        self.converses = False
+        self.resumable = False
+        self.enders: Sequence[ToolSpec] = ()
+        """Tools whose call ends the episode."""
+        self.oracle: float | None = None
+        """Success of the oracle; None while it is not known, or there is none."""
+        self.repeats = True
+        """Whether the same attempt goes the same way twice; True until it is known not to."""
+        self._redactor = Redactor.of_process(self.environment.canaries)
+        self._made: dict[float, EnvironmentFactory] = {}
+        self._fresh: list[EnvironmentFactory] = []
+
+    def factory(self, failures: float = 0.0, *, fresh: bool = False) -> EnvironmentFactory:
+        """Return the environment's factory, its tools failing at that rate; `fresh`: one nobody has used."""
+        if fresh or failures not in self._made:
+            update = {"tool_failure_rate": failures}
+            made = environment_factory(self.environment.model_copy(update=update), self.rewards)
+            if fresh:
+                self._fresh.append(made)
+                return made
+            self._made[failures] = made
+        return self._made[failures]
+
+    async def look(self) -> str:
+        """Learn what an environment offers; return what went wrong, or ""."""
+
+        async def looked() -> None:
+            inner = self.factory().make()
+            self.tools, self.resumable = tuple(inner.tools), isinstance(inner, Resumable)
+            self.converses = isinstance(inner, Conversing) and inner.converses
+
+        return await self.guarded(looked)
+
+    @property
+    def hopeless(self) -> bool:
+        """Whether so many episodes did not end that no more are played."""
+        return self.overdue >= MOST_OVERDUE
+
+    def close(self) -> None:
+        """End what its environments share."""
+        for made in (*self._made.values(), *self._fresh):
+            made.close()
+
+    def index(self, number: int) -> int:
+        """Return the task of the `number`th episode of a kind."""
+        return self.seed * self.wanted + number
+
+    async def play(
+        self,
+        policy: str,
+        script: Callable[[Task], Play],
+        index: int,
+        *,
+        attempt: int = 0,
+        split: Split = Split.TRAIN,
+        factory: EnvironmentFactory | None = None,
+        make: Callable[[], Environment] | None = None,
+    ) -> Episode:
+        """Play one episode to whatever end; nothing that the environment does is raised from here."""
+        made = factory or self.factory()
+        identity = TaskAttempt(task=index, seed=self.seed, group=index, attempt=attempt)
+        episode = Episode(policy=policy, split=split, attempt=identity)
+
+        def watched() -> Environment:
+            inner = (make or made.make)()
+            return (WatchedResumable if isinstance(inner, Resumable) else Watched)(inner, episode)
+
+        runner = EpisodeRunner(
+            factory=made,
+            chat=Letters(),
+            environment=self.environment,
+            rewards=self.rewards,
+            redactor=self._redactor,
+        )
+
+        async def played() -> None:
+            speak = _speaker(script(made.tasks.task(split, index)), runner.chat.message)
+            lease = Lease(attempt=identity, split=split)
+            done = await runner.run(lease, speak, Sampling(max_tokens=MOST_TOKENS), make=watched)
+            episode.scores, episode.outcome, episode.note = done.scores, done.outcome, done.note
+            if episode.outcome is not Outcome.INFRASTRUCTURE_FAILURE:
+                episode.reward = reward(done.scores, self.rewards)
+
+        episode.fault = await self.guarded(played)
+        self.episodes.append(episode)
+        return episode
+
+    async def opened(self, episode: Episode) -> str:
+        """Only reset an episode's environment; return what went wrong, or ""."""
+        made = self.factory()
+
+        async def opening() -> None:
+            watched = Watched(made.make(), episode)
+            try:
+                await watched.reset(made.tasks.task(episode.split, episode.attempt.task), episode.attempt)
+            finally:
+                await watched.close()
+
+        return await self.guarded(opening)
+
+    async def guarded(self, work: Callable[[], Any]) -> str:
+        """Run a coroutine function of the environment's; return what went wrong in a line, or ""."""
+        limit_s = 2 * self.environment.timeout_s + 1.0
+        task = asyncio.ensure_future(work())
+        with _alarm(limit_s):
+            await asyncio.wait({task}, timeout=limit_s)
+        if not task.done():
+            task.cancel()
+            await asyncio.wait({task}, timeout=1.0)
+            self.overdue += 1
+            return f"no end within {limit_s:g} s"
+        error = None if task.cancelled() else task.exception()
+        if isinstance(error, Blocked):
+            self.overdue += 1
+            where = _where(error)
+            return f"blocked its whole process for {limit_s:g} s{where}: waits must be awaited"
+        return "" if error is None else f"{type(error).__name__}: {error}"[:300] + _where(error)
+
+
+def listed(tools: Sequence[ToolSpec]) -> str:
+    """Return tools as text that is equal for equal ones."""
+    return msgspec.json.encode(list(tools), enc_hook=repr, order="deterministic").decode()
+
+
+def _speaker(play: Play, written: Callable[[str], Int32Array]) -> Callable[[Int32Array, str], Any]:
+    """Let a script speak; when it has nothing more to say it says nothing, until the episode ends."""
+    begun = False
+
+    async def speak(tokens: Int32Array, observation: str) -> Completion:
+        nonlocal begun
+        try:
+            text = play.send(observation) if begun else next(play)
+        except StopIteration:
+            text = ""
+        begun = True
+        said = written(text)
+        blank = np.zeros(len(said), dtype=np.float32)
+        return Completion(
+            token_ids=said, logprobs=blank, versions=np.full(len(said), -1, np.int32), stopped=True
+        )
+
+    return speak
+
+
+def _where(error: BaseException) -> str:
+    """Return the last place of an error outside of the audit and of Python's library, if there is one."""
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        place = frame.filename
+        if __package__.rpartition(".")[2] not in place and "/lib/python" not in place and place[0] != "<":
+            return f" ({place.rpartition('/')[2]}:{frame.lineno} in {frame.name})"
+    return ""
+
+
+@contextmanager
+def _alarm(seconds: float) -> Iterator[None]:
+    """Raise Blocked where Python is when the body has not ended in time."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def ring(number: int, frame: object) -> None:
+        raise Blocked
+
+    before = signal.signal(signal.SIGALRM, ring)
+    # Waits that are awaited end by their own limit, before it.
+    left, every = signal.setitimer(signal.ITIMER_REAL, seconds + 1.0, 1.0)
+    began = time.monotonic()
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0.0)
+        signal.signal(signal.SIGALRM, before)
+        if left:
+            signal.setitimer(signal.ITIMER_REAL, max(left - (time.monotonic() - began), 0.01), every)
