@@ -19,9 +19,10 @@ from slipstream.environment_audit.verdicts import Level, Verdict
 from slipstream.interfaces import Observation, Resumable
 from slipstream.types import Split, Task, TaskAttempt
 
-ANSWER_KEYS: Final = (
-    "answer answers solution solutions label target gold golden expected expected_answer ground_truth reference"
-).split()
+ANSWER_KEYS: Final = frozenset(
+    {"answer", "answers", "expected", "expected_answer", "gold", "golden", "ground_truth", "label"}
+    | {"reference", "solution", "solutions", "target"}
+)
 """What answers are called in a task's data where nothing says so."""
 LONGEST: Final = 200
 """A longer answer is a document, not something to say."""

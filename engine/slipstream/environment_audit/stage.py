@@ -54,6 +54,8 @@ TIMEOUT_S: Final = 4.0
 MOST_TOKENS: Final = 1 << 26
 MOST_SHOWN: Final = 4000
 """Characters kept of each text; its length and checksum are kept of all."""
+MOST_OPENED: Final = 1 << 16
+"""Characters kept of an opening, in which answers are looked for."""
 MOST_OVERDUE: Final = 3
 """So many episodes that do not end are enough to give up."""
 
@@ -122,8 +124,9 @@ class Episode:
         """Return the episode to be read."""
         lines = []
         if self.opening is not None:
-            lines += [Line(who="system", text=plain(self.opening.system))] if self.opening.system else []
-            lines.append(Line(who="task", text=plain(self.opening.user)))
+            system, user = plain(self.opening.system[:MOST_SHOWN]), plain(self.opening.user[:MOST_SHOWN])
+            lines += [Line(who="system", text=system)] if system else []
+            lines.append(Line(who="task", text=user))
         for move in self.moves:
             lines.append(Line(who="policy", text=plain(move.said)))
             if not move.done:
@@ -180,7 +183,7 @@ class Watched:
         texts = (opening.system, opening.user)
         if not all(map(self._is_text, texts, ("the system message", "the task's message"))):
             raise TypeError("an opening that is not text")
-        episode.opening = Observation(system=opening.system[:MOST_SHOWN], user=opening.user[:MOST_SHOWN])
+        episode.opening = Observation(system=opening.system[:MOST_OPENED], user=opening.user[:MOST_OPENED])
         self._look()
         return opening
 

@@ -87,7 +87,26 @@ class Message(msgspec.Struct, frozen=True, kw_only=True):
     refusal: Refusal | None = None
     begun: Begun | None = None
     digest: Digest | None = None
+    versions: dict[str, str] | None = None
+    """What the environment depends on, as its factory says."""
     done: Done | None = None
+
+
+class Findings(msgspec.Struct, frozen=True, kw_only=True):
+    """A whole audit."""
+
+    verdicts: list[Verdict]
+    versions: dict[str, str]
+    seconds: float
+
+    def count(self, level: Level) -> int:
+        """Return how many checks ended so."""
+        return sum(verdict.level is level for verdict in self.verdicts)
+
+    @property
+    def passed(self) -> bool:
+        """Whether nothing failed."""
+        return not self.count(Level.FAIL)
 
 
 def plain(text: str) -> str:
