@@ -14,7 +14,7 @@ from jsonschema.exceptions import SchemaError
 from referencing.exceptions import Unresolvable
 
 from slipstream.demonstrations import FIRST_DEMONSTRATION
-from slipstream.environment_audit.stage import Stage, listed
+from slipstream.environment_audit.stage import MOST_SHOWN, Stage, listed
 from slipstream.environment_audit.verdicts import Level, Line, Transcript, Verdict, plain
 from slipstream.interfaces import ToolSpec
 from slipstream.types import Split, Task
@@ -44,7 +44,8 @@ async def schemas(stage: Stage, until: float) -> Verdict:
     faults += [fault] if (fault := await stage.guarded(another)) else []
     level = Level.FAIL if faults else Level.WARN if remarks else Level.PASS
     told = [*faults, *remarks]
-    sentence = f"{len(stage.tools)} tools with legal names, valid schemas and descriptions"
+    many = "1 tool" if len(stage.tools) == 1 else f"{len(stage.tools)} tools"
+    sentence = f"{many} with legal names, valid schemas and descriptions"
     if told:
         sentence = told[0] + (f"; {len(told) - 1} more" if len(told) > 1 else "")
     lines = tuple(Line(who="tools", text=plain(text)) for text in told)
@@ -101,7 +102,7 @@ async def tasks(stage: Stage, until: float) -> Verdict:
 
     if fault := await stage.guarded(reading):
         faults.append(f"a task cannot be made: {fault}")
-    kinds = {split: set(found) for split, found in read.items()}
+    kinds, examples = {split: set(found) for split, found in read.items()}, list[Line]()
     for one, other in (
         (Split.TRAIN, Split.HELDOUT),
         (Split.TRAIN, Split.FRESH),
@@ -110,6 +111,7 @@ async def tasks(stage: Stage, until: float) -> Verdict:
         if shared := kinds[one] & kinds[other]:
             share = len(shared) / max(1, min(len(kinds[one]), len(kinds[other])))
             faults.append(f"{one} and {other} share {len(shared)} tasks ({share:.0%} of the smaller)")
+            examples += [Line(who="task", text=text[:MOST_SHOWN]) for text in sorted(shared)[:2]]
     doubled = {split: len(found) - len(kinds[split]) for split, found in read.items()}
     counts = ", ".join(f"{len(found)} in {split}" for split, found in kinds.items())
     level, sentence = (
@@ -125,6 +127,7 @@ async def tasks(stage: Stage, until: float) -> Verdict:
         check="tasks",
         level=level,
         sentence=sentence,
+        evidence=(Transcript(title="in two splits", lines=tuple(examples), ending=""),) if examples else (),
         early=""
         if len(read[Split.FRESH]) == SAMPLE
         else f"stopped after {len(read[Split.FRESH])} of {SAMPLE} tasks",

@@ -13,19 +13,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
+from slipstream.environment_audit.answers import answers_of, holds, pattern
 from slipstream.environment_audit.stage import Episode, Stage
 from slipstream.environment_audit.trials import early, spent, transcripts
 from slipstream.environment_audit.verdicts import Level, Verdict
 from slipstream.interfaces import Observation, Resumable
-from slipstream.types import Split, Task, TaskAttempt
+from slipstream.types import Split, TaskAttempt
 
-ANSWER_KEYS: Final = frozenset(
-    {"answer", "answers", "expected", "expected_answer", "gold", "golden", "ground_truth", "label"}
-    | {"reference", "solution", "solutions", "target"}
-)
-"""What answers are called in a task's data where nothing says so."""
-LONGEST: Final = 200
-"""A longer answer is a document, not something to say."""
 SUSPECT: Final = 0.1
 """Excess from which on a leak is told."""
 SURE: Final = 0.5
@@ -66,18 +60,6 @@ class Leak:
         return self.own - self.foreign
 
 
-def answers_of(task: Task, secrets: Sequence[str]) -> tuple[str, ...]:
-    """Return what the policy is to say, as far as the task's data tells: each counts as right."""
-    found: list[str] = []
-    for key, value in task.data.items():
-        if key in secrets or key.casefold() in ANSWER_KEYS:
-            many = isinstance(value, list | tuple) and key.casefold() in ANSWER_KEYS
-            for one in value if many else (value,):
-                if isinstance(one, str | int | float) and not isinstance(one, bool):
-                    found.append(str(one).strip())
-    return tuple(dict.fromkeys(text for text in found if 0 < len(text) <= LONGEST))
-
-
 def leak_of(told: Sequence[Told]) -> Leak:
     """Return how much texts tell about the answers of their tasks."""
     own = sum(holds(one.text, one.answers) for one in told)
@@ -98,15 +80,6 @@ def leak_of(told: Sequence[Told]) -> Leak:
     )
 
 
-def holds(text: str, answers: Sequence[str]) -> bool:
-    """Return whether one of the answers stands in a text as words of its own."""
-    return any(_pattern(answer).search(text) for answer in answers)
-
-
-def _pattern(answer: str) -> re.Pattern[str]:
-    return re.compile(rf"(?<!\w){re.escape(answer)}(?!\w)", re.IGNORECASE)
-
-
 def _best_rule(told: Sequence[Told]) -> tuple[str, int]:
     """Return the words behind which most answers stand, and in how many texts they do at once."""
     contexts: Counter[str] = Counter()
@@ -123,7 +96,7 @@ def _best_rule(told: Sequence[Told]) -> tuple[str, int]:
 def _contexts(one: Told) -> Iterator[str]:
     """Yield the last one, two and three words before each answer, with what stands between."""
     for answer in one.answers:
-        for found in list(_pattern(answer).finditer(one.text))[:4]:
+        for found in list(pattern(answer).finditer(one.text))[:4]:
             before = one.text[max(0, found.start() - 48) : found.start()]
             pieces = re.findall(r"\S+\s*|^\s+", before)
             yield from ("".join(pieces[-count:]) for count in (1, 2, 3) if count <= len(pieces))
@@ -132,7 +105,7 @@ def _contexts(one: Told) -> Iterator[str]:
 def _given_away(one: Told, words: str) -> bool:
     """Return whether an answer is what stands behind the first of these words."""
     _, found, behind = one.text.partition(words)
-    return bool(found) and any(_pattern(answer).match(behind) for answer in one.answers)
+    return bool(found) and any(pattern(answer).match(behind) for answer in one.answers)
 
 
 async def leaks(stage: Stage, until: float) -> Verdict:

@@ -69,6 +69,8 @@ summary { cursor: pointer; color: var(--dim); font-size: .9rem; }
 .said.policy { background: var(--policy); }
 .ending { padding: .45rem .75rem; border-top: 1px solid var(--line); font-size: .85rem;
   overflow-wrap: anywhere; }
+.first { margin: 0; padding-left: 1.1rem; } .first li { margin: .3rem 0; overflow-wrap: anywhere; }
+a { color: var(--FAIL); font-weight: 600; text-decoration: none; } a:hover { text-decoration: underline; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-size: .9rem; font-variant-numeric: tabular-nums; }
 th { text-align: left; font-weight: 600; color: var(--dim); font-size: .8rem; }
@@ -100,6 +102,7 @@ def page(name: str, findings: Findings, facts: dict[str, str]) -> str:
             f"<header><div class=dim>Audit of an environment</div><h1>{escape(name)}</h1><p class=lead>",
             f"<b class={'PASS' if passed else 'FAIL'}>{verdict}</b>: {len(verdicts)} checks, ",
             f"{failed} failed, {warned} {'warning' if warned == 1 else 'warnings'}</p></header>",
+            *_first(verdicts),
             "<h2>Checks</h2><section>",
             *map(_check, verdicts),
             "</section>",
@@ -111,6 +114,17 @@ def page(name: str, findings: Findings, facts: dict[str, str]) -> str:
             "</main></body></html>\n",
         ]
     )
+
+
+def _first(verdicts: list[Verdict]) -> Iterator[str]:
+    """Yield what fails, before everything else."""
+    failed = [verdict for verdict in verdicts if verdict.level is Level.FAIL]
+    if failed:
+        yield "<h2>What fails</h2><ul class=first>"
+        for verdict in failed:
+            link = f'<a href="#{escape(verdict.check)}">{escape(verdict.check)}</a>'
+            yield f"<li>{link} {escape(verdict.sentence)}</li>"
+        yield "</ul>"
 
 
 def _check(verdict: Verdict) -> str:
@@ -132,9 +146,8 @@ def _check(verdict: Verdict) -> str:
 def _evidence(verdict: Verdict) -> Iterator[str]:
     if not verdict.evidence:
         return
-    opened = " open" if verdict.level is Level.FAIL else ""
     count = len(verdict.evidence)
-    yield f"<details{opened}><summary>{count} {'episode' if count == 1 else 'episodes'} to read</summary>"
+    yield f"<details><summary>{count} {'episode' if count == 1 else 'episodes'} to read</summary>"
     yield from map(_episode, verdict.evidence)
     yield "</details>"
 

@@ -151,7 +151,6 @@ class _Moving:
         self._make, self._trouble = make, trouble
         self._inner: Any = make()
         self.tools, self.converses = self._inner.tools, getattr(self._inner, "converses", False)
-        self._last: tuple[Any, bytes] | None = None
 
     async def reset(self, task: Task, attempt: TaskAttempt) -> Observation:
         public = {key: value for key, value in task.data.items() if key not in self._inner.secrets}
@@ -161,7 +160,11 @@ class _Moving:
 
     async def step(self, message: AssistantMessage) -> Transition:
         await self._move(self._blind)
+        state = self._inner.state()
+        before = _sent(state)
         transition: Transition = await self._inner.step(message)
+        if _sent(state) != before:
+            self._trouble.append("a state that was given changes with the next step: return a copy")
         return transition
 
     async def score(self) -> Sequence[Score]:
@@ -174,11 +177,7 @@ class _Moving:
             await self._inner.close()
 
     async def _move(self, task: Task) -> None:
-        if self._last is not None and _sent(self._last[0]) != self._last[1]:
-            self._trouble.append("a state that was given changes later; return a copy")
-        state = self._inner.state()
-        wire = _sent(state)
-        self._last = (state, wire)
+        wire = _sent(self._inner.state())
         await self.close()
         self._inner = self._make()
         await self._inner.restore(task, self._attempt, msgspec.msgpack.decode(wire))

@@ -14,7 +14,7 @@ import traceback
 import zlib
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 import msgspec
@@ -205,7 +205,8 @@ class Watched:
                 "type", f'expected an observation to be of "tool" or "user", got {given.role!r}'
             )
         self._look()
-        return given
+        # Whatever is far too long is found by its size; played on it would only slow the audit down.
+        return replace(given, observation=given.observation[:MOST_OPENED])
 
     async def score(self) -> Sequence[Score]:
         """Score it."""
@@ -276,6 +277,8 @@ class Stage:
         """Tools whose call ends the episode."""
         self.oracle: float | None = None
         """Success of the oracle; None while it is not known, or there is none."""
+        self.exploited = False
+        """Whether a constant answer is paid: then it is no news that others are, who give it among others."""
         self.repeats = True
         """Whether the same attempt goes the same way twice; True until it is known not to."""
         self._redactor = Redactor.of_process(self.environment.canaries)
@@ -372,13 +375,15 @@ class Stage:
 
     async def guarded(self, work: Callable[[], Any]) -> str:
         """Run a coroutine function of the environment's; return what went wrong in a line, or ""."""
-        limit_s = 2 * self.environment.timeout_s + 1.0
+        grace_s = min(1.0, self.environment.timeout_s)
+        limit_s = 2 * self.environment.timeout_s + grace_s
         task = asyncio.ensure_future(work())
-        with _alarm(limit_s):
+        # Waits that are awaited end by their own limit, before the alarm.
+        with _alarm(limit_s + grace_s):
             await asyncio.wait({task}, timeout=limit_s)
         if not task.done():
             task.cancel()
-            await asyncio.wait({task}, timeout=1.0)
+            await asyncio.wait({task}, timeout=grace_s)
             self.overdue += 1
             return f"no end within {limit_s:g} s"
         error = None if task.cancelled() else task.exception()
@@ -416,9 +421,10 @@ def _speaker(play: Play, written: Callable[[str], Int32Array]) -> Callable[[Int3
 
 def _where(error: BaseException) -> str:
     """Return the last place of an error outside of the audit and of Python's library, if there is one."""
+    own = __file__.rpartition("/")[0]
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
         place = frame.filename
-        if __package__.rpartition(".")[2] not in place and "/lib/python" not in place and place[0] != "<":
+        if not place.startswith(own) and "/lib/python" not in place and place[0] != "<":
             return f" ({place.rpartition('/')[2]}:{frame.lineno} in {frame.name})"
     return ""
 
@@ -434,8 +440,7 @@ def _alarm(seconds: float) -> Iterator[None]:
         raise Blocked
 
     before = signal.signal(signal.SIGALRM, ring)
-    # Waits that are awaited end by their own limit, before it.
-    left, every = signal.setitimer(signal.ITIMER_REAL, seconds + 1.0, 1.0)
+    left, every = signal.setitimer(signal.ITIMER_REAL, seconds, seconds)
     began = time.monotonic()
     try:
         yield

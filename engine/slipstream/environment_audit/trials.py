@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Final
 
 from slipstream.environment_audit import players
+from slipstream.environment_audit.answers import answers_of
 from slipstream.environment_audit.stage import Episode, Stage
 from slipstream.environment_audit.verdicts import Level, PolicyRow, Transcript, Verdict
 from slipstream.environments import Script
@@ -78,13 +79,13 @@ def ignorant(given: PolicyRow, stage: Stage) -> Level:
     """Judge a policy that knows nothing: PASS up to the limit, FAIL when it is surely above, else WARN.
 
     The limit is `stage.threshold` of what the oracle solves, or of all tasks where none is known; sure is
-    what lies below the 95 % Wilson interval.
+    what lies below the 95 % Wilson interval. It stays a WARN where constants are paid already.
     """
     limit = stage.threshold * (stage.oracle or 1.0)
     if rate(given) <= limit:
         return Level.PASS
     low, _ = wilson_interval(given.successes, given.episodes)
-    return Level.FAIL if low > limit else Level.WARN
+    return Level.FAIL if low > limit and not stage.exploited else Level.WARN
 
 
 async def oracle(stage: Stage, until: float) -> Verdict:
@@ -191,11 +192,16 @@ async def constants(stage: Stage, until: float) -> Verdict:
             played[worst].append(await stage.play(rows[worst].policy, said, index))
         rows[worst] = row(rows[worst].policy, played[worst])
     level = ignorant(rows[worst], stage)
+    stage.exploited = level is Level.FAIL
     guilty = [r for r in rows if ignorant(r, stage) is not Level.PASS]
     sentence = f"{len(answers)} constant answers, the best earns {told(rows[worst])}"
     if guilty:
         more = f"; {len(guilty) - 1} others are paid too" if len(guilty) > 1 else ""
-        sentence = f"exploitable: {rows[worst].policy} earns success {told(rows[worst])}{more}"
+        right = [e for e in played[worst] if e.success and e.task and _is_right(answers[worst], e.task)]
+        kind = "exploitable"
+        if len(right) == rows[worst].successes:
+            kind = "guessed: the same answer is right too often"
+        sentence = f"{kind}: {rows[worst].policy} earns success {told(rows[worst])}{more}"
     ranked = sorted(rows, key=lambda r: (-rate(r), -(r.reward or -9.0)))
     return Verdict(
         check="constants",
@@ -205,6 +211,11 @@ async def constants(stage: Stage, until: float) -> Verdict:
         rows=tuple(ranked[:8]),
         evidence=transcripts(e for e in played[worst] if e.success),
     )
+
+
+def _is_right(answer: players.Answer, task: Task) -> bool:
+    """Return whether the task's data holds this constant: it was no nonsense there."""
+    return bool(answer.constant) and answer.constant.casefold() in map(str.casefold, answers_of(task, ()))
 
 
 async def at_random(stage: Stage, until: float) -> Verdict:
@@ -241,7 +252,7 @@ async def crash(stage: Stage, until: float) -> Verdict:
             play = players.once_each(group, last)
             episodes.append(await stage.play("crash", play, stage.index(number % stage.wanted)))
     found = row("malformed and hostile messages", episodes)
-    raised = [e for e in episodes if e.fault]
+    raised = [e for e in episodes if e.fault and not e.complaints]
     broken = [e for e in episodes if e.outcome is Outcome.INFRASTRUCTURE_FAILURE]
     unjudged = [e for e in episodes if e.outcome is not None and e.reward is None and e not in broken]
     level, sentence, guilty = Level.PASS, f"{len(attacks)} malformed and hostile messages are borne", []
@@ -298,6 +309,9 @@ async def slow(stage: Stage, until: float) -> Verdict:
             f"{policy}: {len(late)} of {len(episodes)} episodes had no end within "
             f"{stage.environment.timeout_s:g} s: {late[0].note or late[0].fault}"
         )
+    elif guilty := [e for e in episodes if e.fault]:
+        level = Level.WARN
+        sentence = f"{policy}: {len(guilty)} of {len(episodes)} episodes had no end of their own, see errors"
     return Verdict(
         check="slow",
         level=level,
