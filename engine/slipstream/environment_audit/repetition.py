@@ -44,7 +44,7 @@ async def determinism(stage: Stage, until: float) -> Verdict:
     for number in range(max(1, stage.wanted // 2)):
         for (policy, script), (_, again) in zip(cast(stage, first), cast(stage, second), strict=True):
             for attempt in (0, 1):
-                if spent(stage, until):
+                if spent(stage, until, compared):
                     continue
                 index = stage.index(number)
                 one = await stage.play(policy, script, index, attempt=attempt, factory=first)
@@ -77,7 +77,7 @@ async def attempts(stage: Stage, until: float) -> Verdict:
     policy, script = cast(stage, stormy)[0]
     index, without, failed = stage.index(0), [], []
     for attempt in range(ATTEMPTS):
-        if not spent(stage, until):
+        if not spent(stage, until, attempt // 2):
             without.append(await stage.play(policy, script, index, attempt=attempt, factory=calm))
             failed.append(await stage.play(policy, script, index, attempt=attempt, factory=stormy))
     level, sentence = Level.PASS, "environment.tool_failure_rate makes nothing fail here"
@@ -201,7 +201,7 @@ async def resumable(stage: Stage, until: float) -> Verdict:
     count, wanted = 0, max(1, stage.wanted // 2)
     for number in range(wanted):
         for policy, script in cast(stage, factory):
-            if spent(stage, until) or not stage.repeats:
+            if spent(stage, until, count) or not stage.repeats:
                 continue
             straight = await stage.play(policy, script, stage.index(number), factory=factory)
             moved = await stage.play(

@@ -7,6 +7,7 @@ and episodes that take longer than TIMEOUT_S are ended.
 from __future__ import annotations
 
 import asyncio
+import math
 import signal
 import threading
 import time
@@ -270,6 +271,8 @@ class Stage:
         self.wanted, self.seed, self.threshold = episodes, seed, threshold
         self.episodes: list[Episode] = []
         self.overdue = 0
+        self.until_s = math.inf
+        """When not even the first episode of a check may begin, on the monotonic clock."""
         self.tools: Sequence[ToolSpec] = ()
         self.converses = False
         self.resumable = False

@@ -26,7 +26,7 @@ from slipstream.environment_audit.repetition import processes
 from slipstream.environment_audit.verdicts import Digest, Findings, Level, Message, Refusal, Verdict, plain
 from slipstream.errors import ConfigurationError, SlipstreamError
 
-LONGEST_S: Final = 56.0
+LONGEST_S: Final = 54.0
 """Most seconds of an audit, start and report included."""
 _REPORT_S: Final = 3.0
 """Of these, for ending the workers and writing."""

@@ -21,6 +21,7 @@ SOLVES: Final = 0.95
 SOLVES_MOST: Final = 0.8
 SHOWN: Final = 3
 """Episodes shown as evidence."""
+STOPPED: Final = "stopped after"
 CONFIRMED: Final = 4
 """So many times the episodes are played of what looks like an exploit."""
 _AT_ONCE: Final = 3
@@ -32,19 +33,20 @@ async def several(
 ) -> list[Episode]:
     """Play a policy on consecutive tasks, as many as wanted or as time allows."""
     played: list[Episode] = []
-    while len(played) < (count or stage.wanted) and not spent(stage, until):
+    while len(played) < (count or stage.wanted) and not spent(stage, until, len(played)):
         played.append(await stage.play(policy, script, stage.index(len(played)), **how))
     return played
 
 
-def spent(stage: Stage, until: float) -> bool:
-    """Return whether no more episodes are to be played."""
-    return time.monotonic() > until or stage.hopeless
+def spent(stage: Stage, until: float, played: int = 1) -> bool:
+    """Return whether no more episodes are to be played; the first may be begun late."""
+    now = time.monotonic()
+    return stage.hopeless or now > stage.until_s or (now > until and played > 0)
 
 
 def early(played: int, wanted: int) -> str:
     """Return a remark when less was played than wanted."""
-    return f"stopped after {played} of {wanted} episodes" if played < wanted else ""
+    return f"{STOPPED} {played} of {wanted} episodes" if played < wanted else ""
 
 
 def row(policy: str, episodes: Sequence[Episode]) -> PolicyRow:
@@ -144,8 +146,12 @@ async def failures(stage: Stage, until: float) -> Verdict:
 async def do_nothing(stage: Stage, until: float) -> Verdict:
     """Is silence paid?"""
     rows, guilty = [], []
-    for policy, player in (("says nothing", players.silent), ("gives up in words", players.chatting)):
-        episodes = await several(stage, player, policy, until)
+    half = (time.monotonic() + until) / 2
+    for policy, player, end in (
+        ("says nothing", players.silent, half),
+        ("gives up in words", players.chatting, until),
+    ):
+        episodes = await several(stage, player, policy, end)
         rows.append(row(policy, episodes))
         if ignorant(rows[-1], stage) is not Level.PASS:
             guilty += [episode for episode in episodes if episode.success]
@@ -248,7 +254,7 @@ async def crash(stage: Stage, until: float) -> Verdict:
     groups = [attacks[i : i + _AT_ONCE] for i in range(0, len(attacks), _AT_ONCE)]
     episodes = []
     for number, group in enumerate(groups):
-        if not spent(stage, until):
+        if not spent(stage, until, number):
             play = players.once_each(group, last)
             episodes.append(await stage.play("crash", play, stage.index(number % stage.wanted)))
     found = row("malformed and hostile messages", episodes)

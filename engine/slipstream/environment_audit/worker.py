@@ -107,6 +107,7 @@ async def _serve(stage: Stage, job: Job, say: Callable[[Message], object]) -> No
         return
     if not job.digests_only:
         await audit(stage, say, job.until_s)
+    stage.until_s = job.until_s
     found: list[Digest] = []
 
     async def digests() -> None:
@@ -119,6 +120,7 @@ async def _serve(stage: Stage, job: Job, say: Callable[[Message], object]) -> No
 
 async def audit(stage: Stage, say: Callable[[Message], object], until_s: float) -> None:
     """Run all checks; what one takes longer than its time is taken from those that come last."""
+    stage.until_s = until_s - _LEFT_S
     for position, (name, check, most_s) in enumerate(CHECKS):
         say(Message(begun=Begun(check=name)))
         began = time.monotonic()
@@ -149,7 +151,13 @@ async def judged(stage: Stage, name: str, check: Check, until_s: float) -> Verdi
 
 
 def _told(verdict: Verdict) -> Verdict:
-    return msgspec.structs.replace(verdict, sentence=plain(" ".join(verdict.sentence.split())))
+    """Return a verdict as one line; what has seen nothing has not passed."""
+    nothing = verdict.level is Level.PASS and verdict.early.startswith(f"{trials.STOPPED} 0 ")
+    return msgspec.structs.replace(
+        verdict,
+        level=Level.WARN if nothing else verdict.level,
+        sentence=plain(" ".join(verdict.sentence.split())),
+    )
 
 
 if __name__ == "__main__":
