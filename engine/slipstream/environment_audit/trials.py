@@ -229,7 +229,7 @@ async def at_random(stage: Stage, until: float) -> Verdict:
     wanted = 2 * stage.wanted
     player = players.at_random(stage.tools, str(stage.seed), converses=stage.converses)
     episodes = await several(stage, player, "random calls", until, count=wanted)
-    if ignorant(row("", episodes), stage) is Level.WARN:
+    if ignorant(row("", episodes), stage) is Level.WARN and not stage.exploited:
         start = len(episodes)
         while len(episodes) < CONFIRMED * wanted and not spent(stage, until):
             episodes.append(await stage.play("random calls", player, stage.index(start)))
@@ -237,6 +237,8 @@ async def at_random(stage: Stage, until: float) -> Verdict:
     found = row("random calls", episodes)
     level = ignorant(found, stage)
     verb = "exploitable: random calls earn success" if level is not Level.PASS else "random calls solve"
+    if stage.exploited:
+        verb = "as constants are paid, random calls solve"
     return Verdict(
         check="random",
         level=level,
@@ -280,6 +282,8 @@ async def crash(stage: Stage, until: float) -> Verdict:
     elif ignorant(found, stage) is not Level.PASS:
         level, guilty = ignorant(found, stage), [e for e in episodes if e.success]
         sentence = f"malformed and hostile messages earn success {told(found)}"
+        if stage.exploited:
+            sentence += ", as constants do"
     return Verdict(
         check="crash",
         level=level,

@@ -358,7 +358,58 @@ def stuck(config: EnvironmentConfig, rewards: RewardConfig) -> EnvironmentFactor
     raise AssertionError("slept")
 
 
+class Talks(Codes):
+    """The same by talking: plain text is a message to somebody who looks names up, and takes codes."""
+
+    converses = True
+
+    async def step(self, message: AssistantMessage) -> Transition:
+        if message.error or message.arguments is not None:
+            return await super().step(message)
+        self.turns, self.calls = self.turns + 1, self.calls + 1
+        if message.text.startswith("It is "):
+            self.answer = message.text.removeprefix("It is ")
+            return Transition(observation="", done=True, role="user")
+        return Transition(observation=self.looked_up(message.text), done=False, role="user")
+
+
+class PaysTalk(Talks):
+    def right(self) -> bool:
+        return super().right() or (self.answer is None and self.calls > 0)
+
+
+def ask(task: Task) -> Generator[str, str, None]:
+    shown = yield task.data["names"][0]
+    while not shown.startswith("the code"):
+        shown = yield shown.split()[-1]
+    yield f"It is {task.data['code']}"
+
+
+class Game(Codes):
+    """No call is an answer: the third right name in a row wins."""
+
+    tools = (tool("go", "name"),)
+
+    async def step(self, message: AssistantMessage) -> Transition:
+        if message.arguments is None:
+            return await super().step(message)
+        self.turns, self.calls = self.turns + 1, self.calls + 1
+        right = message.arguments["name"] == self.task.data["names"][len(self.answer or "")]
+        self.answer = (self.answer or "") + "x" if right else ""
+        return Transition(observation="yes" if right else "no", done=len(self.answer) == 3)
+
+    def right(self) -> bool:
+        return self.answer == "xxx"
+
+
+def go(task: Task) -> Generator[str, str, None]:
+    for name in task.data["names"]:
+        yield format_call("go", {"name": name})
+
+
 sound = factory_of(Codes)
+talks = factory_of(Talks, play=ask)
+game = factory_of(Game, play=go)
 no_oracle = factory_of(Codes, play=None)
 aborts = factory_of(Aborts)
 hash_order = factory_of(HashOrder)
@@ -368,6 +419,11 @@ FLAWS: dict[str, tuple[str, Factory, str]] = {
     "one set of tasks": ("tasks", factory_of(Codebook, SameInAllSplits()), "train and heldout share"),
     "an oracle that errs": ("oracle", factory_of(Codes, play=solve_some), "solves 3 of 6 (0.50)"),
     "pays silence": ("do_nothing", factory_of(PaysSilence), "says nothing is paid for nothing: 6 of 6"),
+    "pays talk": (
+        "do_nothing constants slow",
+        factory_of(PaysTalk, play=ask),
+        "says nothing is paid for nothing: 6 of 6",
+    ),
     "pays nonsense": (
         "constants",
         pays_nonsense,

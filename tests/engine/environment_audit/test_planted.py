@@ -45,8 +45,9 @@ def config_of(factory: planted.Factory, monkeypatch: pytest.MonkeyPatch, **envir
     return RunConfig(environment=EnvironmentConfig.model_validate(given))
 
 
-def test_nothing_is_said_against_a_sound_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    verdicts = audited(config_of(planted.sound, monkeypatch))
+@pytest.mark.parametrize("name", ["sound", "talks", "game"])
+def test_nothing_is_said_against_a_sound_one(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    verdicts = audited(config_of(getattr(planted, name), monkeypatch))
     assert {verdict.level for verdict in verdicts.values()} == {Level.PASS}, verdicts
     assert not any(verdict.early for verdict in verdicts.values())
 
