@@ -11,6 +11,7 @@ import numpy as np
 
 from slipstream.config import RewardConfig
 from slipstream.config_tasks import DOMINANCE_MARGIN, OUTCOME_GAP
+from slipstream.environment_audit.players import scripted
 from slipstream.environment_audit.stage import Episode, Stage
 from slipstream.environment_audit.trials import several, transcripts
 from slipstream.environment_audit.verdicts import Level, Verdict
@@ -94,6 +95,7 @@ async def observations(stage: Stage, until: float) -> Verdict:
     size = 0 if largest is None else _largest(largest)
     usual = stage.environment.limits.observation_chars
     level, guilty = Level.PASS, list[Episode]()
+    moved = [e for e in stage.episodes if e.other_tools]
     sentence = f"text throughout, at most {size:,} characters; tools stay as they are"
     if broken:
         level, guilty = Level.FAIL, [broken[0][0]]
@@ -103,6 +105,12 @@ async def observations(stage: Stage, until: float) -> Verdict:
         sentence = (
             f"an observation has {size:,} characters ({largest.name}); cut it, as a sandbox does at "
             f"{usual:,}: longer than environment.max_tokens it ends the episode"
+        )
+    elif moved:
+        level, guilty = Level.WARN, moved
+        sentence = (
+            f"tools come or go in mid-run in {len(moved)} of {len(stage.episodes)} episodes: see that the "
+            "policy is told"
         )
     return Verdict(check="observations", level=level, sentence=sentence, evidence=transcripts(guilty))
 
@@ -133,7 +141,7 @@ async def speed(stage: Stage, until: float) -> Verdict:
     script, began = stage.factory().scripts.get(ORACLE), time.perf_counter()
     episodes = []
     if script is not None:
-        episodes = await several(stage, script.play, "oracle, timed", until, count=4 * stage.wanted)
+        episodes = await several(stage, scripted(script), "oracle, timed", until, count=4 * stage.wanted)
     per_s = len(episodes) / (time.perf_counter() - began)
     resets = [e.reset_s for e in stage.episodes if e.opening is not None]
     steps = [move.seconds for e in stage.episodes if e.policy != "crash" for move in e.moves]

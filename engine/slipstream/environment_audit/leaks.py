@@ -18,7 +18,6 @@ from slipstream.environment_audit.stage import Episode, Stage
 from slipstream.environment_audit.trials import early, spent, transcripts
 from slipstream.environment_audit.verdicts import Level, Verdict
 from slipstream.interfaces import Observation, Resumable
-from slipstream.types import Split, TaskAttempt
 
 SUSPECT: Final = 0.1
 """Excess from which on a leak is told."""
@@ -124,7 +123,7 @@ async def leaks(stage: Stage, until: float) -> Verdict:
         return Verdict(check="leaks", level=Level.PASS, sentence=sentence)
     places = {
         "the opening": [Told(answers=a, text=_opening(e.opening)) for e, a in known],
-        "a tool's description": [Told(answers=a, text=e.tools) for e, a in known],
+        "a tool's description": [Told(answers=a, text="\n".join(e.tools.values())) for e, a in known],
     }
     first = list(_first_observations(stage.episodes, secrets))
     found = {place: leak_of(told) for place, told in places.items()}
@@ -148,7 +147,7 @@ async def leaks(stage: Stage, until: float) -> Verdict:
             f"the first observation tells the answer in {early_leak.own:.0%} of the oracle's episodes "
             f"({early_leak.foreign:.0%} by chance), though it goes on to look for it"
         )
-    guilty = [e for e, a in known if holds(_opening(e.opening) + e.tools, a)]
+    guilty = [e for e, a in known if holds(_opening(e.opening) + "\n".join(e.tools.values()), a)]
     guilty += [e for e, told in first if holds(told.text, told.answers)]
     sentence = f"answers of {len(known)} tasks: neither openings nor tools nor first observations tell them"
     return Verdict(
@@ -167,8 +166,7 @@ async def _openings(stage: Stage, until: float) -> list[Episode]:
         if spent(stage, until):
             break
         index = stage.index(number)
-        identity = TaskAttempt(task=index, seed=stage.seed, group=index, attempt=0)
-        episode = Episode(policy="opened", split=Split.TRAIN, attempt=identity)
+        episode = stage.blank("opened", index)
         episode.fault = await stage.opened(episode)
         opened.append(episode)
     return [episode for episode in opened if not episode.fault]

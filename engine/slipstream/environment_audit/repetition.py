@@ -10,7 +10,7 @@ from typing import Any, Final
 import msgspec
 
 from slipstream.environment_audit import players
-from slipstream.environment_audit.stage import Episode, Stage
+from slipstream.environment_audit.stage import Episode, Player, Stage
 from slipstream.environment_audit.trials import early, spent, transcripts
 from slipstream.environment_audit.verdicts import Digest, Level, Verdict
 from slipstream.environments import EnvironmentFactory
@@ -18,27 +18,20 @@ from slipstream.environments.factory import ORACLE
 from slipstream.interfaces import AssistantMessage, Environment, Observation, Transition
 from slipstream.types import Score, Task, TaskAttempt
 
-FAILURES: Final = 0.3
-"""Share of calls that fail where failures must repeat, if any are configured."""
-MOST_FAILURES: Final = 0.5
 ATTEMPTS: Final = 8
+TASKS: Final = 4
 
 
-def cast(stage: Stage, factory: EnvironmentFactory) -> list[tuple[str, Callable[[Task], Any]]]:
+def cast(stage: Stage, factory: EnvironmentFactory) -> list[tuple[str, Player]]:
     """Return the policies that are played again: the oracle, if there is one, and random calls."""
     script = factory.scripts.get(ORACLE)
-    random = players.at_random(stage.tools, str(stage.seed), converses=stage.converses)
-    return [*([("oracle", script.play)] if script else []), ("random calls", random)]
-
-
-def failing(stage: Stage) -> float:
-    """Return how often tools fail in what is played again."""
-    return FAILURES if stage.environment.tool_failure_rate else 0.0
+    random = players.at_random(str(stage.seed), converses=stage.converses)
+    return [*([("oracle", players.scripted(script))] if script else []), ("random calls", random)]
 
 
 async def determinism(stage: Stage, until: float) -> Verdict:
     """Does one attempt go the same way twice, in objects that share nothing?"""
-    first, second = stage.factory(failing(stage)), stage.factory(failing(stage), fresh=True)
+    first, second = stage.factory(stage.failing), stage.factory(stage.failing, second=True)
     compared, wanted = 0, 2 * len(cast(stage, first)) * max(1, stage.wanted // 2)
     differing: list[tuple[Episode, Episode]] = []
     for number in range(max(1, stage.wanted // 2)):
@@ -73,35 +66,42 @@ async def determinism(stage: Stage, until: float) -> Verdict:
 
 async def attempts(stage: Stage, until: float) -> Verdict:
     """Do the failures of tools differ between the attempts of a group?"""
-    calm, stormy = stage.factory(0.0), stage.factory(MOST_FAILURES)
+    if not stage.failing:
+        return Verdict(check="attempts", level=Level.PASS, sentence="no tool is made to fail")
+    calm, stormy = stage.factory(0.0), stage.factory(stage.failing)
     policy, script = cast(stage, stormy)[0]
-    index, without, failed = stage.index(0), [], []
-    for attempt in range(ATTEMPTS):
-        if not spent(stage, until, attempt // 2):
-            without.append(await stage.play(policy, script, index, attempt=attempt, factory=calm))
-            failed.append(await stage.play(policy, script, index, attempt=attempt, factory=stormy))
-    level, sentence = Level.PASS, "environment.tool_failure_rate makes nothing fail here"
-    if any(a.difference(b) for a, b in zip(without, failed, strict=True)):
-        ways = len({_fingerprint(episode) for episode in failed})
-        sentence = f"tools that fail do so in {ways} ways in {len(failed)} attempts at one task"
-        if ways == 1 and len(failed) > 1:
-            level = Level.FAIL
-            sentence = (
-                f"tools fail alike in all {len(failed)} attempts at one task: key failures by the whole "
-                "attempt, not by the task"
-            )
+    failed = list[Episode]()
+    level, sentence, count = Level.PASS, "environment.tool_failure_rate makes nothing fail here", 0
+    for number in range(TASKS):
+        index, without, failed = stage.index(number), list[Episode](), list[Episode]()
+        for attempt in range(ATTEMPTS):
+            if not spent(stage, until, attempt // 2):
+                without.append(await stage.play(policy, script, index, attempt=attempt, factory=calm))
+                failed.append(await stage.play(policy, script, index, attempt=attempt, factory=stormy))
+        count += len(failed)
+        # Another task is tried only where nothing failed by chance.
+        if any(a.difference(b) for a, b in zip(without, failed, strict=True)):
+            ways = len({_fingerprint(episode) for episode in failed})
+            sentence = f"tools that fail do so in {ways} ways in {len(failed)} attempts at one task"
+            if ways == 1 and len(failed) > 1:
+                level = Level.FAIL
+                sentence = (
+                    f"tools fail alike in all {len(failed)} attempts at one task: key failures by the whole "
+                    "attempt, not by the task"
+                )
+            break
     return Verdict(
         check="attempts",
         level=level,
         sentence=sentence,
-        early=early(len(failed), ATTEMPTS),
+        early=early(count, ATTEMPTS) if len(failed) < ATTEMPTS else "",
         evidence=transcripts(failed[:2]) if level is Level.FAIL else (),
     )
 
 
 async def digests(stage: Stage, until: float) -> list[Digest]:
     """Return a few episodes as any process must play them."""
-    factory, found = stage.factory(failing(stage)), []
+    factory, found = stage.factory(stage.failing), []
     for number in range(max(1, stage.wanted // 4)):
         for policy, script in cast(stage, factory):
             if not spent(stage, until):
@@ -156,6 +156,7 @@ class _Moving:
         public = {key: value for key, value in task.data.items() if key not in self._inner.secrets}
         self._task, self._blind, self._attempt = task, replace(task, data=public), attempt
         opening: Observation = await self._inner.reset(self._blind, attempt)
+        self.tools = self._inner.tools
         return opening
 
     async def step(self, message: AssistantMessage) -> Transition:
@@ -163,6 +164,7 @@ class _Moving:
         state = self._inner.state()
         before = _sent(state)
         transition: Transition = await self._inner.step(message)
+        self.tools = self._inner.tools
         if _sent(state) != before:
             self._trouble.append("a state that was given changes with the next step: return a copy")
         return transition
@@ -196,7 +198,7 @@ async def resumable(stage: Stage, until: float) -> Verdict:
             sentence="it has no secrets, state and restore: it cannot run in a sandbox, and a step whose "
             "ground failed costs the episode",
         )
-    factory, trouble = stage.factory(failing(stage)), list[str]()
+    factory, trouble = stage.factory(stage.failing), list[str]()
     differing: list[tuple[Episode, Episode]] = []
     count, wanted = 0, max(1, stage.wanted // 2)
     for number in range(wanted):

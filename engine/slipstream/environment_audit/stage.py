@@ -52,16 +52,22 @@ from slipstream.types import (
 
 TIMEOUT_S: Final = 4.0
 """Most seconds of an episode, and of its judgement."""
+FAILURES: Final = 0.5
+"""Least share of calls that fail where failures must repeat, if any are configured."""
 MOST_TOKENS: Final = 1 << 26
 MOST_SHOWN: Final = 4000
 """Characters kept of each text; its length and checksum are kept of all."""
 MOST_OPENED: Final = 1 << 16
 """Characters kept of an opening, in which answers are looked for."""
+LOOKED: Final = 12
+"""Openings from which it is learned which tools there are."""
 MOST_OVERDUE: Final = 3
 """So many episodes that do not end are enough to give up."""
 
 Play = Generator[str, str, None]
 """Yields messages, is sent each observation, as in `slipstream.environments.factory`."""
+Player = Callable[[Task, Sequence[ToolSpec]], Play]
+"""Plays a task with the tools that its opening offers."""
 
 
 class Blocked(BaseException):
@@ -102,7 +108,10 @@ class Episode:
     """Why it did not, in words."""
     complaints: list[tuple[str, str]] = field(default_factory=list)
     """(kind, sentence): promises of an environment that were broken in it."""
-    tools: str = ""
+    tools: dict[str, str] = field(default_factory=dict)
+    """What each tool says of itself, by name, as it stood last."""
+    other_tools: bool = False
+    """Whether tools came or went after the reset."""
     reset_s: float = 0.0
     reward: float | None = None
 
@@ -148,7 +157,7 @@ class Episode:
     def essence(self) -> list[tuple[str, Any]]:
         """Return (what, value) of all that must be the same when it is played again."""
         opened = () if self.opening is None else (self.opening.system, self.opening.user)
-        parts: list[tuple[str, Any]] = [("reset", opened)]
+        parts: list[tuple[str, Any]] = [("reset", opened), ("tools", self.tools)]
         for number, move in enumerate(self.moves, start=1):
             parts.append((f"message {number}", move.said))
             seen = (move.shown, move.checksum, move.role, move.reward, move.done, move.status)
@@ -171,8 +180,13 @@ class Watched:
     def __init__(self, inner: Environment, episode: Episode) -> None:
         self._inner, self._episode = inner, episode
         self.tools: Sequence[ToolSpec] = inner.tools
+        """As they stand; a reset may choose them."""
         self.converses = isinstance(inner, Conversing) and inner.converses
-        self._look()
+
+    @property
+    def attempt(self) -> TaskAttempt:
+        """The attempt that is watched."""
+        return self._episode.attempt
 
     async def reset(self, task: Task, attempt: TaskAttempt) -> Observation:
         """Reset it."""
@@ -180,7 +194,7 @@ class Watched:
         opening = await self._inner.reset(task, attempt)
         episode = self._episode
         episode.reset_s = time.perf_counter() - began
-        episode.task, episode.moves = task, []
+        episode.task, episode.moves, episode.tools = task, [], {}
         texts = (opening.system, opening.user)
         if not all(map(self._is_text, texts, ("the system message", "the task's message"))):
             raise TypeError("an opening that is not text")
@@ -230,11 +244,15 @@ class Watched:
         return True
 
     def _look(self) -> None:
-        """Note the tools, and that they are others than before."""
-        seen = listed(self._inner.tools)
-        before, self._episode.tools = self._episode.tools, seen
-        if before and before != seen:
-            self._episode.complain("tools", f"its tools changed after {len(self._episode.moves)} messages")
+        """Note the tools; that one comes or goes is told, that one becomes another is a broken promise."""
+        self.tools = self._inner.tools
+        seen, before = {tool.name: listed(tool) for tool in self._inner.tools}, self._episode.tools
+        changed = [name for name, text in seen.items() if before.get(name, text) != text]
+        if changed:
+            when = f"after {len(self._episode.moves)} messages"
+            self._episode.complain("tools", f"tool {changed[0]} became another in mid-run, {when}")
+        self._episode.other_tools |= bool(before) and before.keys() != seen.keys()
+        self._episode.tools = seen
 
 
 class WatchedResumable(Watched):
@@ -274,6 +292,11 @@ class Stage:
         self.until_s = math.inf
         """When not even the first episode of a check may begin, on the monotonic clock."""
         self.tools: Sequence[ToolSpec] = ()
+        """All that the first openings offer, by name."""
+        self.places: dict[str, int] = {}
+        """The task in whose opening each tool was seen first."""
+        self.doubled = False
+        """Whether an opening offers two tools of one name."""
         self.converses = False
         self.resumable = False
         self.enders: Sequence[ToolSpec] = ()
@@ -285,29 +308,54 @@ class Stage:
         self.repeats = True
         """Whether the same attempt goes the same way twice; True until it is known not to."""
         self._redactor = Redactor.of_process(self.environment.canaries)
-        self._made: dict[float, EnvironmentFactory] = {}
-        self._fresh: list[EnvironmentFactory] = []
+        self._made: dict[tuple[float, bool], EnvironmentFactory] = {}
 
-    def factory(self, failures: float = 0.0, *, fresh: bool = False) -> EnvironmentFactory:
-        """Return the environment's factory, its tools failing at that rate; `fresh`: one nobody has used."""
-        if fresh or failures not in self._made:
+    def factory(self, failures: float = 0.0, *, second: bool = False) -> EnvironmentFactory:
+        """Return the environment's factory, its tools failing at that rate.
+
+        second: one that shares nothing with the first, as in another process.
+        """
+        key = (failures, second)
+        if key not in self._made:
             update = {"tool_failure_rate": failures}
-            made = environment_factory(self.environment.model_copy(update=update), self.rewards)
-            if fresh:
-                self._fresh.append(made)
-                return made
-            self._made[failures] = made
-        return self._made[failures]
+            changed = self.environment.model_copy(update=update)
+            self._made[key] = environment_factory(changed, self.rewards)
+        return self._made[key]
+
+    @property
+    def failing(self) -> float:
+        """How often tools fail in what is played again: often, if any are to fail."""
+        share = self.environment.tool_failure_rate
+        return max(share, FAILURES) if share else 0.0
 
     async def look(self) -> str:
-        """Learn what an environment offers; return what went wrong, or ""."""
+        """Learn what environments offer in a few openings; return what went wrong, or ""."""
+        offered: dict[str, ToolSpec] = {}
 
         async def looked() -> None:
-            inner = self.factory().make()
-            self.tools, self.resumable = tuple(inner.tools), isinstance(inner, Resumable)
-            self.converses = isinstance(inner, Conversing) and inner.converses
+            made = self.factory()
+            for number in range(min(LOOKED, self.wanted)):
+                inner, index = made.make(), self.index(number)
+                watched = Watched(inner, self.blank("opened", index))
+                try:
+                    await watched.reset(made.tasks.task(Split.TRAIN, index), watched.attempt)
+                finally:
+                    await watched.close()
+                for tool in inner.tools:
+                    offered.setdefault(tool.name, tool)
+                    self.places.setdefault(tool.name, index)
+                self.doubled |= len({tool.name for tool in inner.tools}) < len(inner.tools)
+                self.resumable = isinstance(inner, Resumable)
+                self.converses = watched.converses
 
-        return await self.guarded(looked)
+        fault = await self.guarded(looked)
+        self.tools = tuple(offered.values())
+        return fault
+
+    def blank(self, policy: str, index: int, attempt: int = 0, split: Split = Split.TRAIN) -> Episode:
+        """Return an episode that has not begun."""
+        identity = TaskAttempt(task=index, seed=self.seed, group=index, attempt=attempt)
+        return Episode(policy=policy, split=split, attempt=identity)
 
     @property
     def hopeless(self) -> bool:
@@ -316,7 +364,7 @@ class Stage:
 
     def close(self) -> None:
         """End what its environments share."""
-        for made in (*self._made.values(), *self._fresh):
+        for made in self._made.values():
             made.close()
 
     def index(self, number: int) -> int:
@@ -326,7 +374,7 @@ class Stage:
     async def play(
         self,
         policy: str,
-        script: Callable[[Task], Play],
+        player: Player,
         index: int,
         *,
         attempt: int = 0,
@@ -336,12 +384,12 @@ class Stage:
     ) -> Episode:
         """Play one episode to whatever end; nothing that the environment does is raised from here."""
         made = factory or self.factory()
-        identity = TaskAttempt(task=index, seed=self.seed, group=index, attempt=attempt)
-        episode = Episode(policy=policy, split=split, attempt=identity)
+        episode, seen = self.blank(policy, index, attempt, split), list[Watched]()
 
         def watched() -> Environment:
             inner = (make or made.make)()
-            return (WatchedResumable if isinstance(inner, Resumable) else Watched)(inner, episode)
+            seen.append((WatchedResumable if isinstance(inner, Resumable) else Watched)(inner, episode))
+            return seen[-1]
 
         runner = EpisodeRunner(
             factory=made,
@@ -352,8 +400,8 @@ class Stage:
         )
 
         async def played() -> None:
-            speak = _speaker(script(made.tasks.task(split, index)), runner.chat.message)
-            lease = Lease(attempt=identity, split=split)
+            task, lease = made.tasks.task(split, index), Lease(attempt=episode.attempt, split=split)
+            speak = _speaker(lambda: player(task, seen[-1].tools), runner.chat.message)
             done = await runner.run(lease, speak, Sampling(max_tokens=MOST_TOKENS), make=watched)
             episode.scores, episode.outcome, episode.note = done.scores, done.outcome, done.note
             if episode.outcome is not Outcome.INFRASTRUCTURE_FAILURE:
@@ -397,22 +445,26 @@ class Stage:
         return "" if error is None else f"{type(error).__name__}: {error}"[:300] + _where(error)
 
 
-def listed(tools: Sequence[ToolSpec]) -> str:
-    """Return tools as text that is equal for equal ones."""
-    return msgspec.json.encode(list(tools), enc_hook=repr, order="deterministic").decode()
+def listed(tool: ToolSpec) -> str:
+    """Return a tool as text that is equal for equal ones."""
+    return msgspec.json.encode(tool, enc_hook=repr, order="deterministic").decode()
 
 
-def _speaker(play: Play, written: Callable[[str], Int32Array]) -> Callable[[Int32Array, str], Any]:
+def _speaker(
+    begin: Callable[[], Play], written: Callable[[str], Int32Array]
+) -> Callable[[Int32Array, str], Any]:
     """Let a script speak; when it has nothing more to say it says nothing, until the episode ends."""
-    begun = False
+    plays: list[Play] = []
 
     async def speak(tokens: Int32Array, observation: str) -> Completion:
-        nonlocal begun
         try:
-            text = play.send(observation) if begun else next(play)
+            if plays:
+                text = plays[0].send(observation)
+            else:
+                plays.append(begin())
+                text = next(plays[0])
         except StopIteration:
             text = ""
-        begun = True
         said = written(text)
         blank = np.zeros(len(said), dtype=np.float32)
         return Completion(

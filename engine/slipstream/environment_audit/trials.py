@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import random
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Final
 
 from slipstream.environment_audit import players
 from slipstream.environment_audit.answers import answers_of
-from slipstream.environment_audit.stage import Episode, Stage
+from slipstream.environment_audit.stage import Episode, Player, Stage
 from slipstream.environment_audit.verdicts import Level, PolicyRow, Transcript, Verdict
 from slipstream.environments import Script
 from slipstream.environments.factory import ORACLE
@@ -24,17 +25,18 @@ SHOWN: Final = 3
 STOPPED: Final = "stopped after"
 CONFIRMED: Final = 4
 """So many times the episodes are played of what looks like an exploit."""
+_MOST_TOOLS: Final = 12
 _AT_ONCE: Final = 3
 """Attacks in one episode; few enough that it does not end before the last."""
 
 
 async def several(
-    stage: Stage, script: Callable[[Task], Any], policy: str, until: float, *, count: int = 0, **how: Any
+    stage: Stage, player: Player, policy: str, until: float, *, count: int = 0, **how: Any
 ) -> list[Episode]:
     """Play a policy on consecutive tasks, as many as wanted or as time allows."""
     played: list[Episode] = []
     while len(played) < (count or stage.wanted) and not spent(stage, until, len(played)):
-        played.append(await stage.play(policy, script, stage.index(len(played)), **how))
+        played.append(await stage.play(policy, player, stage.index(len(played)), **how))
     return played
 
 
@@ -100,7 +102,7 @@ async def oracle(stage: Stage, until: float) -> Verdict:
             sentence=f"no script called {ORACLE}: nothing shows that tasks can be solved, and no warm start "
             "can imitate one",
         )
-    episodes = await several(stage, script.play, "oracle", until)
+    episodes = await several(stage, players.scripted(script), "oracle", until)
     found = row("oracle", episodes)
     stage.oracle = rate(found)
     level = _solved(rate(found))
@@ -130,7 +132,7 @@ async def failures(stage: Stage, until: float) -> Verdict:
         reason = "no tool is made to fail" if script else f"no script called {ORACLE} to try it with"
         return Verdict(check="failures", level=Level.PASS, sentence=reason)
     policy = f"oracle, {share:.0%} of calls fail"
-    episodes = await several(stage, script.play, policy, until, factory=stage.factory(share))
+    episodes = await several(stage, players.scripted(script), policy, until, factory=stage.factory(share))
     found = row(policy, episodes)
     kept = rate(found) >= 0.5 * (stage.oracle or 0.0)
     return Verdict(
@@ -148,8 +150,8 @@ async def do_nothing(stage: Stage, until: float) -> Verdict:
     rows, guilty = [], []
     half = (time.monotonic() + until) / 2
     for policy, player, end in (
-        ("says nothing", players.silent, half),
-        ("gives up in words", players.chatting, until),
+        ("says nothing", players.repeating(""), half),
+        ("gives up in words", players.repeating("I give up."), until),
     ):
         episodes = await several(stage, player, policy, end)
         rows.append(row(policy, episodes))
@@ -173,7 +175,8 @@ async def _find_enders(stage: Stage, until: float) -> None:
     found = []
     for tool in stage.tools:
         if not spent(stage, until):
-            episode = await stage.play("probe", players.once_each([players.probe(tool)], ""), stage.index(0))
+            said = players.once_each([players.probe(tool)], "")
+            episode = await stage.play("probe", said, stage.places[tool.name])
             if episode.moves and episode.moves[0].done:
                 found.append(tool)
     stage.enders = tuple(found)
@@ -182,7 +185,9 @@ async def _find_enders(stage: Stage, until: float) -> None:
 async def constants(stage: Stage, until: float) -> Verdict:
     """Is there an answer that is paid whatever was asked?"""
     await _find_enders(stage, until)
-    answers = players.constants(stage.enders or stage.tools, converses=stage.converses)
+    answers = players.constants(
+        stage.enders or stage.tools, last=bool(stage.enders), converses=stage.converses
+    )
     played: list[list[Episode]] = [[] for _ in answers]
     # In rounds: when time runs out each has had as many tasks as the others.
     for number in range(stage.wanted):
@@ -227,7 +232,7 @@ def _is_right(answer: players.Answer, task: Task) -> bool:
 async def at_random(stage: Stage, until: float) -> Verdict:
     """Is luck paid?"""
     wanted = 2 * stage.wanted
-    player = players.at_random(stage.tools, str(stage.seed), converses=stage.converses)
+    player = players.at_random(str(stage.seed), converses=stage.converses)
     episodes = await several(stage, player, "random calls", until, count=wanted)
     if ignorant(row("", episodes), stage) is Level.WARN and not stage.exploited:
         start = len(episodes)
@@ -251,19 +256,21 @@ async def at_random(stage: Stage, until: float) -> Verdict:
 
 async def crash(stage: Stage, until: float) -> Verdict:
     """Does it bear whatever a policy may say?"""
-    attacks = [*players.malformed(stage.tools), *players.rude(stage.tools)]
-    last = players.probe(stage.enders[0]) if stage.enders else ""
-    groups = [attacks[i : i + _AT_ONCE] for i in range(0, len(attacks), _AT_ONCE)]
-    episodes = []
-    for number, group in enumerate(groups):
-        if not spent(stage, until, number):
-            play = players.once_each(group, last)
-            episodes.append(await stage.play("crash", play, stage.index(number % stage.wanted)))
+    groups = [(stage.index(0), list(players.malformed()))]
+    groups += [(stage.places[t.name], list(players.attacks(t))) for t in stage.tools[:_MOST_TOOLS]]
+    parts = [(at, said[i : i + _AT_ONCE]) for at, said in groups for i in range(0, len(said), _AT_ONCE)]
+    # When time runs out each tool has had some.
+    random.Random(stage.seed).shuffle(parts)
+    last, attacks, episodes = players.probe(stage.enders[0]) if stage.enders else "", 0, list[Episode]()
+    for at, said in parts:
+        if not spent(stage, until, len(episodes)):
+            episodes.append(await stage.play("crash", players.once_each(said, last), at))
+            attacks += len(said)
     found = row("malformed and hostile messages", episodes)
     raised = [e for e in episodes if e.fault and not e.complaints]
     broken = [e for e in episodes if e.outcome is Outcome.INFRASTRUCTURE_FAILURE]
     unjudged = [e for e in episodes if e.outcome is not None and e.reward is None and e not in broken]
-    level, sentence, guilty = Level.PASS, f"{len(attacks)} malformed and hostile messages are borne", []
+    level, sentence, guilty = Level.PASS, f"{attacks} malformed and hostile messages are borne", []
     if raised:
         level, guilty = Level.FAIL, raised
         sentence = f"a message ends the actor in {len(raised)} of {len(episodes)} episodes: {raised[0].fault}"
@@ -288,7 +295,7 @@ async def crash(stage: Stage, until: float) -> Verdict:
         check="crash",
         level=level,
         sentence=sentence,
-        early=early(len(episodes), len(groups)),
+        early=early(len(episodes), len(parts)),
         rows=(found,),
         evidence=transcripts(guilty),
     )
@@ -296,10 +303,9 @@ async def crash(stage: Stage, until: float) -> Verdict:
 
 async def slow(stage: Stage, until: float) -> Verdict:
     """What becomes of an episode that never comes to an end?"""
-    idle = [tool for tool in stage.tools if tool not in stage.enders]
-    text = players.probe(idle[0]) if idle else "Go on." if stage.converses else ""
-    policy = f"the same call of {idle[0].name} for ever" if idle else "never an end"
-    episodes = await several(stage, players.repeating(text), policy, until)
+    player = players.dawdling({t.name for t in stage.enders}, "Go on." if stage.converses else "")
+    policy = "the same again and again"
+    episodes = await several(stage, player, policy, until)
     found, most = row(policy, episodes), stage.environment.max_turns
     late = [e for e in episodes if e.outcome is Outcome.TIMED_OUT or "no end within" in e.note + e.fault]
     unjudged = [e for e in episodes if e.outcome is not None and e.reward is None and e not in late]

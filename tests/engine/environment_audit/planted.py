@@ -320,10 +320,17 @@ class HalfACharacter(Codes):
         return super().looked_up(name).replace("nobody", "nobody\ud800")
 
 
-class GrowsTools(Codes):
+class NewTool(Codes):
     async def step(self, message: AssistantMessage) -> Transition:
         if self.turns == 5:
             self.tools = (*self.tools, tool("give_up", "why"))
+        return await super().step(message)
+
+
+class OtherSchema(Codes):
+    async def step(self, message: AssistantMessage) -> Transition:
+        if self.turns == 5:
+            self.tools = (tool("look_up", "name", maxProperties=1), self.tools[1])
         return await super().step(message)
 
 
@@ -409,6 +416,7 @@ def go(task: Task) -> Generator[str, str, None]:
 
 sound = factory_of(Codes)
 talks = factory_of(Talks, play=ask)
+new_tool = factory_of(NewTool)
 game = factory_of(Game, play=go)
 no_oracle = factory_of(Codes, play=None)
 aborts = factory_of(Aborts)
@@ -420,7 +428,7 @@ FLAWS: dict[str, tuple[str, Factory, str]] = {
     "an oracle that errs": ("oracle", factory_of(Codes, play=solve_some), "solves 3 of 6 (0.50)"),
     "pays silence": ("do_nothing", factory_of(PaysSilence), "says nothing is paid for nothing: 6 of 6"),
     "pays talk": (
-        "do_nothing constants slow",
+        "do_nothing constants",
         factory_of(PaysTalk, play=ask),
         "says nothing is paid for nothing: 6 of 6",
     ),
@@ -433,7 +441,7 @@ FLAWS: dict[str, tuple[str, Factory, str]] = {
     "raises": ("crash", factory_of(RaisesAtNul), "ValueError: embedded null byte (planted.py:"),
     "ground fails": ("crash", factory_of(FailsAtLongNames), "brings the ground down in 1 of"),
     "unjudged": ("crash", factory_of(UnjudgedAtBraces), "without a judgement"),
-    "pays endurance": ("slow", factory_of(PaysEndurance), "for ever earns success 6 of 6"),
+    "pays endurance": ("slow", factory_of(PaysEndurance), "again and again earns success 6 of 6"),
     "unseeded": ("determinism", factory_of(Unseeded), "differ, the first in its step"),
     "faults by task": ("attempts", factory_of(FaultsByTask), "fail alike in all 8 attempts"),
     "forgets": ("resumable", factory_of(ForgetsTurns), "went another way: its step"),
@@ -447,7 +455,7 @@ FLAWS: dict[str, tuple[str, Factory, str]] = {
         "the opening gives the answer away in 100% of tasks",
     ),
     "told by a tool": (
-        "leaks observations",
+        "leaks",
         factory_of(TellsInATool),
         "a tool's description gives the answer away",
     ),
@@ -455,7 +463,7 @@ FLAWS: dict[str, tuple[str, Factory, str]] = {
     "megabytes": ("observations", factory_of(Megabytes), "has 2,100,000 characters"),
     "bytes": ("observations", factory_of(Bytes), "expected an observation to be a string, got bytes"),
     "half a character": ("observations", factory_of(HalfACharacter), "half a character"),
-    "new tools": ("observations", factory_of(GrowsTools), "its tools changed after 6 messages"),
+    "another schema": ("observations", factory_of(OtherSchema), "tool look_up became another in mid-run"),
     "raises when cut": ("errors", factory_of(RaisesWhenCut), "KeyError: 'answer' (planted.py:"),
     "blocks when cut": ("errors", factory_of(BlocksWhenCut), "blocked its whole process"),
 }

@@ -62,6 +62,12 @@ def test_a_flaw_is_found_by_its_check_alone(flaw: str, monkeypatch: pytest.Monke
     assert words in found[check.split()[0]]
 
 
+def test_tools_that_come_in_mid_run_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    verdicts = audited(config_of(planted.new_tool, monkeypatch))
+    assert verdicts["observations"].sentence.startswith("tools come or go in mid-run in ")
+    assert {name for name, verdict in verdicts.items() if verdict.level is not Level.PASS} == {"observations"}
+
+
 def test_without_an_oracle_the_rest_is_judged(monkeypatch: pytest.MonkeyPatch) -> None:
     verdicts = audited(config_of(planted.no_oracle, monkeypatch))
     assert verdicts["oracle"].level is Level.WARN
