@@ -18,14 +18,18 @@ LONGEST: Final = 200
 
 
 def answers_of(task: Task, secrets: Collection[str]) -> tuple[str, ...]:
-    """Return what the policy is to say, as far as the task's data tells: each counts as right."""
+    """Return what the policy is to say, as far as the task's data tells: each counts as right.
+
+    Secrets may be more than answers, such as the way to them, which a question may hold: they are taken for
+    answers only where nothing is called so.
+    """
+    called = [key for key in task.data if key.casefold() in ANSWER_KEYS]
     found: list[str] = []
-    for key, value in task.data.items():
-        if key in secrets or key.casefold() in ANSWER_KEYS:
-            many = isinstance(value, list | tuple) and key.casefold() in ANSWER_KEYS
-            for one in value if many else (value,):
-                if isinstance(one, str | int | float) and not isinstance(one, bool):
-                    found.append(str(one).strip())
+    for key in called or [key for key in task.data if key in secrets]:
+        value = task.data[key]
+        for one in value if called and isinstance(value, list | tuple) else (value,):
+            if isinstance(one, str | int | float) and not isinstance(one, bool):
+                found.append(str(one).strip())
     return tuple(dict.fromkeys(text for text in found if 0 < len(text) <= LONGEST))
 
 

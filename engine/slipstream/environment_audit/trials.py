@@ -108,6 +108,8 @@ async def oracle(stage: Stage, until: float) -> Verdict:
     level = _solved(rate(found))
     why = _endings([e for e in episodes if not e.success])
     sentence = f"solves {told(found)}" + (f"; the others end as {why}" if why else "")
+    if level is not Level.PASS and found.endings.get(Outcome.TRUNCATED):
+        sentence += f"; environment.max_turns = {stage.environment.max_turns} may be too few for it"
     return Verdict(
         check="oracle",
         level=level,

@@ -122,6 +122,7 @@ def test_answers_are_secrets_and_what_is_called_so() -> None:
         "Christiania",
         "7",
     )
+    assert answers_of(task(answer=3, code="1 + 2"), ("answer", "code")) == ("3",)
     assert answers_of(task(answer=" ", solution="x" * 500, question="Oslo"), ()) == ()
 
 
