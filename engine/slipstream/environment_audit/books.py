@@ -11,8 +11,9 @@ import numpy as np
 
 from slipstream.config import RewardConfig
 from slipstream.config_tasks import DOMINANCE_MARGIN, OUTCOME_GAP
+from slipstream.environment_audit.episode import Episode
 from slipstream.environment_audit.players import scripted
-from slipstream.environment_audit.stage import Episode, Stage
+from slipstream.environment_audit.stage import Stage
 from slipstream.environment_audit.trials import several, transcripts
 from slipstream.environment_audit.verdicts import Level, Verdict
 from slipstream.environments.factory import ORACLE

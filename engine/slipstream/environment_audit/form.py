@@ -13,7 +13,8 @@ from jsonschema.exceptions import SchemaError
 from referencing.exceptions import Unresolvable
 
 from slipstream.demonstrations import FIRST_DEMONSTRATION
-from slipstream.environment_audit.stage import MOST_SHOWN, Stage
+from slipstream.environment_audit.episode import MOST_SHOWN
+from slipstream.environment_audit.stage import Stage
 from slipstream.environment_audit.verdicts import Level, Line, Transcript, Verdict, plain
 from slipstream.interfaces import ToolSpec
 from slipstream.types import Split, Task

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from typing import Final
 
 from slipstream.environment_audit.answers import answers_of, holds, pattern
-from slipstream.environment_audit.stage import Episode, Stage
+from slipstream.environment_audit.episode import Episode
+from slipstream.environment_audit.stage import Stage
 from slipstream.environment_audit.trials import early, spent, transcripts
 from slipstream.environment_audit.verdicts import Level, Verdict
 from slipstream.interfaces import Observation, Resumable

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from slipstream.environment_audit.samples import Constant, Drawn, value_of
-from slipstream.environment_audit.stage import Play, Player
-from slipstream.environments import Script
+from slipstream.environment_audit.stage import Player
+from slipstream.environments import Play, Script
 from slipstream.interfaces import ToolSpec
 from slipstream.tools.hermes import format_call
 from slipstream.types import Task

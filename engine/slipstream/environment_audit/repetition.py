@@ -10,7 +10,8 @@ from typing import Any, Final
 import msgspec
 
 from slipstream.environment_audit import players
-from slipstream.environment_audit.stage import Episode, Player, Stage
+from slipstream.environment_audit.episode import Episode
+from slipstream.environment_audit.stage import Player, Stage
 from slipstream.environment_audit.trials import early, spent, transcripts
 from slipstream.environment_audit.verdicts import Digest, Level, Verdict
 from slipstream.environments import EnvironmentFactory

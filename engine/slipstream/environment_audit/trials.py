@@ -10,7 +10,8 @@ from typing import Any, Final
 
 from slipstream.environment_audit import players
 from slipstream.environment_audit.answers import answers_of
-from slipstream.environment_audit.stage import Episode, Player, Stage
+from slipstream.environment_audit.episode import Episode
+from slipstream.environment_audit.stage import Player, Stage
 from slipstream.environment_audit.verdicts import Level, PolicyRow, Transcript, Verdict
 from slipstream.environments import Script
 from slipstream.environments.factory import ORACLE
