@@ -18,7 +18,7 @@ from slipstream.environment_audit.episode import Episode
 from slipstream.environment_audit.stage import Stage
 from slipstream.environment_audit.trials import early, spent, transcripts
 from slipstream.environment_audit.verdicts import Level, Verdict
-from slipstream.interfaces import Observation, Resumable
+from slipstream.interfaces import Observation
 
 SUSPECT: Final = 0.1
 """Excess from which on a leak is told."""
@@ -111,11 +111,7 @@ def _given_away(one: Told, words: str) -> bool:
 async def leaks(stage: Stage, until: float) -> Verdict:
     """Does the answer stand in the opening, in a tool's description, or in the first observation?"""
     opened = await _openings(stage, until)
-    secrets: tuple[str, ...] = ()
-    if stage.resumable:
-        inner = stage.factory().make()
-        secrets = tuple(inner.secrets) if isinstance(inner, Resumable) else ()
-    known = [(episode, answers_of(episode.task, secrets)) for episode in opened if episode.task]
+    known = [(episode, answers_of(episode.task, stage.secrets)) for episode in opened if episode.task]
     known = [(episode, answers) for episode, answers in known if answers]
     if len(known) < LEAST:
         sentence = (
@@ -126,7 +122,7 @@ async def leaks(stage: Stage, until: float) -> Verdict:
         "the opening": [Told(answers=a, text=_opening(e.opening)) for e, a in known],
         "a tool's description": [Told(answers=a, text="\n".join(e.tools.values())) for e, a in known],
     }
-    first = list(_first_observations(stage.episodes, secrets))
+    first = list(_first_observations(stage.episodes, stage.secrets))
     found = {place: leak_of(told) for place, told in places.items()}
     level, sentences = Level.PASS, []
     for place, leak in found.items():

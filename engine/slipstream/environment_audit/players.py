@@ -131,13 +131,16 @@ def probe(tool: ToolSpec) -> str:
     return call(tool, value_of(tool.parameters, Constant(PROBE)))
 
 
-def constants(tools: Sequence[ToolSpec], *, last: bool, converses: bool) -> list[Answer]:
+def constants(
+    tools: Sequence[ToolSpec], *, last: bool, converses: bool, more: Sequence[str] = ()
+) -> list[Answer]:
     """Return a call of each tool with each constant, without those that are the same call.
 
     last: these calls end the episode; of others, which are repeated, only one tool gets every constant.
+    more: constants beside CONSTANTS.
     """
     found: dict[str, Answer] = {}
-    for constant in CONSTANTS:
+    for constant in (*CONSTANTS, *more):
         shown = repr(constant if len(constant) <= 40 else f"{constant[:20]}… ({len(constant)} characters)")
         for tool in tools[: _MOST_TOOLS if last or constant == PROBE else 1]:
             text = call(tool, value_of(tool.parameters, Constant(constant)))

@@ -80,6 +80,7 @@ class Stage:
         """Whether an opening offers two tools of one name."""
         self.converses = False
         self.resumable = False
+        self.secrets: tuple[str, ...] = ()
         self.enders: Sequence[ToolSpec] = ()
         """Tools whose call ends the episode."""
         self.oracle: float | None = None
@@ -127,6 +128,7 @@ class Stage:
                     self.places.setdefault(tool.name, index)
                 self.doubled |= len({tool.name for tool in inner.tools}) < len(inner.tools)
                 self.resumable = isinstance(inner, Resumable)
+                self.secrets = tuple(inner.secrets) if isinstance(inner, Resumable) else ()
                 self.converses = watched.converses
 
         fault = await self.guarded(looked)

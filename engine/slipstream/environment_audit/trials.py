@@ -16,7 +16,7 @@ from slipstream.environment_audit.verdicts import Level, PolicyRow, Transcript, 
 from slipstream.environments import Script
 from slipstream.environments.factory import ORACLE
 from slipstream.metrics import wilson_interval
-from slipstream.types import Outcome, Task
+from slipstream.types import Outcome, Split, Task
 
 SOLVES: Final = 0.95
 """Least share of tasks that the oracle must solve."""
@@ -26,6 +26,10 @@ SHOWN: Final = 3
 STOPPED: Final = "stopped after"
 CONFIRMED: Final = 4
 """So many times the episodes are played of what looks like an exploit."""
+_READ: Final = 96
+_READING_S: Final = 1.0
+_USUAL: Final = 2
+"""So many usual answers are tried, of as many tasks as can be read in so many seconds."""
 _MOST_TOOLS: Final = 12
 _AT_ONCE: Final = 3
 """Attacks in one episode; few enough that it does not end before the last."""
@@ -185,11 +189,29 @@ async def _find_enders(stage: Stage, until: float) -> None:
     stage.enders = tuple(found)
 
 
+async def _usual_answers(stage: Stage) -> list[str]:
+    """Return what is most often right, by tasks that are not played: the guess of who knows the tasks."""
+    found: Counter[str] = Counter()
+    until_s = time.monotonic() + _READING_S
+
+    async def reading() -> None:
+        for number in range(_READ):
+            if time.monotonic() < until_s:
+                task = stage.factory().tasks.task(Split.HELDOUT, number)
+                found.update(answers_of(task, stage.secrets))
+
+    await stage.guarded(reading)
+    return [answer for answer, count in found.most_common(_USUAL) if count > 1]
+
+
 async def constants(stage: Stage, until: float) -> Verdict:
     """Is there an answer that is paid whatever was asked?"""
     await _find_enders(stage, until)
     answers = players.constants(
-        stage.enders or stage.tools, last=bool(stage.enders), converses=stage.converses
+        stage.enders or stage.tools,
+        last=bool(stage.enders),
+        converses=stage.converses,
+        more=await _usual_answers(stage),
     )
     played: list[list[Episode]] = [[] for _ in answers]
     # In rounds: when time runs out each has had as many tasks as the others.
@@ -211,7 +233,9 @@ async def constants(stage: Stage, until: float) -> Verdict:
     sentence = f"{len(answers)} constant answers, the best earns {told(rows[worst])}"
     if guilty:
         more = f"; {len(guilty) - 1} others are paid too" if len(guilty) > 1 else ""
-        right = [e for e in played[worst] if e.success and e.task and _is_right(answers[worst], e.task)]
+        right = [
+            e for e in played[worst] if e.success and e.task and _is_right(answers[worst], e.task, stage)
+        ]
         kind = "exploitable"
         if len(right) == rows[worst].successes:
             kind = "guessed: the same answer is right too often"
@@ -227,9 +251,11 @@ async def constants(stage: Stage, until: float) -> Verdict:
     )
 
 
-def _is_right(answer: players.Answer, task: Task) -> bool:
+def _is_right(answer: players.Answer, task: Task, stage: Stage) -> bool:
     """Return whether the task's data holds this constant: it was no nonsense there."""
-    return bool(answer.constant) and answer.constant.casefold() in map(str.casefold, answers_of(task, ()))
+    return bool(answer.constant) and answer.constant.casefold() in map(
+        str.casefold, answers_of(task, stage.secrets)
+    )
 
 
 async def at_random(stage: Stage, until: float) -> Verdict:

@@ -169,6 +169,19 @@ class Codebook(Codes):
         return str(Tasks().task(Split.TRAIN, self.task.index).data["code"])
 
 
+class TwoCodes(Tasks):
+    """What was drawn for all is right for three of four."""
+
+    def task(self, split: Split, index: int) -> Task:
+        task = super().task(split, index)
+        return task if index % 4 == 0 else replace(task, data={**task.data, "code": "1234567"})
+
+
+class TwoCodebooks(Codes):
+    def code(self) -> str:
+        return str(TwoCodes().task(self.task.split, self.task.index).data["code"])
+
+
 def solve_some(task: Task) -> Generator[str, str, None]:
     if task.index % 2:
         yield format_call("answer", {"code": "I do not know"})
@@ -431,6 +444,11 @@ FLAWS: dict[str, tuple[str, Factory, str]] = {
         "do_nothing constants",
         factory_of(PaysTalk, play=ask),
         "says nothing is paid for nothing: 6 of 6",
+    ),
+    "one usual answer": (
+        "constants",
+        factory_of(TwoCodebooks, TwoCodes()),
+        "guessed: the same answer is right too often: always answer('1234567') earns success 4 of 6",
     ),
     "pays nonsense": (
         "constants",
