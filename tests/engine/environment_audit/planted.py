@@ -170,7 +170,7 @@ class Codebook(Codes):
 
 
 class TwoCodes(Tasks):
-    """What was drawn for all is right for three of four."""
+    """One code is right in three tasks of four."""
 
     def task(self, split: Split, index: int) -> Task:
         task = super().task(split, index)
@@ -448,7 +448,7 @@ FLAWS: dict[str, tuple[str, Factory, str]] = {
     "one usual answer": (
         "constants",
         factory_of(TwoCodebooks, TwoCodes()),
-        "guessed: the same answer is right too often: always answer('1234567') earns success 4 of 6",
+        "guessed: the same answer is right too often: always answer('1234567') earns success 5 of 6",
     ),
     "pays nonsense": (
         "constants",
