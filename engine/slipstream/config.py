@@ -69,6 +69,7 @@ __all__ = [
     "SupervisionConfig",
     "TrackingConfig",
     "WarmupConfig",
+    "configured",
     "dump",
     "load_config",
     "read",
@@ -203,6 +204,11 @@ def load_config(recipe: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         return _loaded(label, text, overrides)
     except RecursionError:
         raise ConfigurationError(f"{label}: expected keys and values, got some nested too deep") from None
+
+
+def configured(overrides: Sequence[str]) -> RunConfig:
+    """Return the defaults with "a.b=value" overrides applied; raises as `load_config` does."""
+    return _loaded("defaults", "", overrides)
 
 
 def _loaded(label: str, text: str, overrides: Sequence[str]) -> RunConfig:

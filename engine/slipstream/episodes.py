@@ -11,17 +11,17 @@ import time
 from collections.abc import Awaitable, Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import TypedDict
+from typing import Protocol, TypedDict
 
 import numpy as np
 
-from slipstream.chat import Chat
+from slipstream.call_formats import CallFormat
 from slipstream.config import EnvironmentConfig, RewardConfig
 from slipstream.environments import EnvironmentFactory
 from slipstream.errors import InfrastructureError, MonitorError
 from slipstream.flight_recorder import FLIGHT
 from slipstream.ground import Ground
-from slipstream.interfaces import Environment, InferenceBackend, Observation, Transition
+from slipstream.interfaces import Environment, InferenceBackend, Observation, ToolSpec, Transition
 from slipstream.redaction import Redactor
 from slipstream.retries import Backoff
 from slipstream.rewards import turn_rewards
@@ -52,6 +52,33 @@ MAX_NOTE = 500
 
 Speaker = Callable[[Int32Array, str], Awaitable[Completion]]
 """Says the next message, given all tokens so far and the last observation's text."""
+
+
+class ChatFormat(Protocol):
+    """Turns messages into tokens and back: `slipstream.chat.Chat`, or what plays without a tokenizer."""
+
+    calls: CallFormat
+    stop_token: int
+
+    def prompt(
+        self,
+        observation: Observation,
+        tools: Sequence[ToolSpec],
+        *,
+        schemas: bool = False,
+        converses: bool = False,
+    ) -> Int32Array:
+        """Return the [T] tokens up to the policy's first message."""
+
+    def message(self, text: str) -> Int32Array:
+        """Return the tokens of a message of the policy, stop token included."""
+
+    def text(self, token_ids: Int32Array) -> str:
+        """Decode sampled tokens, without the stop token."""
+
+    @property
+    def bridge(self) -> Callable[[str, str], Int32Array]:
+        """Gives the tokens from a stop token to the policy's next message, for a result and who says it."""
 
 
 class TokenArrays(TypedDict):
@@ -176,7 +203,7 @@ class EpisodeRunner:
     """Runs episodes of one environment with one chat format."""
 
     factory: EnvironmentFactory
-    chat: Chat
+    chat: ChatFormat
     environment: EnvironmentConfig
     rewards: RewardConfig
     redactor: Redactor = field(default_factory=Redactor.of_process)

@@ -152,8 +152,7 @@ class SandboxedEnvironment:
 
     async def reset(self, task: Task, attempt: TaskAttempt) -> Observation:
         """Start an episode in a fresh worker; raises InfrastructureError."""
-        public = {key: value for key, value in task.data.items() if key not in self.secrets}
-        self._task, self._blind, self._attempt = task, replace(task, data=public), attempt
+        self._take(task, attempt)
         worker = await self._fresh_worker()
         opened = await self._ground(worker, Opened, "reset", task=self._blind, attempt=attempt)
         self._state = opened.state
@@ -195,6 +194,8 @@ class SandboxedEnvironment:
 
     async def restore(self, task: Task, attempt: TaskAttempt, state: dict[str, Any]) -> None:
         """Go on from `state` in a fresh worker; raises InfrastructureError."""
+        self._take(task, attempt)
+        self._state = state
         worker = await self._fresh_worker()
         await self._ground(worker, None, "restore", task=self._blind, attempt=attempt, state=state)
 
@@ -206,6 +207,10 @@ class SandboxedEnvironment:
                 await worker.close()
             except InfrastructureError as error:
                 log.warning("%s", error)
+
+    def _take(self, task: Task, attempt: TaskAttempt) -> None:
+        public = {key: value for key, value in task.data.items() if key not in self.secrets}
+        self._task, self._blind, self._attempt = task, replace(task, data=public), attempt
 
     async def _fresh_worker(self) -> Worker:
         await self.close()

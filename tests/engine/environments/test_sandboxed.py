@@ -162,6 +162,28 @@ def test_a_tool_that_falls_costs_one_step(factory: EnvironmentFactory, cheat: st
     assert outcome == 1.0
 
 
+def test_an_episode_goes_on_in_another_object(factory: EnvironmentFactory) -> None:
+    task, attempt = factory.tasks.task(Split.TRAIN, 0), TaskAttempt(task=0, seed=1, group=0, attempt=0)
+
+    async def moved() -> tuple[str, float | None]:
+        one, other = factory.make(), factory.make()
+        assert isinstance(one, SandboxedEnvironment) and isinstance(other, SandboxedEnvironment)
+        try:
+            await one.reset(task, attempt)
+            await one.step(message_of("nothing"))
+            await other.restore(task, attempt, one.state())
+            assert other.state() == one.state()
+            counted = await other.step(message_of("count"))
+            await other.step(message_of("4711"))
+            (score,) = await other.score()
+            return counted.observation, score.value
+        finally:
+            await one.close()
+            await other.close()
+
+    assert asyncio.run(moved()) == ("2", 1.0)
+
+
 def test_a_long_observation_is_cut_and_says_so(factory: EnvironmentFactory) -> None:
     (move,), _ = played(factory, "talk")
     assert move.observation == "x" * 64 + "\n[cut at 64 characters]"
