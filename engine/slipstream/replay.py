@@ -89,6 +89,7 @@ async def differences(runner: EpisodeRunner, recorded: Trajectory) -> list[Diffe
         got = await runner.run(lease, speaker, recorded.sampling)
     finally:
         await runner.close()
+    assert isinstance(runner.chat, Chat)  # whose words the differences are told in
     return list(_compare(recorded, got, runner.chat, goes_on=speaker.ran_out))
 
 
