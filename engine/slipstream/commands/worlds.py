@@ -14,10 +14,11 @@ def _env_args(parser: argparse.ArgumentParser) -> None:
 
 def _env(chosen: argparse.Namespace) -> int:
     from slipstream.environments import SHIPPED
+    from slipstream.environments.packages import installation
 
     width = max(map(len, SHIPPED))
     for name, shipped in SHIPPED.items():
-        needs = f" [pip install 'slipstream[{shipped.extra}]']" if shipped.extra else ""
+        needs = f" [{installation(shipped.extra)}]" if shipped.extra else ""
         sys.stdout.write(f"{name:<{width}}  {shipped.about}{needs}\n")
     return 0
 

@@ -50,6 +50,11 @@ SHIPPED: Final[Mapping[str, Shipped]] = MappingProxyType(
             about="Who lives where: search, open and answer over a small library with near misses.",
             factory="slipstream.environments.research:factory",
         ),
+        "bfcl": Shipped(
+            about="BFCL multi-turn: a user's requests over eight stateful tool APIs, 800 tasks.",
+            factory="slipstream.environments.bfcl:factory",
+            extra="bfcl",
+        ),
     }
 )
 
