@@ -9,9 +9,7 @@ with other facts: nothing can be learned by heart.
 from __future__ import annotations
 
 import random
-import time
-from asyncio import sleep
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -22,10 +20,11 @@ from slipstream.config import EnvironmentConfig, Part, RewardConfig
 from slipstream.environments.factory import ORACLE, EnvironmentFactory, Script
 from slipstream.environments.options import read_options
 from slipstream.environments.scripted import DO_NOTHING, EXPERT, HASTY, WITHOUT_RETRY, Habits, research
-from slipstream.interfaces import AssistantMessage, Observation, ToolSpec, Transition
+from slipstream.environments.tool_episode import ANSWER, COMPLAINTS, FAULTS, Result, ToolEpisode, failed, tool
+from slipstream.interfaces import Observation, ToolSpec
 from slipstream.tools.documents import Document, DocumentStore
 from slipstream.tools.hermes import format_call
-from slipstream.types import Score, ScoreKind, Split, Task, TaskAttempt, ToolCall, ToolStatus
+from slipstream.types import Score, ScoreKind, Split, Task, TaskAttempt
 
 
 def _words(text: str) -> list[str]:
@@ -51,18 +50,11 @@ FIRST_IDENTIFIER, IDENTIFIERS = 10, 90
 TASKS_PER_WORLD = 8
 LEAST_PEOPLE = 10
 """So many that each task has its person and each manager enough near misses."""
-FAULTS = ("error: timeout", "error: unavailable", "error: rate limit")
-
-
-def _tool(name: str, description: str, argument: str) -> ToolSpec:
-    schema = {"type": "object", "properties": {argument: {"type": "string"}}, "required": [argument]}
-    return ToolSpec(name=name, description=description, parameters=schema)
-
 
 TOOLS = (
-    _tool("search", "List documents whose title holds all words", "query"),
-    _tool("open", "Read a document", "document"),
-    _tool("answer", "Give the final answer", "text"),
+    tool("search", "List documents whose title holds all words", "query"),
+    tool("open", "Read a document", "document"),
+    ANSWER,
 )
 
 
@@ -189,106 +181,57 @@ class ResearchTasks:
         return world, DocumentStore(world.documents)
 
 
-class ResearchEnvironment:
-    """One episode of research. Errors of tools are seeded by the attempt, so that a replay fails alike."""
+class ResearchEnvironment(ToolEpisode):
+    """One episode of research."""
 
     tools: Sequence[ToolSpec] = TOOLS
     secrets: Collection[str] = ("answer", "facts")
 
     def __init__(self, tasks: ResearchTasks, config: EnvironmentConfig, rewards: RewardConfig) -> None:
+        super().__init__(config, rewards)
         self._tasks = tasks
-        self._config = config
-        self._rewards = rewards
-        self._turn = 0
-        self._invalid = 0
-        self._answer: str | None = None
         self._opened: set[str] = set()
 
     async def reset(self, task: Task, attempt: TaskAttempt) -> Observation:
         """Open the task's world."""
-        self._task = task
         _, self._store = self._tasks.world(task.split, task.data["world"])
-        self._faults = random.Random(
-            f"faults {task.split} {attempt.task} {attempt.seed} {attempt.group} {attempt.attempt}"
-        )
-        return Observation(system="", user=task.question)
+        return await super().reset(task, attempt)
 
-    async def step(self, message: AssistantMessage) -> Transition:
-        """Carry one call out; a search or an open may fail with a standard error."""
-        turn, self._turn = self._turn, self._turn + 1
-        if message.error or message.arguments is None:
-            self._invalid += 1
-            lost = self._rewards.step_penalty + self._rewards.invalid_penalty
-            return Transition(observation=f"error: {message.error}", done=False, reward=-lost)
-        started = time.monotonic()
-        if self._config.tool_latency_s:
-            await sleep(self._config.tool_latency_s)
-        result, status, done = self._call(message.name, next(iter(message.arguments.values())))
-        call = ToolCall(
-            turn=turn,
-            name=message.name,
-            arguments=message.arguments,
-            status=status,
-            latency_s=time.monotonic() - started,
-        )
-        return Transition(observation=result, done=done, call=call, reward=-self._rewards.step_penalty)
-
-    async def score(self) -> Sequence[Score]:
-        """Outcome +1 or -1, a penalty per turn and per invalid call, shaping by the facts read."""
-        given, expected = self._answer or "", self._task.data["answer"]
-        right = given.strip().casefold() == expected.casefold()
-        weights = self._rewards
-        found = len(self._opened.intersection(self._task.data["facts"])) / self._tasks.options.hops
-        return (
-            Score(name="outcome", kind=ScoreKind.OUTCOME, weight=1.0, value=1.0 if right else -1.0),
-            Score(name="step", kind=ScoreKind.PENALTY, weight=-weights.step_penalty, value=float(self._turn)),
-            Score(
-                name="invalid",
-                kind=ScoreKind.PENALTY,
-                weight=-weights.invalid_penalty,
-                value=float(self._invalid),
-            ),
-            Score(name="facts", kind=ScoreKind.SHAPING, weight=weights.shaping, value=found),
-        )
-
-    def state(self) -> dict[str, Any]:
-        """Return turns, answer, documents read, and where the faults stand."""
-        return {
-            "turn": self._turn,
-            "invalid": self._invalid,
-            "answer": self._answer,
-            "opened": sorted(self._opened),
-            "faults": self._faults.getstate(),
-        }
-
-    async def restore(self, task: Task, attempt: TaskAttempt, state: dict[str, Any]) -> None:
-        """Go on where `state` was taken."""
-        await self.reset(task, attempt)
-        self._turn, self._invalid, self._answer = state["turn"], state["invalid"], state["answer"]
-        self._opened = set(state["opened"])
-        version, words, gauss = state["faults"]
-        self._faults.setstate((version, tuple(words), gauss))
-
-    def _call(self, name: str, argument: str) -> tuple[str, ToolStatus, bool]:
-        if name == "answer":
-            self._answer = argument
-            return "", ToolStatus.OK, True
-        if self._faults.random() < self._config.tool_failure_rate:
-            return self._faults.choice(FAULTS), ToolStatus.ERROR, False
+    async def call(self, name: str, arguments: Mapping[str, Any]) -> Result:
+        """Search or open."""
+        argument = next(iter(arguments.values()))
         if name == "search":
-            return "\n".join(self._store.search(argument)) or "no results", ToolStatus.OK, False
+            return Result(text="\n".join(self._store.search(argument)) or "no results")
         body = self._store.open(argument)
         if body is None:
-            return "error: no such document", ToolStatus.ERROR, False
+            return failed("no such document")
         self._opened.add(argument)
-        return body, ToolStatus.OK, False
+        return Result(text=body)
+
+    def right(self) -> bool:
+        """Tell whether the answer is the city asked for."""
+        expected: str = self._task.data["answer"]
+        return (self._answer or "").strip().casefold() == expected.casefold()
+
+    def more_scores(self) -> Sequence[Score]:
+        """Shaping by the facts read."""
+        found = len(self._opened.intersection(self._task.data["facts"])) / self._tasks.options.hops
+        return (Score(name="facts", kind=ScoreKind.SHAPING, weight=self._rewards.shaping, value=found),)
+
+    def memory(self) -> dict[str, Any]:
+        """Return the documents read."""
+        return {"opened": sorted(self._opened)}
+
+    def remember(self, memory: dict[str, Any]) -> None:
+        """Take up the documents read."""
+        self._opened = set(memory["opened"])
 
 
 def corpus(options: ResearchOptions, *, worlds: int = 64) -> Iterator[str]:
     """Yield text as episodes hold it: questions, calls, listings, documents, errors."""
     yield "Tools: search(query), open(document), answer(text)"
     yield from FAULTS
-    yield from ("error: no such document", "error: no tool call", "error: call is not JSON", "no results")
+    yield from ("error: no such document", *COMPLAINTS, "no results")
     for number in range(worlds):
         world = build_world(Split.TRAIN, number, options)
         for person, name in enumerate(world.people):
