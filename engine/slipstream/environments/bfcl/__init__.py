@@ -11,6 +11,7 @@ from slipstream.environments.bfcl.tasks import SECRET, BfclOptions, BfclTasks, C
 from slipstream.environments.factory import ORACLE, EnvironmentFactory, Play, Script
 from slipstream.environments.options import read_options
 from slipstream.environments.packages import installed
+from slipstream.environments.tool_episode import COMPLAINTS, FAULTS
 from slipstream.tools.hermes import format_call
 from slipstream.types import Split, Task
 
@@ -48,7 +49,7 @@ def oracle(task: Task) -> Play:
         for name, arguments in turn:
             for _ in range(TRIES):
                 said = yield format_call(name, arguments)
-                if not said.startswith("error: "):
+                if said not in FAULTS:
                     break
         yield DONE if turn else MISSING
 
@@ -71,7 +72,7 @@ def corpus(tasks: BfclTasks, *, most: int = 200) -> Iterator[str]:
     """Yield text as episodes hold it: tools, questions, calls, results."""
     from slipstream.environments.bfcl.apis import Apis
 
-    yield from (SYSTEM, MORE_TOOLS, DONE, MISSING, IDLE, "error: no tool call", "error: unknown tool")
+    yield from (SYSTEM, MORE_TOOLS, DONE, MISSING, IDLE, *FAULTS, *COMPLAINTS)
     for index in range(min(most, tasks.size(Split.TRAIN))):
         task = tasks.task(Split.TRAIN, index)
         entry = tasks.entry(task)

@@ -9,26 +9,26 @@ several messages here, with the same state and the same results.
 from __future__ import annotations
 
 import json
-import time
-from asyncio import sleep
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Final
 
 from slipstream.config import EnvironmentConfig, RewardConfig
 from slipstream.environments.bfcl.apis import Apis, Call
 from slipstream.environments.bfcl.judge import passed_turns
 from slipstream.environments.bfcl.tasks import SECRET, BfclTasks
+from slipstream.environments.tool_episode import Result, ToolEpisode, failed
 from slipstream.interfaces import AssistantMessage, Observation, ToolSpec, Transition
-from slipstream.types import Score, ScoreKind, Task, TaskAttempt, ToolCall, ToolStatus
+from slipstream.types import Score, ScoreKind, Task, TaskAttempt, ToolStatus
 
 SYSTEM: Final = (
-    "Do what the user asks with the tools, one call after another. When it is done, or when a tool or a value "
-    "that it takes is missing, say so in plain text: that ends your turn, and the user goes on."
+    "Do what the user asks with the tools, one call after another. When it is done, or when a tool or a "
+    "value that it takes is missing, say so in plain text: that ends your turn, and the user goes on."
 )
 MORE_TOOLS: Final = "{}\nThese tools are new. Can you do it now?"
 
 
-class BfclEnvironment:
+class BfclEnvironment(ToolEpisode):
     """One episode."""
 
     secrets: Collection[str] = (SECRET,)
@@ -36,114 +36,91 @@ class BfclEnvironment:
 
     def __init__(self, tasks: BfclTasks, config: EnvironmentConfig, rewards: RewardConfig) -> None:
         """Load nothing yet."""
+        super().__init__(config, rewards)
         self.tools: Sequence[ToolSpec] = ()
-        self._tasks, self._config, self._rewards = tasks, config, rewards
+        self._tasks = tasks
 
     async def reset(self, task: Task, attempt: TaskAttempt) -> Observation:
         """Set the APIs up; nothing in them is random."""
-        self._task, self._entry = task, self._tasks.entry(task)
-        self._turns: list[list[Call]] = [[]]
-        self._messages = self._invalid = self._since_user = 0
-        self._overrun = False
-        entry = self._entry
+        await super().reset(task, attempt)
+        self._entry = entry = self._tasks.entry(task)
+        self._said: list[list[Call]] = [[]]
+        self._since_user, self._overrun = 0, False
         self._apis = Apis(entry.apis, entry.setting(), long_context=entry.long_context)
         self._known = self._tasks.catalogue.tools_of(entry)
         self.tools = [self._known[name] for name in task.data["tools"]]
-        return Observation(system=SYSTEM, user=self._said(0))
+        return Observation(system=SYSTEM, user=self._request(0))
 
     async def step(self, message: AssistantMessage) -> Transition:
         """Carry one message out; plain text hands over to the user."""
-        number, self._messages = self._messages, self._messages + 1
-        if message.error:
-            self._invalid += 1
-            lost = self._rewards.step_penalty + self._rewards.invalid_penalty
-            return Transition(observation=f"error: {message.error}", done=self._counted(), reward=-lost)
-        if message.arguments is None:
+        if not message.error and message.arguments is None:
             return self._handed_over()
-        started = time.monotonic()
-        if self._config.tool_latency_s:
-            await sleep(self._config.tool_latency_s)
-        said, well = self._call(message.name, message.arguments)
-        call = ToolCall(
-            turn=number,
-            name=message.name,
-            arguments=message.arguments,
-            status=ToolStatus.OK if well else ToolStatus.ERROR,
-            latency_s=time.monotonic() - started,
-        )
-        return Transition(
-            observation=said, done=self._counted(), call=call, reward=-self._rewards.step_penalty
-        )
+        transition = await super().step(message)
+        self._since_user += 1
+        if self._since_user > self._tasks.options.calls_per_turn:
+            self._overrun = True
+            return replace(transition, done=True)
+        return transition
+
+    async def call(self, name: str, arguments: Mapping[str, Any]) -> Result:
+        """Call an API."""
+        return self._called(name, arguments)
 
     async def score(self) -> Sequence[Score]:
         """Outcome +1 when every turn passes BFCL's checks, else -1; shaping by the share that does."""
-        gold = self._task.data[SECRET]
-        # The last list is of a turn that was not handed over, when the episode ended before its end.
-        finished = [] if self._overrun else self._turns[:-1]
-        passed = passed_turns(self._entry, finished, gold)
-        weights = self._rewards
-        penalties = (
-            ("step", weights.step_penalty, self._messages),
-            ("invalid", weights.invalid_penalty, self._invalid),
-        )
-        return (
-            Score(
-                name="outcome",
-                kind=ScoreKind.OUTCOME,
-                weight=1.0,
-                value=1.0 if passed == len(gold) else -1.0,
-            ),
-            *(
-                Score(name=name, kind=ScoreKind.PENALTY, weight=-weight, value=float(count))
-                for name, weight, count in penalties
-            ),
-            Score(name="turns", kind=ScoreKind.SHAPING, weight=weights.shaping, value=passed / len(gold)),
-        )
+        # The last list is of a turn that was not handed over.
+        finished = [] if self._overrun else self._said[:-1]
+        self._passed = passed_turns(self._entry, finished, self._task.data[SECRET])
+        return await super().score()
 
-    def state(self) -> dict[str, Any]:
+    def right(self) -> bool:
+        """Tell whether every turn passes."""
+        return self._passed == len(self._task.data[SECRET])
+
+    def more_scores(self) -> Sequence[Score]:
+        """Return the share of turns that pass."""
+        share = self._passed / len(self._task.data[SECRET])
+        return [Score(name="turns", kind=ScoreKind.SHAPING, weight=self._rewards.shaping, value=share)]
+
+    def memory(self) -> dict[str, Any]:
         """Return the calls of each turn: they lead to the same objects again."""
         return {
-            "turns": [[[name, dict(arguments)] for name, arguments in turn] for turn in self._turns],
-            "messages": self._messages,
-            "invalid": self._invalid,
+            "said": [[[name, dict(arguments)] for name, arguments in turn] for turn in self._said],
             "since_user": self._since_user,
             "overrun": self._overrun,
         }
 
-    async def restore(self, task: Task, attempt: TaskAttempt, state: dict[str, Any]) -> None:
+    def remember(self, memory: dict[str, Any]) -> None:
         """Play the calls again."""
-        await self.reset(task, attempt)
-        for number, turn in enumerate(state["turns"]):
+        for number, turn in enumerate(memory["said"]):
             if number:
-                self._turns.append([])
-                self._said(number)
+                self._begin(number)
             for name, arguments in turn:
-                self._call(name, arguments)
-        self._messages, self._invalid = state["messages"], state["invalid"]
-        self._since_user, self._overrun = state["since_user"], state["overrun"]
+                self._called(name, arguments)
+        self._since_user, self._overrun = memory["since_user"], memory["overrun"]
 
-    def _call(self, name: str, arguments: dict[str, Any]) -> tuple[str, bool]:
+    def _called(self, name: str, arguments: Mapping[str, Any]) -> Result:
         if all(tool.name != name for tool in self.tools):
-            return "error: unknown tool", False
-        self._turns[-1].append((name, arguments))
-        return self._apis.call(name, arguments)
-
-    def _counted(self) -> bool:
-        """Count what the policy did since the user spoke; return whether that is enough."""
-        self._since_user += 1
-        self._overrun = self._since_user > self._tasks.options.calls_per_turn
-        return self._overrun
+            return failed("unknown tool")
+        self._said[-1].append((name, arguments))
+        text, well = self._apis.call(name, arguments)
+        return Result(text=text, status=ToolStatus.OK if well else ToolStatus.ERROR)
 
     def _handed_over(self) -> Transition:
-        turn = len(self._turns)
-        self._turns.append([])
+        self._turn += 1
         self._since_user = 0
         lost = -self._rewards.step_penalty
-        if turn == len(self._entry.turns):
+        said = self._begin(len(self._said))
+        if said is None:
             return Transition(observation="", done=True, reward=lost)
-        return Transition(observation=self._said(turn), done=False, reward=lost, role="user")
+        return Transition(observation=said, done=False, reward=lost, role="user")
 
-    def _said(self, turn: int) -> str:
+    def _begin(self, turn: int) -> str | None:
+        """Begin a turn of the policy with what the user says; None: the user has nothing to say any more."""
+        self._said.append([])
+        return self._request(turn) if turn < len(self._entry.turns) else None
+
+    def _request(self, turn: int) -> str:
         """Return what the user says in a turn, and give the tools that are withheld until then."""
         given = [self._known[name] for name in self._task.data["given"].get(str(turn), ())]
         if not given:

@@ -180,8 +180,8 @@ class BfclTasks:
         empty = [str(split) for split, entries in self._listed.items() if not entries]
         if empty:
             raise ConfigurationError(
-                f"environment.options: no task of split {empty[0]} has all its APIs among domains and at most "
-                f"most_turns = {options.most_turns} messages of the user; allow more domains or turns"
+                f"environment.options: no task of split {empty[0]} has all its APIs among domains and at "
+                f"most most_turns = {options.most_turns} messages of the user; allow more domains or turns"
             )
         self._solutions = lru_cache(maxsize=4)(catalogue.solutions)
         self.task = lru_cache(maxsize=4096)(self._task)
