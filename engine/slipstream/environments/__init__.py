@@ -55,6 +55,12 @@ SHIPPED: Final[Mapping[str, Shipped]] = MappingProxyType(
             factory="slipstream.environments.bfcl:factory",
             extra="bfcl",
         ),
+        "tau2": Shipped(
+            about="τ²: a service agent, its policy and its database; tau2:retail or tau2:telecom.",
+            factory="slipstream.environments.tau2:factory",
+            extra="tau2",
+            variants=True,
+        ),
     }
 )
 
