@@ -23,7 +23,10 @@ TRIES = 5
 
 
 class Tau2Options(Part):
-    """There are none: the variant of the name says all."""
+    """Which tasks are posed."""
+
+    idle: bool = False
+    """Poses those tasks too that are done when nothing is: 7 of the 114 in retail, where all is denied."""
 
 
 def factory(config: EnvironmentConfig, rewards: RewardConfig) -> EnvironmentFactory:
@@ -33,12 +36,12 @@ def factory(config: EnvironmentConfig, rewards: RewardConfig) -> EnvironmentFact
         raise ConfigurationError(
             f"environment.name: tau2 has the variants {', '.join(DOMAINS)}, got {config.name}"
         )
-    read_options(Tau2Options, config)
+    options = read_options(Tau2Options, config)
     versions = installed(
         "tau2", "tau2", "addict", "deepdiff", "docstring_parser", "dotenv", "loguru", "toml", "yaml"
     )
     domain = domain_of(name)
-    tasks = Tau2Tasks(domain)
+    tasks = Tau2Tasks(domain, idle=options.idle)
     return EnvironmentFactory(
         tasks=tasks,
         make=lambda: Tau2Environment(tasks, config, rewards),

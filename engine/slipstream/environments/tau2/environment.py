@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from slipstream.config import EnvironmentConfig, RewardConfig
 from slipstream.environments.tau2.domains import DONE, Domain
-from slipstream.environments.tau2.judge import begun, expected_digest, judged
+from slipstream.environments.tau2.judge import DEFAULT, basis, begun, expected_digest, judged
 from slipstream.environments.tau2.user import NOTES, ScriptedUser
 from slipstream.environments.tool_episode import Result, ToolEpisode
 from slipstream.interfaces import AssistantMessage, Observation, ToolSpec, Transition
@@ -26,13 +26,18 @@ _FIELDS: Final = dict(
 class Tau2Tasks:
     """The base tasks: the package's training split trains, its test split is held out and fresh in turn."""
 
-    def __init__(self, domain: Domain) -> None:
-        """Read all tasks of a domain."""
+    def __init__(self, domain: Domain, *, idle: bool = False) -> None:
+        """Read all tasks of a domain; `idle` ones, which are done when nothing is, are left out or not."""
         self.domain = domain
         splits, self._tasks = domain.tasks()
+        self._untouched = domain.fresh().digest()
+        self._expected = lru_cache(maxsize=1024)(self._expected_by)
         tests = splits["test"]
-        self._listed = {Split.TRAIN: splits["train"], Split.HELDOUT: tests[::2], Split.FRESH: tests[1::2]}
-        self._expected: dict[str, str] = {}
+        parts = {Split.TRAIN: splits["train"], Split.HELDOUT: tests[::2], Split.FRESH: tests[1::2]}
+        self._listed = {
+            split: [name for name in names if idle or not self._is_idle(name)]
+            for split, names in parts.items()
+        }
         self.task = lru_cache(maxsize=1024)(self._task)
 
     def size(self, split: Split) -> int:
@@ -41,10 +46,17 @@ class Tau2Tasks:
 
     def expected(self, task: Task) -> str:
         """Return the digest of the database that the gold actions lead to; worked out once per task."""
-        identifier = task.data["id"]
-        if identifier not in self._expected:
-            self._expected[identifier] = expected_digest(self.domain, task.data[SECRET], task.data["start"])
-        return self._expected[identifier]
+        return self._expected(task.data["id"])
+
+    def _expected_by(self, identifier: str) -> str:
+        told = self._tasks[identifier]
+        return expected_digest(self.domain, told["evaluation_criteria"], _start(told))
+
+    def _is_idle(self, identifier: str) -> bool:
+        """Tell whether the database is to stay as it is, and nothing is to be told."""
+        criteria = self._tasks[identifier]["evaluation_criteria"]
+        asked = {*basis(criteria)} - {*DEFAULT} or criteria.get("communicate_info")
+        return not asked and self._expected(identifier) == self._untouched
 
     def _task(self, split: Split, index: int) -> Task:
         """Return the task at `index`; behind the last one the first comes again."""
@@ -56,10 +68,14 @@ class Tau2Tasks:
         data = {
             "id": told["id"],
             "notes": notes,
-            "start": (told.get("initial_state") or {}).get("initialization_actions") or [],
+            "start": _start(told),
             SECRET: told["evaluation_criteria"],
         }
         return Task(split=split, index=index, question=question, data=data)
+
+
+def _start(told: Mapping[str, Any]) -> list[dict[str, Any]]:
+    return (told.get("initial_state") or {}).get("initialization_actions") or []
 
 
 class Tau2Environment(ToolEpisode):

@@ -30,7 +30,7 @@ def judged(
 
     expected: digest of the database that the gold actions lead to; calls, said: what the agent did and told.
     """
-    kinds = criteria.get("reward_basis") or DEFAULT
+    kinds = basis(criteria)
     met = {}
     if "DB" in kinds:
         met["DB"] = world.digest() == expected
@@ -44,6 +44,11 @@ def judged(
             any(info.lower() in text for text in told) for info in criteria.get("communicate_info") or ()
         )
     return met
+
+
+def basis(criteria: Mapping[str, Any]) -> Sequence[str]:
+    """Return which criteria of a task count."""
+    return criteria.get("reward_basis") or DEFAULT
 
 
 def expected_digest(domain: Domain, criteria: Mapping[str, Any], start: Sequence[Mapping[str, Any]]) -> str:
