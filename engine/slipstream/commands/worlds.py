@@ -14,7 +14,7 @@ def _env_args(parser: argparse.ArgumentParser) -> None:
 
 def _env(chosen: argparse.Namespace) -> int:
     from slipstream.environments import SHIPPED
-    from slipstream.environments.packages import installation
+    from slipstream.extras import installation
 
     width = max(map(len, SHIPPED))
     for name, shipped in SHIPPED.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 
 from slipstream.config import EnvironmentConfig, RewardConfig
@@ -10,8 +11,8 @@ from slipstream.environments.bfcl.environment import MORE_TOOLS, SYSTEM, BfclEnv
 from slipstream.environments.bfcl.tasks import SECRET, BfclOptions, BfclTasks, Catalogue
 from slipstream.environments.factory import ORACLE, EnvironmentFactory, Play, Script
 from slipstream.environments.options import read_options
-from slipstream.environments.packages import installed
 from slipstream.environments.tool_episode import COMPLAINTS, FAULTS
+from slipstream.extras import require
 from slipstream.tools.hermes import format_call
 from slipstream.types import Split, Task
 
@@ -24,7 +25,7 @@ TRIES = 5
 
 def factory(config: EnvironmentConfig, rewards: RewardConfig) -> EnvironmentFactory:
     """Return what makes the environment; raises ConfigurationError for options and missing packages."""
-    versions = installed("bfcl", "bfcl_eval", "mpmath")
+    require("bfcl", "bfcl_eval", "mpmath", by="environment bfcl")
     import bfcl_eval
 
     options = read_options(BfclOptions, config)
@@ -39,7 +40,7 @@ def factory(config: EnvironmentConfig, rewards: RewardConfig) -> EnvironmentFact
             ORACLE: Script(play=oracle, about="makes the gold calls one by one"),
         },
         careless=Script(play=hasty, about="makes the first gold call of each turn and calls it done"),
-        versions=versions,
+        versions={name: version(name) for name in ("bfcl-eval", "mpmath")},
     )
 
 

