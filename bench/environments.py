@@ -116,14 +116,14 @@ def bfcl() -> dict[str, Any]:
 
 def _bfcl_verdicts(factory: EnvironmentFactory) -> dict[str, int]:
     """Count replays on which our judge and the package's checker agree, and on which they differ."""
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests/engine/environments"))
-    import bfcl_replays
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests/engine/environments/bfcl"))
+    import replays
 
     agreed = Counter[str]()
     tasks: Any = factory.tasks
     for task in every_task(factory):
-        for replay in bfcl_replays.replays(task):
-            ours, theirs = bfcl_replays.verdicts(tasks.entry(task), replay, task)
+        for replay in replays.replays(task):
+            ours, theirs = replays.verdicts(tasks.entry(task), replay, task)
             agreed["agree" if ours == theirs else "differ"] += 1
             agreed["valid"] += theirs
     return dict(agreed)

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from importlib.metadata import version
-from pathlib import Path
 
 from slipstream.config import EnvironmentConfig, RewardConfig
 from slipstream.environments.bfcl.environment import MORE_TOOLS, SYSTEM, BfclEnvironment
-from slipstream.environments.bfcl.tasks import SECRET, BfclOptions, BfclTasks, Catalogue
+from slipstream.environments.bfcl.tasks import SECRET, BfclOptions, BfclTasks, catalogue
 from slipstream.environments.factory import ORACLE, EnvironmentFactory, Play, Script
 from slipstream.environments.options import read_options
 from slipstream.environments.tool_episode import COMPLAINTS, FAULTS
@@ -26,11 +25,8 @@ TRIES = 5
 def factory(config: EnvironmentConfig, rewards: RewardConfig) -> EnvironmentFactory:
     """Return what makes the environment; raises ConfigurationError for options and missing packages."""
     require("bfcl", "bfcl_eval", "mpmath", by="environment bfcl")
-    import bfcl_eval
-
     options = read_options(BfclOptions, config)
-    (home,) = bfcl_eval.__path__
-    tasks = BfclTasks(Catalogue(Path(home) / "data"), options)
+    tasks = BfclTasks(catalogue(), options)
     return EnvironmentFactory(
         tasks=tasks,
         make=lambda: BfclEnvironment(tasks, config, rewards),

@@ -127,7 +127,11 @@ class Apis:
                 guards.enter_context(mpmath.workdps(15))
             try:
                 # An API may keep a list that it is given, and change it.
-                return spelled(getattr(self.instances[owner], name)(**deepcopy(dict(arguments)))), True
+                own = {
+                    key: deepcopy(value) if isinstance(value, list | dict) else value
+                    for key, value in arguments.items()
+                }
+                return spelled(getattr(self.instances[owner], name)(**own)), True
             except RAISED as error:
                 return f"Error during execution: {error}", False
 

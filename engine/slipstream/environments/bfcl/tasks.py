@@ -18,9 +18,9 @@ from __future__ import annotations
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, get_args
 
 import msgspec
 from pydantic import Field
@@ -93,23 +93,22 @@ class Entry:
 
 
 class Catalogue:
-    """All that the installed package holds; read when it is asked for."""
+    """All that the installed package holds: tasks and tools, and solutions when they are asked for."""
 
     def __init__(self, folder: Path) -> None:
+        """Read tasks and tools: a sandbox may hide the files from its workers, and finds them read."""
         self._folder = folder
-        self.tools = lru_cache(maxsize=16)(self._tools)
+        self.entries: Mapping[Category, tuple[Entry, ...]] = {
+            category: tuple(_entry(line, category) for line in self._lines(_FILES.format(category)))
+            for category in get_args(Category)
+        }
+        self.by_identifier: Mapping[str, Entry] = {
+            entry.identifier: entry for entries in self.entries.values() for entry in entries
+        }
+        self._tools = {api: self._read_tools(api) for api in get_args(Domain)}
+        self.solutions = lru_cache(maxsize=4)(self._solutions)
 
-    def entries(self, category: Category) -> tuple[Entry, ...]:
-        """Return a category's tasks by number."""
-        return tuple(_entry(line, category) for line in self._lines(_FILES.format(category)))
-
-    @cached_property
-    def by_identifier(self) -> Mapping[str, Entry]:
-        """Every task."""
-        categories: tuple[Category, ...] = ("base", "miss_func", "miss_param", "long_context")
-        return {entry.identifier: entry for name in categories for entry in self.entries(name)}
-
-    def solutions(self, category: Category) -> Mapping[str, tuple[tuple[Call, ...], ...]]:
+    def _solutions(self, category: Category) -> Mapping[str, tuple[tuple[Call, ...], ...]]:
         """Return the gold calls of each task and turn."""
         found = {}
         for line in self._lines(f"possible_answer/{_FILES.format(category)}"):
@@ -122,8 +121,11 @@ class Catalogue:
             )
         return found
 
-    def _tools(self, api: str) -> Mapping[str, ToolSpec]:
+    def tools(self, api: str) -> Mapping[str, ToolSpec]:
         """Return an API's tools by name, in the order of the package."""
+        return self._tools[api]
+
+    def _read_tools(self, api: str) -> Mapping[str, ToolSpec]:
         from bfcl_eval.constants.executable_backend_config import MULTI_TURN_FUNC_DOC_FILE_MAPPING
 
         listed = self._lines(f"multi_turn_func_doc/{MULTI_TURN_FUNC_DOC_FILE_MAPPING[api]}")
@@ -143,6 +145,18 @@ class Catalogue:
     def _lines(self, name: str) -> list[dict[str, Any]]:
         with (self._folder / name).open(encoding="utf-8") as file:
             return [msgspec.json.decode(line) for line in file if line.strip()]
+
+
+@lru_cache(maxsize=1)
+def catalogue() -> Catalogue:
+    """Return what is installed, which is read once in a process, its APIs and its checker imported."""
+    import bfcl_eval
+    import bfcl_eval.eval_checker.multi_turn_eval.multi_turn_checker
+
+    for api in get_args(Domain):
+        methods(api)
+    (home,) = bfcl_eval.__path__
+    return Catalogue(Path(home) / "data")
 
 
 def _widened(tool: str, schema: dict[str, Any]) -> dict[str, Any]:
@@ -183,7 +197,6 @@ class BfclTasks:
                 f"environment.options: no task of split {empty[0]} has all its APIs among domains and at "
                 f"most most_turns = {options.most_turns} messages of the user; allow more domains or turns"
             )
-        self._solutions = lru_cache(maxsize=4)(catalogue.solutions)
         self.task = lru_cache(maxsize=4096)(self._task)
 
     def size(self, split: Split) -> int:
@@ -197,7 +210,7 @@ class BfclTasks:
     def _task(self, split: Split, index: int) -> Task:
         """Return the task at `index`."""
         entry = self._listed[split][index % self.size(split)]
-        calls = self._solutions(entry.category)[entry.identifier]
+        calls = self.catalogue.solutions(entry.category)[entry.identifier]
         shown = self._shown(entry, calls)
         given = _given(entry, calls)
         later = {name for names in given.values() for name in names}
@@ -214,7 +227,7 @@ class BfclTasks:
         chosen = [
             entry
             for category in self.options.categories
-            for entry in self.catalogue.entries(category)
+            for entry in self.catalogue.entries[category]
             if split_of(entry.number) is split
             and len(entry.turns) <= self.options.most_turns
             and (not allowed or allowed.issuperset(entry.apis))

@@ -109,13 +109,14 @@ class Domain(ABC):
         """Return the package's environment."""
 
     def tasks(self) -> tuple[dict[str, list[str]], dict[str, dict[str, Any]]]:
-        """Return the package's own splits, and each task by its identifier."""
+        """Return the package's own splits, and each of its base tasks by its identifier."""
         import tau2
 
         folder = Path(next(iter(tau2.__path__))) / "data/tau2/domains" / self.name
         splits = msgspec.json.decode((folder / "split_tasks.json").read_bytes())
         listed = msgspec.json.decode((folder / "tasks.json").read_bytes())
-        return splits, {task["id"]: task for task in listed}
+        base = set(splits["base"])
+        return splits, {task["id"]: task for task in listed if task["id"] in base}
 
 
 class _RetailWorld(World):
@@ -229,7 +230,7 @@ def calculated(expression: str) -> tuple[str, bool]:
 
 def _value(node: ast.expr) -> float:
     match node:
-        case ast.Constant(value=int() | float() as number):
+        case ast.Constant(value=int() | float() as number) if not isinstance(number, bool):
             return number
         case ast.BinOp(left=left, op=sign, right=right):
             return _SIGNS[type(sign)](_value(left), _value(right))

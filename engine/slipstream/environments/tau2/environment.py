@@ -7,7 +7,7 @@ from functools import lru_cache
 from typing import Any, Final
 
 from slipstream.config import EnvironmentConfig, RewardConfig
-from slipstream.environments.tau2.domains import DONE, Domain
+from slipstream.environments.tau2.domains import DOMAINS, DONE, Domain, domain_of
 from slipstream.environments.tau2.judge import DEFAULT, basis, begun, expected_digest, judged
 from slipstream.environments.tau2.user import NOTES, ScriptedUser
 from slipstream.environments.tool_episode import Result, ToolEpisode
@@ -29,14 +29,12 @@ class Tau2Tasks:
     def __init__(self, domain: Domain, *, idle: bool = False) -> None:
         """Read all tasks of a domain; `idle` ones, which are done when nothing is, are left out or not."""
         self.domain = domain
-        splits, self._tasks = domain.tasks()
-        self._untouched = domain.fresh().digest()
-        self._expected = lru_cache(maxsize=1024)(self._expected_by)
+        splits, self._tasks = _book(domain.name)
+        left_out = frozenset() if idle else _idle(domain.name)
         tests = splits["test"]
         parts = {Split.TRAIN: splits["train"], Split.HELDOUT: tests[::2], Split.FRESH: tests[1::2]}
         self._listed = {
-            split: [name for name in names if idle or not self._is_idle(name)]
-            for split, names in parts.items()
+            split: [name for name in names if name not in left_out] for split, names in parts.items()
         }
         self.task = lru_cache(maxsize=1024)(self._task)
 
@@ -46,17 +44,7 @@ class Tau2Tasks:
 
     def expected(self, task: Task) -> str:
         """Return the digest of the database that the gold actions lead to; worked out once per task."""
-        return self._expected(task.data["id"])
-
-    def _expected_by(self, identifier: str) -> str:
-        told = self._tasks[identifier]
-        return expected_digest(self.domain, told["evaluation_criteria"], _start(told))
-
-    def _is_idle(self, identifier: str) -> bool:
-        """Tell whether the database is to stay as it is, and nothing is to be told."""
-        criteria = self._tasks[identifier]["evaluation_criteria"]
-        asked = {*basis(criteria)} - {*DEFAULT} or criteria.get("communicate_info")
-        return not asked and self._expected(identifier) == self._untouched
+        return _expected(self.domain.name, task.data["id"])
 
     def _task(self, split: Split, index: int) -> Task:
         """Return the task at `index`; behind the last one the first comes again."""
@@ -76,6 +64,30 @@ class Tau2Tasks:
 
 def _start(told: Mapping[str, Any]) -> list[dict[str, Any]]:
     return (told.get("initial_state") or {}).get("initialization_actions") or []
+
+
+@lru_cache(maxsize=len(DOMAINS))
+def _book(domain: str) -> tuple[dict[str, list[str]], dict[str, dict[str, Any]]]:
+    return domain_of(domain).tasks()
+
+
+@lru_cache(maxsize=1024)
+def _expected(domain: str, identifier: str) -> str:
+    told = _book(domain)[1][identifier]
+    return expected_digest(domain_of(domain), told["evaluation_criteria"], _start(told))
+
+
+@lru_cache(maxsize=len(DOMAINS))
+def _idle(domain: str) -> frozenset[str]:
+    """Return the tasks in which the database is to stay as it is, and nothing is to be told."""
+    untouched = domain_of(domain).fresh().digest()
+    criteria = {name: told["evaluation_criteria"] for name, told in _book(domain)[1].items()}
+    silent = [
+        name
+        for name, told in criteria.items()
+        if not told.get("communicate_info") and set(basis(told)) <= set(DEFAULT)
+    ]
+    return frozenset(name for name in silent if _expected(domain, name) == untouched)
 
 
 class Tau2Environment(ToolEpisode):
