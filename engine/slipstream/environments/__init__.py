@@ -54,6 +54,17 @@ SHIPPED: Final[Mapping[str, Shipped]] = MappingProxyType(
             about="Who lives where: search, open and answer over a small library with near misses.",
             factory="slipstream.environments.research:factory",
         ),
+        "bfcl": Shipped(
+            about="BFCL multi-turn: a user's requests over eight stateful tool APIs, 800 tasks.",
+            factory="slipstream.environments.bfcl:factory",
+            extra="bfcl",
+        ),
+        "tau2": Shipped(
+            about="τ²: a service agent, its policy and its database; tau2:retail or tau2:telecom.",
+            factory="slipstream.environments.tau2:factory",
+            extra="tau2",
+            variants=True,
+        ),
     }
 )
 

@@ -41,6 +41,8 @@ class Moved(msgspec.Struct, frozen=True, kw_only=True):
 
     transition: Transition
     state: dict[str, Any]
+    other_tools: bool
+    """Whether the policy may call other tools from now on; which ones a worker in which no tool ran says."""
 
 
 class Opened(msgspec.Struct, frozen=True, kw_only=True):
@@ -48,6 +50,7 @@ class Opened(msgspec.Struct, frozen=True, kw_only=True):
 
     observation: Observation
     state: dict[str, Any]
+    tools: tuple[ToolSpec, ...]
 
 
 class EnvironmentService:
@@ -59,16 +62,20 @@ class EnvironmentService:
     async def reset(self, task: Any, attempt: Any) -> Opened:
         """Start an episode."""
         observation = await self._environment.reset(*_posed(task, attempt))
-        return Opened(observation=observation, state=self._environment.state())
+        environment = self._environment
+        return Opened(observation=observation, state=environment.state(), tools=tuple(environment.tools))
 
-    async def restore(self, task: Any, attempt: Any, state: dict[str, Any]) -> None:
-        """Take up an episode that another worker began."""
+    async def restore(self, task: Any, attempt: Any, state: dict[str, Any]) -> Sequence[ToolSpec]:
+        """Take up an episode that another worker began; return its tools."""
         await self._environment.restore(*_posed(task, attempt), state)
+        return self._environment.tools
 
     async def step(self, message: Any) -> Moved:
         """Carry one message out."""
+        before = self._environment.tools
         transition = await self._environment.step(msgspec.convert(message, AssistantMessage))
-        return Moved(transition=transition, state=self._environment.state())
+        other_tools = self._environment.tools != before
+        return Moved(transition=transition, state=self._environment.state(), other_tools=other_tools)
 
     async def judge(self, task: Any, attempt: Any, state: dict[str, Any]) -> Sequence[Score]:
         """Score an episode by its last state."""
@@ -155,7 +162,7 @@ class SandboxedEnvironment:
         self._take(task, attempt)
         worker = await self._fresh_worker()
         opened = await self._ground(worker, Opened, "reset", task=self._blind, attempt=attempt)
-        self._state = opened.state
+        self._state, self.tools = opened.state, opened.tools
         return opened.observation
 
     async def step(self, message: AssistantMessage) -> Transition:
@@ -173,6 +180,8 @@ class SandboxedEnvironment:
         else:
             if math.isfinite(moved.transition.reward):
                 self._state = moved.state
+                if moved.other_tools:
+                    await self.restore(self._task, self._attempt, self._state)
                 return self._checked(moved.transition, message, turn, time.monotonic() - started)
             fault = wording.BROKE_PROTOCOL
         await self.restore(self._task, self._attempt, self._state)
@@ -197,7 +206,9 @@ class SandboxedEnvironment:
         self._take(task, attempt)
         self._state = state
         worker = await self._fresh_worker()
-        await self._ground(worker, None, "restore", task=self._blind, attempt=attempt, state=state)
+        self.tools = await self._ground(
+            worker, tuple[ToolSpec, ...], "restore", task=self._blind, attempt=attempt, state=state
+        )
 
     async def close(self) -> None:
         """Kill the worker with all it started."""
@@ -217,7 +228,7 @@ class SandboxedEnvironment:
         self._worker = await self._sandbox.worker()
         return self._worker
 
-    async def _ground(self, worker: Worker, kind: type[T] | None, method: str, **arguments: Any) -> T:
+    async def _ground(self, worker: Worker, kind: type[T], method: str, **arguments: Any) -> T:
         """Call a method in which no tool of the policy's runs: whatever fails is the host's fault."""
         try:
             raw = await worker.call(method, self._config.timeout_s, **arguments)

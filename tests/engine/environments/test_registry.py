@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from slipstream import extras
 from slipstream.config import EnvironmentConfig, RewardConfig, load_config
 from slipstream.environments import SHIPPED, environment_factory
 from slipstream.errors import ConfigurationError
@@ -43,6 +44,15 @@ def test_one_of_ones_own_is_a_function_or_a_factory(own: Path, attribute: str) -
     factory = environment_factory(EnvironmentConfig(name=f"{own}:{attribute}"), RewardConfig())
     task = factory.tasks.task(Split.TRAIN, 3)
     assert task.question.startswith("Where does the manager of ")
+
+
+@pytest.mark.parametrize(("name", "lacks"), [("bfcl", "bfcl_eval"), ("tau2", "tau2")])
+def test_what_a_missing_package_takes_is_said(name: str, lacks: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(extras, "find_spec", lambda package: None)
+    assert refusal(name=name) == (
+        f"environment {name} needs the extra {name}, and {lacks} is not installed; "
+        f"run pip install 'slipstream[{name}]' && pip install --no-deps {extras.ALONE[name]}"
+    )
 
 
 def test_options_reach_the_environment() -> None:
