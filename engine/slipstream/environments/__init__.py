@@ -54,6 +54,10 @@ SHIPPED: Final[Mapping[str, Shipped]] = MappingProxyType(
             about="Who lives where: search, open and answer over a small library with near misses.",
             factory="slipstream.environments.research:factory",
         ),
+        "sql": Shipped(
+            about="Questions over a shop's SQLite database: look at its schema, query, answer.",
+            factory="slipstream.environments.sql:factory",
+        ),
     }
 )
 
