@@ -34,33 +34,7 @@ COLUMN_NAMES: Final[Mapping[str, tuple[str, ...]]] = {
 NEAR_MISS: Final[Mapping[str, str]] = {"city": "former_", "price": "old_"}
 """What stands before the name of the column that is not meant."""
 MATERIALS: Final = words("Oak Steel Linen Glass Stone Copper Paper Wool Cork Silk Brass Clay")
-    "Oak",
-    "Steel",
-    "Linen",
-    "Glass",
-    "Stone",
-    "Copper",
-    "Paper",
-    "Wool",
-    "Cork",
-    "Silk",
-    "Brass",
-    "Clay",
-]
 THINGS: Final = words("Lamp Chair Bowl Shelf Rug Clock Vase Mirror Tray Stool Basket Frame")
-    "Lamp",
-    "Chair",
-    "Bowl",
-    "Shelf",
-    "Rug",
-    "Clock",
-    "Vase",
-    "Mirror",
-    "Tray",
-    "Stool",
-    "Basket",
-    "Frame",
-]
 CATEGORIES: Final = ("kitchen", "office", "garden", "bedroom")
 CITIES_OF_SHOP: Final = 6
 MAX_QUANTITY: Final = 60
