@@ -54,6 +54,11 @@ SHIPPED: Final[Mapping[str, Shipped]] = MappingProxyType(
             about="Who lives where: search, open and answer over a small library with near misses.",
             factory="slipstream.environments.research:factory",
         ),
+        "python": Shipped(
+            about="Computations too long for the head: run Python, answer.",
+            factory="slipstream.environments.python:factory",
+            extra="python",
+        ),
         "sql": Shipped(
             about="Questions over a shop's SQLite database: look at its schema, query, answer.",
             factory="slipstream.environments.sql:factory",
