@@ -84,7 +84,9 @@ def test_what_code_raises_is_shown_in_one_line() -> None:
     pytest.importorskip("pydantic_monty")
     factory = factory_of("python")
     task = factory.tasks.task(Split.TRAIN, 0)
-    (move,), _ = played(factory, task, [format_call("run", {"code": "raise ValueError('a\\nb' + 'c' * 500)"})])
+    (move,), _ = played(
+        factory, task, [format_call("run", {"code": "raise ValueError('a\\nb' + 'c' * 500)"})]
+    )
     assert move.observation == ("error: ValueError: a b" + "c" * 500)[:200]
     assert move.call is not None and move.call.status == "error"
     factory.close()
@@ -143,7 +145,5 @@ def test_episodes_run_side_by_side() -> None:
     async def every() -> list[str]:
         return await asyncio.gather(*map(one, range(30)))
 
-    assert asyncio.run(every()) == [
-        str(factory.tasks.task(Split.TRAIN, i).data["answer"]) for i in range(30)
-    ]
+    assert asyncio.run(every()) == [str(factory.tasks.task(Split.TRAIN, i).data["answer"]) for i in range(30)]
     factory.close()

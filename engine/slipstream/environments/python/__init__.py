@@ -54,7 +54,7 @@ class PythonOptions(Part):
 
 
 def factory(config: EnvironmentConfig, rewards: RewardConfig) -> EnvironmentFactory:
-    """Return what makes the environment; raises ConfigurationError for its options and without its package."""
+    """Return what makes the environment; raises ConfigurationError."""
     options = read_options(PythonOptions, config)
     tasks = PythonTasks(options)
     interpreter = Interpreter(seconds=options.seconds, wait_s=config.timeout_s)
@@ -117,7 +117,8 @@ def equals(given: str, expected: int | str) -> bool:
     plain = given.strip().removesuffix(".").strip("'\"")
     if isinstance(expected, str):
         return plain.casefold() == expected.casefold()
-    return bool(re.fullmatch(r"[-+]?[0-9][0-9,_]{0,99}", plain)) and int(re.sub("[,_]", "", plain)) == expected
+    whole = re.fullmatch(r"[-+]?[0-9][0-9,]{0,99}", plain)
+    return whole is not None and int(plain.replace(",", "")) == expected
 
 
 def compute(task: Task, habits: Habits) -> Play:

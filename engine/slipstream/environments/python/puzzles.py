@@ -52,9 +52,8 @@ def _drawn_arithmetic(draw: random.Random) -> Numbers:
     shape = draw.choice(("({} + {}) * {}", "({} - {}) * {}", "{} * ({} + {})"))
     expression = shape.format(first, second, third)
     bare = expression.replace("(", "").replace(")", "")
-    return {
-        "first": first, "second": second, "third": third, "shape": shape, "expression": expression, "bare": bare,
-    }  # fmt: skip
+    numbers = {"first": first, "second": second, "third": third}
+    return numbers | {"shape": shape, "expression": expression, "bare": bare}
 
 
 def _primes(about: Numbers) -> int:
@@ -214,8 +213,9 @@ def pose(split: Split, index: int, kinds: tuple[str, ...]) -> tuple[str, Puzzle]
             if str(answer) not in text:
                 slips = draw.random() < SLIPS
                 careless = kind.careless if slips else kind.code
-                yield text, Puzzle(
-                    answer=answer, code=kind.code.format(**about), careless=careless.format(**about)
+                yield (
+                    text,
+                    Puzzle(answer=answer, code=kind.code.format(**about), careless=careless.format(**about)),
                 )
 
     found = first_of(split, drawn())
