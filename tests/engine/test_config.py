@@ -18,7 +18,8 @@ def refusal(overrides: list[str], recipe: str | Path = "research") -> str:
 
 
 def test_shipped_recipes_load() -> None:
-    assert shipped_recipes() == ["deep-research", "research", "research-multihop", "smollm2"]
+    names = ["deep-research", "python", "research", "research-multihop", "smollm2", "sql"]
+    assert shipped_recipes() == names
     assert load_config("research").environment.options == {}
     assert load_config("research-multihop").environment.options == {"hops": 2}
     assert load_config("smollm2").model.path == "models/smollm2"
@@ -113,7 +114,7 @@ def test_mistakes_in_a_file_name_the_file(tmp_path: Path) -> None:
 def test_unknown_recipe_lists_the_shipped_ones() -> None:
     message = refusal([], "reserch")
     assert 'unknown recipe "reserch"; did you mean research' in message
-    assert "shipped are deep-research, research, research-multihop" in message
+    assert "shipped are deep-research, python, research, research-multihop" in message
 
 
 def test_dump_and_save_read_back_unchanged(tmp_path: Path) -> None:

@@ -12,7 +12,8 @@ import datetime
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, Final
 
-from slipstream.errors import ConfigurationError, ToolError
+from slipstream.errors import ToolError
+from slipstream.extras import require
 
 if TYPE_CHECKING:
     from pydantic_monty import AsyncMonty
@@ -38,13 +39,9 @@ class Interpreter:
         seconds: of one snippet; wait_s: until a worker is free. Raises ConfigurationError when the package
         is missing.
         """
-        try:
-            import pydantic_monty
-        except ImportError as error:
-            raise ConfigurationError(
-                "environment.name: python needs the package pydantic-monty, which is not installed; "
-                "pip install 'slipstream[python]'"
-            ) from error
+        require("python", "pydantic_monty", by="environment python")
+        import pydantic_monty
+
         self._monty = pydantic_monty
         self._seconds, self._wait_s = seconds, wait_s
         self._pool: AsyncMonty | None = None

@@ -13,7 +13,7 @@ import asyncio
 import json
 import logging
 import os
-import select
+import selectors
 import shutil
 import subprocess
 import threading
@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any, Final, TypeVar
 
 from slipstream.errors import ConfigurationError, InfrastructureError, ToolError
+from slipstream.extras import require
 
 T = TypeVar("T")
 START_S: Final = 30.0
@@ -191,13 +192,15 @@ class Jvm:
         """Return the first lines it says."""
         assert self._process.stdout is not None
         out, said, until = self._process.stdout.fileno(), b"", time.monotonic() + START_S
-        while said.count(b"\n") < count:
-            ready, _, _ = select.select([out], [], [], max(0.0, until - time.monotonic()))
-            more = os.read(out, 4096) if ready else b""
-            if not more:
-                what = "ended" if ready else f"did not say where it listens within {START_S:g} s"
-                raise InfrastructureError(f"java: the process {what}")
-            said += more
+        with selectors.DefaultSelector() as speaking:
+            speaking.register(out, selectors.EVENT_READ)
+            while said.count(b"\n") < count:
+                ready = speaking.select(timeout=max(0.0, until - time.monotonic()))
+                more = os.read(out, 4096) if ready else b""
+                if not more:
+                    what = "ended" if ready else f"did not say where it listens within {START_S:g} s"
+                    raise InfrastructureError(f"java: the process {what}")
+                said += more
         return said.decode().splitlines()[:count]
 
 
@@ -222,14 +225,10 @@ def _decoded(text: str) -> dict[str, Any]:
 
 
 def _jars() -> tuple[str, str]:
-    try:
-        from py4j.java_gateway import find_jar_path
-        from textworld_express.constants import JAR_PATH
-    except ImportError as error:
-        raise ConfigurationError(
-            "environment.name: textworld needs the package textworld-express, which is not installed; "
-            "pip install 'slipstream[textworld]'"
-        ) from error
+    require("textworld", "textworld_express", "py4j", by="environment textworld")
+    from py4j.java_gateway import find_jar_path
+    from textworld_express.constants import JAR_PATH
+
     if shutil.which("java") is None:
         raise ConfigurationError(
             "environment.name: textworld needs Java, expected the program java on PATH, found none; install "

@@ -127,8 +127,8 @@ def test_a_missing_package_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> N
     with pytest.raises(ConfigurationError) as caught:
         factory(EnvironmentConfig(name="python"), RewardConfig())
     assert str(caught.value) == (
-        "environment.name: python needs the package pydantic-monty, which is not installed; "
-        "pip install 'slipstream[python]'"
+        "environment python needs the extra python, and pydantic_monty is not installed; "
+        "run pip install 'slipstream[python]'"
     )
 
 

@@ -157,8 +157,8 @@ def test_the_calculator_and_going_on_from_any_state() -> None:
 
 def test_a_wrong_dataset_names_the_nearest() -> None:
     for name, said in (
-        ("reasoning-gym:basic_aritmetic", "has no dataset basic_aritmetic; did you mean basic_arithmetic?"),
-        ("reasoning-gym", "give reasoning-gym a dataset, as in reasoning-gym:"),
+        ("reasoning-gym:basic_aritmetic", "got basic_aritmetic; did you mean basic_arithmetic?"),
+        ("reasoning-gym", "expected a dataset of reasoning-gym, as in reasoning-gym:chain_sum, got none"),
     ):
         with pytest.raises(ConfigurationError, match=re.escape(said)):
             environment_factory(EnvironmentConfig(name=name), RewardConfig())

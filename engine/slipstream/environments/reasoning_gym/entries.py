@@ -12,8 +12,10 @@ import re
 from functools import lru_cache
 from typing import Any, Final
 
+from slipstream.config_sentences import hint
 from slipstream.environments.splits import split_of
 from slipstream.errors import ConfigurationError
+from slipstream.extras import require
 from slipstream.types import Split
 
 BLOCK: Final = 64
@@ -39,13 +41,10 @@ class Entries:
         self._gym = _package()
         known = self._gym.factory.DATASETS.keys() - {"composite"}
         if name not in known:
-            from slipstream.config_sentences import hint
-
             near = hint(name, sorted(known)) or f"; there are {', '.join(sorted(known))}"
             raise ConfigurationError(
-                f"environment.name: reasoning-gym has no dataset {name or 'without a name'}{near}"
-                if name
-                else f"environment.name: give reasoning-gym a dataset, as in reasoning-gym:{min(known)}{near}"
+                "environment.name: expected a dataset of reasoning-gym, as in reasoning-gym:chain_sum, got "
+                f"{name or 'none'}{near}"
             )
         self.name = name
         self._whole = self._gym.create_dataset(name, size=BLOCK, seed=0)
@@ -140,12 +139,8 @@ def harmless(answer: str) -> bool:
 
 
 def _package() -> Any:
-    try:
-        import reasoning_gym
-        import reasoning_gym.factory
-    except ImportError as error:
-        raise ConfigurationError(
-            "environment.name: reasoning-gym needs the package reasoning-gym, which is not installed; "
-            "pip install 'slipstream[reasoning-gym]'"
-        ) from error
+    require("reasoning-gym", "reasoning_gym", by="environment reasoning-gym")
+    import reasoning_gym
+    import reasoning_gym.factory
+
     return reasoning_gym

@@ -1,6 +1,6 @@
 """Floor 4. Which datasets of reasoning-gym may be trained on: what fuzzing all their scorers has found.
 
-`scorers.json` holds the findings, with version and date; `bench/reasoning_gym_scorers.py` writes it.
+`scorers.json` holds the findings, with version and date; `bench/audits/reasoning_gym_scorers.py` writes it.
 """
 
 from __future__ import annotations
@@ -12,6 +12,9 @@ from typing import Any, Final
 
 MOST_PAID: Final = 0.3
 """A constant answer may earn less than this, as a mean score and as a share of entries solved."""
+
+MOST_DRAW_S: Final = 1.0
+"""An entry must be drawn in less CPU time than this."""
 
 
 @cache
@@ -36,6 +39,8 @@ def why_unfit(name: str) -> str:
         return f"gives its own answer a score of {row['own']:g}"
     if not row["repeats"]:
         return "does not draw the same entry twice"
+    if row["draw_s"] >= MOST_DRAW_S:
+        return f"takes {row['draw_s']:g} s to draw an entry, for which an actor's other episodes would wait"
     if row["runs"]:
         return "has a scorer that runs the answer as code"
     if row["raises"]:
