@@ -20,6 +20,8 @@ from slipstream.tools.hermes import format_call
 from slipstream.types import Split
 
 pytest.importorskip("textworld_express")
+# py4j leaves sockets of a machine that died to the garbage collector, which may find them in any test.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 if shutil.which("java") is None:
     pytest.skip("there is no Java here", allow_module_level=True)
 

@@ -39,7 +39,7 @@ def why_unfit(name: str) -> str:
         return f"gives its own answer a score of {row['own']:g}"
     if not row["repeats"]:
         return "does not draw the same entry twice"
-    if row["draw_s"] >= MOST_DRAW_S:
+    if row.get("draw_s", 0.0) >= MOST_DRAW_S:
         return f"takes {row['draw_s']:g} s to draw an entry, for which an actor's other episodes would wait"
     if row["runs"]:
         return "has a scorer that runs the answer as code"
