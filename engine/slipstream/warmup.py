@@ -46,10 +46,13 @@ log = logging.getLogger(__name__)
 def main(config: RunConfig, folder: Path) -> int:
     """Warm-start the configured policy and publish it as RUN/checkpoints/warmup.
 
-    Raises WarmStartError with advice when held-out success stays below `warmup.min_success`.
+    Raises WarmStartError with advice when held-out success stays below `warmup.min_success`, and
+    ConfigurationError when the environment is unfit for training, or without a script to learn from.
     """
     torch.set_num_threads(config.actor.threads + config.learner.threads)
     factory = environment_factory(in_folder(config.environment, folder), config.rewards)
+    if factory.unfit:
+        raise ConfigurationError(factory.unfit)
     own = read_chats(config.warmup.chats) if config.warmup.chats else []
     said = (text for conversation in own for text in conversation.texts())
     policy = first_policy(config, itertools.chain(factory.corpus(), said))

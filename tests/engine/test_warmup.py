@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import dataclasses
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -134,6 +135,15 @@ def test_baselines_of_others_stand_beside_those_of_the_scripts(tmp_path: Path) -
 def test_without_steps_the_model_is_taken_as_it_is(tmp_path: Path) -> None:
     assert warmup.main(config_of("warmup.max_steps=0", "warmup.min_success=0.0"), tmp_path) == 0
     assert json.loads((tmp_path / "checkpoints" / "warmup" / "manifest.json").read_text())["step"] == 0
+
+
+def test_an_environment_that_is_unfit_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    config = config_of()
+    made = environment_factory(config.environment, config.rewards)
+    unfit = dataclasses.replace(made, unfit="environment.name: this one pays for nonsense")
+    monkeypatch.setattr(warmup, "environment_factory", lambda *given: unfit)
+    with pytest.raises(ConfigurationError, match=r"^environment\.name: this one pays for nonsense$"):
+        warmup.main(config, tmp_path)
 
 
 def test_limits_that_stop_the_expert_are_refused(tmp_path: Path) -> None:

@@ -65,6 +65,27 @@ SHIPPED: Final[Mapping[str, Shipped]] = MappingProxyType(
             extra="tau2",
             variants=True,
         ),
+        "python": Shipped(
+            about="Computations too long for the head: run Python, answer.",
+            factory="slipstream.environments.python:factory",
+            extra="python",
+        ),
+        "reasoning-gym": Shipped(
+            about="Puzzles of one dataset, as in reasoning-gym:basic_arithmetic: a calculator, an answer.",
+            factory="slipstream.environments.reasoning_gym:factory",
+            extra="reasoning-gym",
+            variants=True,
+        ),
+        "sql": Shipped(
+            about="Questions over a shop's SQLite database: look at its schema, query, answer.",
+            factory="slipstream.environments.sql:factory",
+        ),
+        "textworld": Shipped(
+            about="Text games, as in textworld:coin: commands until the game is won or lost (needs Java).",
+            factory="slipstream.environments.textworld:factory",
+            extra="textworld",
+            variants=True,
+        ),
     }
 )
 

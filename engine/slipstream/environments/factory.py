@@ -46,6 +46,8 @@ class EnvironmentFactory:
     """Gives the rest of the demonstrations, with mistakes for reinforcement learning to mend."""
     versions: Mapping[str, str] = field(default_factory=dict)
     """Packages and data that tasks, tools and scores depend on, by name: a run records and compares them."""
+    unfit: str = ""
+    """Why nobody should train on it, in one sentence that also says how to do so all the same; empty: fit."""
     rehearse: Callable[[], Environment] | None = None
     """Makes environments for the author's own scripts, which need no sandbox; None: like `make`."""
     close: Callable[[], None] = _nothing_to_close

@@ -28,20 +28,21 @@ from slipstream.tools.hermes import format_call
 from slipstream.types import Score, ScoreKind, Split, Task, TaskAttempt, ToolStatus
 
 
-def _words(text: str) -> list[str]:
+def words(text: str) -> list[str]:
+    """Return the words of a text."""
     return text.split()
 
 
-FIRST_NAMES = _words(
+FIRST_NAMES = words(
     "Ada Bela Carl Dora Emil Fay Gus Hana Ivan Jana Karl Lena Milo Nora Otto Pia Quin Rosa Saul "
     "Tara Ugo Vera Walt Xena Yuri Zoe Abel Beth Cleo Drew Elsa Finn"
 )
-LAST_NAMES = _words(
+LAST_NAMES = words(
     "Adler Brandt Conti Dahl Egan Falk Gruber Holm Ivers Jansen Kline Lund Moss Novak Olsen "
     "Payne Quist Reyes Stone Tran Urban Vance Weber Xavier Young Zorn Archer Becker Cole Drake "
     "Ellis Ford"
 )
-CITIES = _words(
+CITIES = words(
     "Athens Bern Cairo Delhi Essen Fes Genoa Hanoi Izmir Jena Kyoto Lima Milan Nice Oslo Porto "
     "Quito Rome Seoul Turin Ulm Vienna Warsaw Xian York Zagreb Accra Basel Cork Dakar Evora "
     "Faro"

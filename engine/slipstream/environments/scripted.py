@@ -41,38 +41,38 @@ def research(task: Task, hops: int, habits: Habits) -> Generator[str, str, None]
     """
     try:
         if not habits.acts:
-            raise _GaveUp
+            raise GaveUp
         subject = task.data["person"]
         for _ in range(hops - 1):
             subject = yield from _find(f"{subject} manager", _MANAGER, "boss", "is the manager", habits)
         city = yield from _find(f"{subject} home", _HOME, "city", "lives in", habits)
-    except _GaveUp:
+    except GaveUp:
         city = "unknown"
     yield format_call("answer", {"text": city})
 
 
-class _GaveUp(Exception):
-    """Raised inside a script that does not retry."""
+class GaveUp(Exception):
+    """Raised inside a script that knows no further; it then answers "unknown"."""
 
 
 def _find(
     query: str, pattern: re.Pattern[str], field: str, true_verb: str, habits: Habits
 ) -> Generator[str, str, str]:
     """Search, then open documents until one convinces; return the field it tells."""
-    listed = yield from _insist(format_call("search", {"query": query}), habits)
+    listed = yield from insist(format_call("search", {"query": query}), habits)
     for identifier in listed.split("\n"):
-        body = yield from _insist(format_call("open", {"document": identifier}), habits)
+        body = yield from insist(format_call("open", {"document": identifier}), habits)
         told = pattern.match(body)
         if told and (told["verb"] == true_verb or not habits.reads_on):
             return told[field]
-    raise _GaveUp
+    raise GaveUp
 
 
-def _insist(call: str, habits: Habits) -> Generator[str, str, str]:
+def insist(call: str, habits: Habits) -> Generator[str, str, str]:
     """Make a call, again after each error if that is the habit."""
     while True:
         result = yield call
         if not result.startswith("error"):
             return result
         if not habits.retries:
-            raise _GaveUp
+            raise GaveUp

@@ -203,8 +203,8 @@ class ToolEpisode(ABC):
         if fault is not None:
             await self._take_time()
             return Result(text=fault, status=ToolStatus.ERROR), False
-        spec = next(tool for tool in self.tools if tool.name == name)
-        if not spec.pure:
+        spec = next((tool for tool in self.tools if tool.name == name), None)
+        if spec is None or not spec.pure:
             result = await self._called(name, arguments)
             self.saw(name, arguments, result)
             return result, False

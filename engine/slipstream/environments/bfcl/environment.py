@@ -64,7 +64,7 @@ class BfclEnvironment(ToolEpisode):
 
     async def call(self, name: str, arguments: Mapping[str, Any]) -> Result:
         """Call an API."""
-        return self._called(name, arguments)
+        return self._used(name, arguments)
 
     async def score(self) -> Sequence[Score]:
         """Outcome +1 when every turn passes BFCL's checks, else -1; shaping by the share that does."""
@@ -96,10 +96,10 @@ class BfclEnvironment(ToolEpisode):
             if number:
                 self._begin(number)
             for name, arguments in turn:
-                self._called(name, arguments)
+                self._used(name, arguments)
         self._since_user, self._overrun = memory["since_user"], memory["overrun"]
 
-    def _called(self, name: str, arguments: Mapping[str, Any]) -> Result:
+    def _used(self, name: str, arguments: Mapping[str, Any]) -> Result:
         if all(tool.name != name for tool in self.tools):
             return failed("unknown tool")
         self._said[-1].append((name, arguments))

@@ -129,7 +129,7 @@ class Tau2Environment(ToolEpisode):
 
     async def call(self, name: str, arguments: Mapping[str, Any]) -> Result:
         """Use a tool."""
-        return self._called(name, arguments)
+        return self._used(name, arguments)
 
     async def score(self) -> Sequence[Score]:
         """Outcome +1 when the episode was ended and every criterion that counts is met, else -1."""
@@ -158,11 +158,11 @@ class Tau2Environment(ToolEpisode):
     def remember(self, memory: dict[str, Any]) -> None:
         """Make the calls again."""
         for name, arguments in memory["calls"]:
-            self._called(name, arguments)
+            self._used(name, arguments)
         self._said, self._ended = list(memory["said"]), memory["ended"]
         self._user = ScriptedUser(self._task.data["notes"], memory["read"])
 
-    def _called(self, name: str, arguments: Mapping[str, Any]) -> Result:
+    def _used(self, name: str, arguments: Mapping[str, Any]) -> Result:
         if self._domain.solo and name == DONE.name:
             self._ended = True
             return Result(text="", done=True)
