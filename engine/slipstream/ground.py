@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Protocol, TypeVar, runtime_checkable
 
@@ -45,10 +45,18 @@ class Ground:
     """
 
     def __init__(
-        self, environment: Environment, config: EnvironmentConfig, backoff: Backoff | None = None
+        self,
+        environment: Environment,
+        config: EnvironmentConfig,
+        backoff: Backoff | None = None,
+        *,
+        only: Collection[str] = (),
     ) -> None:
-        """Touch nothing yet; without `backoff` it is as configured."""
-        self.tools = environment.tools
+        """Touch nothing yet; without `backoff` it is as configured.
+
+        only: the names of the tools there are; empty: all.
+        """
+        self.tools = [tool for tool in environment.tools if not only or tool.name in only]
         self.converses = isinstance(environment, Conversing) and environment.converses
         self._environment, self._config = environment, config
         self._backoff = backoff or Backoff(first_s=config.backoff_s)

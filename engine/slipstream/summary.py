@@ -9,6 +9,7 @@ from __future__ import annotations
 import platform
 from collections.abc import Sequence
 from importlib import metadata
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -69,8 +70,18 @@ def summarise(config: RunConfig, folder: Path, audited: Audit | None = None) -> 
             "final_tasks": config.evaluation.final_tasks,
         },
         "books": books,
+        **_stages(train),
         "versions": _versions(),
     }
+
+
+def _stages(train: Sequence[Row]) -> dict[str, Any]:
+    """Return a curriculum's stages as [step from which on, stage], or nothing without one."""
+    staged = [
+        (row["step"], row["curriculum/stage"]) for row in train if row.get("curriculum/stage") is not None
+    ]
+    changes = [after for before, after in pairwise([(0, -1.0), *staged]) if before[1] != after[1]]
+    return {"stages": [[int(step), int(stage)] for step, stage in changes]} if staged else {}
 
 
 def total(rows: Sequence[Row], name: str) -> float:
