@@ -33,6 +33,7 @@ class Dispatcher:
         state = self._state
         if len(state.complete) < self._config.batch.groups:
             return False
+        self.filter_groups(ready=True)
         stale = state.overage(step)
         if stale:
             self._log(events.Dropped(identities=tuple(state.members(stale)), reason="dropped_by_slip"))
@@ -43,15 +44,20 @@ class Dispatcher:
         self.filter_groups()
         return True
 
-    def filter_groups(self) -> None:
-        """Drop complete groups that tell nothing, oldest first, as far as they may be replaced.
+    def filter_groups(self, *, ready: bool = False) -> None:
+        """Drop groups that tell nothing, oldest first, as far as they may be replaced.
 
-        A group is judged by all its episodes or not at all, so that none leaves for being long or short.
+        A group is judged by all its episodes or not at all, and in the order of groups: when all before it
+        are complete, or, with `ready`, when a batch could be made. Its length decides neither whether it is
+        dropped nor which of several is, where not all may be.
         """
         state = self._state
         while state.course.alike and state.course.refills_left(state.steps) > 0:
-            identities = tuple(state.members([min(state.course.alike)]))
-            self._log(events.Dropped(identities=identities, reason="filtered"))
+            group = min(state.course.alike)
+            waits = any(other < group for other in state.groups.keys() - state.complete)
+            if waits and not (ready and len(state.complete) >= self._config.batch.groups):
+                return
+            self._log(events.Dropped(identities=tuple(state.members([group])), reason="filtered"))
 
     def measure(self, metrics: Mapping[str, float | list[float]]) -> None:
         """Log what a row of the learner says about its divergence, once for each step.

@@ -18,7 +18,7 @@ def refusal(overrides: list[str], recipe: str | Path = "research") -> str:
 
 
 def test_shipped_recipes_load() -> None:
-    assert shipped_recipes() == ["research", "research-multihop", "smollm2"]
+    assert shipped_recipes() == ["research", "research-curriculum", "research-multihop", "smollm2"]
     assert load_config("research").environment.options == {}
     assert load_config("research-multihop").environment.options == {"hops": 2}
     assert load_config("smollm2").model.path == "models/smollm2"
@@ -113,7 +113,7 @@ def test_mistakes_in_a_file_name_the_file(tmp_path: Path) -> None:
 def test_unknown_recipe_lists_the_shipped_ones() -> None:
     message = refusal([], "reserch")
     assert 'unknown recipe "reserch"; did you mean research' in message
-    assert "shipped are research, research-multihop" in message
+    assert "shipped are research, research-curriculum, research-multihop" in message
 
 
 def test_dump_and_save_read_back_unchanged(tmp_path: Path) -> None:
