@@ -239,8 +239,9 @@ class Actor:
 
     async def _episode(self, lease: Lease, backend: Sampler) -> None:
         evaluation, config = lease.evaluation >= 0, self._config
+        usual = config.evaluation.temperature if evaluation else config.sampling.temperature
         sampling = Sampling(
-            temperature=config.evaluation.temperature if evaluation else config.sampling.temperature,
+            temperature=usual if lease.temperature is None else lease.temperature,
             top_p=config.evaluation.top_p if evaluation else 1.0,
             max_tokens=config.sampling.max_tokens,
         )

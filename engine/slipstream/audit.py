@@ -119,6 +119,7 @@ class History:
             kept.received.slot: kept.received.identity for kept in state.items if kept.fate == "buffered"
         }
         self.batches = dict(enumerate(state.batches, state.first_batch))
+        self.dropped.update(kept.received.identity for kept in state.items if kept.fate == "filtered")
 
     def _came_before(self, identity: TrajectoryId) -> bool:
         intervals = self.before.get((identity.actor, identity.epoch), ())

@@ -20,6 +20,8 @@ from pydantic import Field, ValidationError, model_validator
 
 from slipstream.addresses import stays_on_machine
 from slipstream.config_base import Part
+from slipstream.config_curriculum import CurriculumConfig, StageConfig
+from slipstream.config_curriculum import demands as demands_of_curriculum
 from slipstream.config_parts import (
     ActorConfig,
     BatchConfig,
@@ -52,6 +54,7 @@ __all__ = [
     "AgentConfig",
     "BatchConfig",
     "CheckpointConfig",
+    "CurriculumConfig",
     "EnvironmentConfig",
     "EvaluationConfig",
     "HubConfig",
@@ -66,6 +69,7 @@ __all__ = [
     "RunConfig",
     "SamplingConfig",
     "SandboxConfig",
+    "StageConfig",
     "SupervisionConfig",
     "TrackingConfig",
     "WarmupConfig",
@@ -108,6 +112,7 @@ class RunConfig(Part):
     batch: BatchConfig = BatchConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
     rewards: RewardConfig = RewardConfig()
+    curriculum: CurriculumConfig = CurriculumConfig()
     optim: OptimConfig = OptimConfig()
     learner: LearnerConfig = LearnerConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
@@ -188,6 +193,14 @@ def _demands(config: RunConfig) -> Iterator[tuple[bool, str, str, object]]:
     yield cache == "off" or sandbox == "none", "environment.tool_cache", expected, f'"{cache}"'
     device = re.fullmatch(r"auto|cpu|cuda(:\d+)?", config.device)
     yield device is not None, "device", '"auto", "cpu", "cuda" or "cuda:N"', f'"{config.device}"'
+    yield from demands_of_curriculum(
+        config.curriculum,
+        environment=config.environment,
+        agent=config.agent,
+        sampling=config.sampling,
+        batch=config.batch,
+        objective=config.objective,
+    )
 
 
 def load_config(recipe: str | Path, overrides: Sequence[str] = ()) -> RunConfig:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from slipstream import events
@@ -32,6 +33,7 @@ class Dispatcher:
         state = self._state
         if len(state.complete) < self._config.batch.groups:
             return False
+        self.filter_groups(ready=True)
         stale = state.overage(step)
         if stale:
             self._log(events.Dropped(identities=tuple(state.members(stale)), reason="dropped_by_slip"))
@@ -39,7 +41,35 @@ class Dispatcher:
         if identities is None:
             return False
         self._log(events.Trained(step=step, identities=tuple(identities)))
+        self.filter_groups()
         return True
+
+    def filter_groups(self, *, ready: bool = False) -> None:
+        """Drop groups that tell nothing, oldest first, as far as they may be replaced.
+
+        A group is judged by all its episodes or not at all, and in the order of groups: when all before it
+        are complete, or, with `ready`, when a batch could be made. Its length decides neither whether it is
+        dropped nor which of several is, where not all may be.
+        """
+        state = self._state
+        while state.course.alike and state.course.refills_left(state.steps) > 0:
+            group = min(state.course.alike)
+            waits = any(other < group for other in state.groups.keys() - state.complete)
+            if waits and not (ready and len(state.complete) >= self._config.batch.groups):
+                return
+            self._log(events.Dropped(identities=tuple(state.members([group])), reason="filtered"))
+
+    def measure(self, metrics: Mapping[str, float | list[float]]) -> None:
+        """Log what a row of the learner says about its divergence, once for each step.
+
+        Only for the step whose batch is next: what is said later, again by a learner that came back, would
+        change what the batches since have added up to.
+        """
+        kl, step, state = metrics.get("kl/reference"), metrics.get("step"), self._state
+        if not self._config.curriculum.enabled or not isinstance(kl, float) or not math.isfinite(kl):
+            return
+        if step == state.steps and state.steps not in state.course.measured:
+            self._log(events.Measured(step=state.steps, kl=kl))
 
     def end_evaluation(self) -> events.EvaluationDone | None:
         """Log and return the result of the evaluation under way once all its episodes are back."""
@@ -86,7 +116,13 @@ class Dispatcher:
             len(state.training.waiting) < sum(wants.values()) and state.room >= self._config.batch.group_size
         ):
             group = state.next_group
-            self._log(events.GroupOpened(group=group, task=group, split=Split.TRAIN))
+            made = state.course.next_opening()
+            self._log(
+                events.GroupOpened(
+                    group=group, task=made.task, split=Split.TRAIN, stage=made.stage,
+                    temperature=made.temperature,
+                )
+            )  # fmt: skip
         yield from self._lease(state.training, state.leasable(), wants, names)
 
     def evaluate(self, wants: Mapping[bytes, int], names: Mapping[bytes, str]) -> Given:
@@ -102,6 +138,10 @@ class Dispatcher:
         names: Mapping[bytes, str],
     ) -> Given:
         for peer, slots in assign(waiting, wants).items():
-            leases = tuple(lease_for(slot, desk, self._config.seed) for slot in slots)
+            leases = tuple(lease_for(slot, desk, self._config.seed, self._opening(slot)) for slot in slots)
             self._log(events.Leased(actor=names[peer], leases=leases))
             yield peer, leases
+
+    def _opening(self, slot: events.Slot) -> events.Opening:
+        """Return what an episode poses; a held-out one is its task."""
+        return events.Opening(task=slot[1]) if slot[0] >= 0 else self._state.course.opening(slot[1])

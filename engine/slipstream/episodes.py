@@ -24,7 +24,7 @@ from slipstream.ground import Ground
 from slipstream.interfaces import Environment, InferenceBackend, Observation, ToolSpec, Transition
 from slipstream.redaction import Redactor
 from slipstream.retries import Backoff
-from slipstream.rewards import turn_rewards
+from slipstream.rewards import leniently, turn_rewards
 from slipstream.tools.hermes import parse_call, rewritten
 from slipstream.types import (
     MARKED_MESSAGES,
@@ -210,6 +210,10 @@ class EpisodeRunner:
     """What the policy is shown and what is recorded goes through it."""
     backoff: Backoff | None = None
     """Between retries; as configured when None."""
+    tools: tuple[str, ...] = ()
+    """The only tools there are; empty: all."""
+    lenient: float = 0.0
+    """Progress that counts as a success; 0: none does."""
 
     async def sampled(
         self, lease: Lease, backend: InferenceBackend, sampling: Sampling, *, rollout_id: int
@@ -262,12 +266,13 @@ class EpisodeRunner:
         """
         FLIGHT.beat()
         clock, recorder = _Clock(), Recorder(self.redactor)
-        ground = Ground((make or self.factory.make)(), self.environment, self.backoff)
+        ground = Ground((make or self.factory.make)(), self.environment, self.backoff, only=self.tools)
         scores: Sequence[Score] = ()
         try:
             outcome, note = await self._played(lease, ground, recorder, speak, clock)
-            scores = await ground.score()
-            _heed(scores, lease)
+            judged = await ground.score()
+            _heed(judged, lease)
+            scores = leniently(judged, self.lenient)
         except InfrastructureError as error:
             outcome, note = Outcome.INFRASTRUCTURE_FAILURE, one_line(error)
         finally:
@@ -278,6 +283,7 @@ class EpisodeRunner:
             split=lease.split,
             evaluation=lease.evaluation,
             issue=lease.issue,
+            stage=lease.stage,
             **recorder.arrays(),
             turn_rewards=turn_rewards(recorder.earned(), scores, self.rewards),
             scores=scores,

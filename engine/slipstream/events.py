@@ -39,6 +39,10 @@ class GroupOpened(Event, frozen=True, kw_only=True, tag=True):
     group: int
     task: int
     split: Split
+    stage: int = -1
+    """The curriculum's stage, or -1 for the real task."""
+    temperature: float | None = None
+    """What the curriculum has it sampled at; None: as configured."""
 
 
 class Leased(Event, frozen=True, kw_only=True, tag=True):
@@ -73,6 +77,7 @@ class Received(Event, frozen=True, kw_only=True, tag=True):
     """Distinct serials of its sampled tokens, ascending."""
     verdict: Literal["buffered", "evaluated", "duplicate", "failed_infrastructure", "unproven"]
     """What became of it on arrival."""
+    stage: int = -1
 
     @property
     def slot(self) -> Slot:
@@ -134,6 +139,15 @@ class RolledBack(Event, frozen=True, kw_only=True, tag=True):
     step: int
 
 
+class Measured(Event, frozen=True, kw_only=True, tag=True):
+    """The learner told how far its policy is from the warm start."""
+
+    step: int
+    """Optimizer steps done."""
+    kl: float
+    """kl/reference of the last of them, in nats."""
+
+
 class EvaluationDone(Event, frozen=True, kw_only=True, tag=True):
     """A held-out evaluation is complete."""
 
@@ -152,6 +166,53 @@ class CheckpointPublished(Event, frozen=True, kw_only=True, tag=True):
     step: int
     oldest: int = 0
     """Step of the oldest checkpoint it keeps: it never goes back further."""
+
+
+class Opening(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a curriculum chose for a group."""
+
+    task: int
+    stage: int = -1
+    temperature: float | None = None
+
+
+class Estimate(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A success rate, as a curriculum remembers it: older episodes fade."""
+
+    successes: float = 0.0
+    episodes: float = 0.0
+
+
+class Progress(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How far a curriculum has come: what the batches handed out add up to (curriculum.py)."""
+
+    stage: int = 0
+    """Counted from 0; the number of stages stands for the real task."""
+    since: int = 0
+    """Its episodes since it began."""
+    success: Estimate = Estimate()
+    """Of the same episodes."""
+    tasks: tuple[tuple[int, int, Estimate], ...] = ()
+    """(stage, task modulo the period, its success), ascending."""
+    batches: int = 0
+    alike: float = 0.0
+    """Share of groups that tell nothing, averaged over the last batches."""
+    notch: int = 0
+    """How often the temperature has been raised."""
+
+
+class Course(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Where a curriculum stands, and what it needs to go back to an earlier batch (course.py)."""
+
+    base: Progress = Progress()
+    """After the batches that are forgotten."""
+    next_task: int = 0
+    openings: tuple[tuple[int, Opening], ...] = ()
+    """Of groups that are not task g of the real task, as configured."""
+    filtered: tuple[tuple[int, tuple[TrajectoryId, ...]], ...] = ()
+    """(batch, trajectories of groups that told nothing while it was the next one)."""
+    measured: tuple[tuple[int, float], ...] = ()
+    """(step, kl)."""
 
 
 class Kept(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -228,6 +289,8 @@ class State(Event, frozen=True, kw_only=True, tag=True):
     """Trained trajectories that no checkpoint can ask for again."""
     fates: dict[str, int]
     evaluation_fates: dict[str, int]
+    course: Course | None = None
+    """None in a log that is older than the curriculum."""
 
 
 AnyEvent = (
@@ -244,6 +307,7 @@ AnyEvent = (
     | Published
     | Proven
     | RolledBack
+    | Measured
     | EvaluationDone
     | CheckpointPublished
     | State
@@ -265,7 +329,7 @@ def decode_event(body: Buffer) -> AnyEvent:
 def brief(event: AnyEvent) -> str:
     """Return an event in a few words for a time line, or "" for those that come by the thousand."""
     match event:
-        case Received() | Leased() | GroupOpened() | State():
+        case Received() | Leased() | GroupOpened() | Measured() | State():
             return ""
         case Epoch(actor=actor, epoch=epoch):
             return f"actor {actor} joined, epoch {epoch}"

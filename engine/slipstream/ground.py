@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Protocol, TypeVar, runtime_checkable
 
@@ -47,9 +47,18 @@ class Ground:
     """
 
     def __init__(
-        self, environment: Environment, config: EnvironmentConfig, backoff: Backoff | None = None
+        self,
+        environment: Environment,
+        config: EnvironmentConfig,
+        backoff: Backoff | None = None,
+        *,
+        only: Collection[str] = (),
     ) -> None:
-        """Touch nothing yet; without `backoff` it is as configured."""
+        """Touch nothing yet; without `backoff` it is as configured.
+
+        only: the names of the tools there are; empty: all.
+        """
+        self._only = only
         self.converses = isinstance(environment, Conversing) and environment.converses
         self._environment, self._config = environment, config
         self._backoff = backoff or Backoff(first_s=config.backoff_s)
@@ -58,7 +67,8 @@ class Ground:
     @property
     def tools(self) -> Sequence[ToolSpec]:
         """What the policy may call now: a reset and a step may change it."""
-        return self._environment.tools
+        tools = self._environment.tools
+        return [tool for tool in tools if tool.name in self._only] if self._only else tools
 
     async def reset(self, task: Task, attempt: TaskAttempt) -> Observation:
         """Start the episode, and its time; raises InfrastructureError."""

@@ -88,6 +88,9 @@ def batch_fault(trajectories: Sequence[Trajectory], rewards: Float32Array, worth
         # Written so that NaN is not within.
         if not (logprobs <= LARGEST_LOGPROB).all():
             return f"behavior log-probability of {where} is {logprobs[~(logprobs <= LARGEST_LOGPROB)][0]}"
+        temperature = trajectory.sampling.temperature
+        if not 0.0 < temperature <= LARGEST:
+            return f"temperature of {where} is {temperature}"
         for score in trajectory.scores:
             size = 0.0 if score.value is None else abs(score.value * score.weight)
             if not size <= LARGEST:

@@ -6,7 +6,7 @@ import bisect
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from slipstream.events import Slot
+from slipstream.events import Opening, Slot
 from slipstream.types import Lease, Split, TaskAttempt
 
 
@@ -75,14 +75,16 @@ def slot_of(lease: Lease) -> Slot:
     return lease.evaluation, lease.attempt.group, lease.attempt.attempt
 
 
-def lease_for(slot: Slot, desk: LeaseDesk, seed: int) -> Lease:
-    """Return the lease of a waiting episode: group g poses task g, a held-out episode is its task."""
+def lease_for(slot: Slot, desk: LeaseDesk, seed: int, opening: Opening) -> Lease:
+    """Return the lease of a waiting episode, whose group poses what `opening` says."""
     evaluation, group, attempt = slot
     return Lease(
-        attempt=TaskAttempt(task=group, seed=seed, group=group, attempt=attempt),
+        attempt=TaskAttempt(task=opening.task, seed=seed, group=group, attempt=attempt),
         split=Split.HELDOUT if evaluation >= 0 else Split.TRAIN,
         evaluation=evaluation,
         issue=desk.issues.get(slot, 0),
+        stage=opening.stage,
+        temperature=opening.temperature,
     )
 
 

@@ -147,6 +147,7 @@ class Ledger:
                     self._log(events.CheckpointPublished(step=message.step, oldest=message.oldest))
                 return []
             case m.Report():
+                self._dispatcher.measure(message.metrics)
                 self._reports.append({"kind": message.about, **message.metrics})
                 return []
             case m.Finish():
@@ -208,7 +209,7 @@ class Ledger:
         """Return the learner's rows since the last call, with the hub's books and the actors' counters."""
         reports, self._reports = self._reports, []
         counts = self.books() | {"tokens_received": self.state.tokens_received}
-        return metrics_rows(reports, counts, self._peers.values())
+        return metrics_rows(reports, counts, self._peers.values(), self.state.course.metrics())
 
     def status(self, now: float) -> dict[str, object]:
         """Return a snapshot for display."""
@@ -367,6 +368,7 @@ class Ledger:
 
     def progress(self, now: float) -> list[Reply]:
         """Hand out the batch, end the evaluation and give the leases that have become possible."""
+        self._dispatcher.filter_groups()
         replies = [*self._answer_pull(), *self._give_leases(now)]
         done = self._dispatcher.end_evaluation()
         if done is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
-from slipstream import events
+from slipstream import course, events
 from slipstream.config import RunConfig
 from slipstream.leases import LeaseDesk, slot_of
 from slipstream.ledger_state import Evaluation, Item, LedgerState
@@ -53,6 +53,7 @@ def snapshot(state: LedgerState) -> events.State:
         forgotten=state.forgotten,
         fates=dict(state.fates),
         evaluation_fates=dict(state.evaluation_fates),
+        course=course.snapshot(state.course),
     )  # fmt: skip
 
 
@@ -78,6 +79,11 @@ def restored(config: RunConfig, event: events.State) -> LedgerState:
     state.first_batch = event.first_batch
     state.batches = dict(enumerate(event.batches, event.first_batch))
     state.histories = dict(enumerate(event.histories, event.first_batch))
+    state.course = course.restored(
+        config, event.course, groups=state.groups, batches=state.batches, look=state.look
+    )
+    if event.course is None:
+        state.course.next_task = event.next_group
     state.training, state.heldout = _reopened(event.training), _reopened(event.heldout)
     if event.evaluation is not None:
         results = {result.attempt.task: result for result in event.evaluation.results}

@@ -21,6 +21,7 @@ from typing import Final
 
 from slipstream import events
 from slipstream.config import RunConfig
+from slipstream.course import Course
 from slipstream.errors import StorageError
 from slipstream.events import Slot
 from slipstream.history import START, extend
@@ -93,6 +94,7 @@ class LedgerState:
         """batches -> what the learner must have been trained on (history.py)."""
         self.forgotten = 0
         """Trajectories of batches before `first_batch`."""
+        self.course = Course(config=config)
         self.training, self.heldout = LeaseDesk(), LeaseDesk()
         self.evaluation: Evaluation | None = None
         self.evaluation_queue: list[int] = []
@@ -122,12 +124,14 @@ class LedgerState:
             case events.Trained():
                 self._leave_buffer(event.identities, "trained")
                 self.batches[event.step] = event.identities
+                self.course.trained(event.step, event.identities, self.look)
                 self.histories[event.step + 1] = extend(self.histories[event.step], event.identities)
+            case events.Dropped(reason="filtered"):
+                self._leave_buffer(event.identities, event.reason)
+                self.course.drop(self.steps, event.identities)
             case events.Dropped():
                 self._leave_buffer(event.identities, event.reason)
-                gone = [self.items.pop(identity).received for identity in event.identities]
-                if event.reason == "dropped_by_slip":
-                    self._owe_again(gone)
+                self._owe_again([self.items.pop(identity).received for identity in event.identities])
             case events.GaveUp():
                 self._gave_up(event)
             case events.Quarantined():
@@ -151,6 +155,8 @@ class LedgerState:
                 self._published(event.update)
             case events.RolledBack():
                 self._rolled_back(event.step)
+            case events.Measured():
+                self.course.measure(event)
             case events.EvaluationDone():
                 self.evaluations.append(event)
                 self.evaluation = None
@@ -214,6 +220,10 @@ class LedgerState:
             return None
         return self.members(ready)
 
+    def look(self, identity: TrajectoryId) -> events.Received:
+        """Return what is known of a trajectory that may still be trained, or trained again."""
+        return self.items[identity].received
+
     def members(self, groups: Iterable[int]) -> list[TrajectoryId]:
         """Return the identities received for some groups, in order."""
         return [identity for group in groups for identity in self.groups[group] if identity is not None]
@@ -269,11 +279,14 @@ class LedgerState:
         books = self.books()
         size = self._config.batch.group_size
         trained = [identity for batch in self.batches.values() for identity in batch]
+        filtered = [identity for held in self.course.filtered.values() for identity in held]
         slots = {self.items[identity].received.slot for identity in trained}
         buffered = self.members(self.groups)
+        remembered = [*trained, *filtered, *buffered]
         checks = {
             "made = sum of fates": (books["made"], sum(books[fate] for fate in FATES)),
-            "remembered = in batches and groups": (self.items.keys(), {*trained, *buffered}),
+            "remembered = in batches, groups and filtered": (len(self.items), len(remembered)),
+            "remembered once": (self.items.keys(), set(remembered)),
             "trained = batches": (books["trained"], self.forgotten + len(trained)),
             "trained = whole batches": (books["trained"], self._config.batch.trajectories * self.steps),
             "attempts trained once": (len(trained), len(slots)),
@@ -313,13 +326,13 @@ class LedgerState:
             members = self.groups[event.attempt.group]
             members[event.attempt.attempt] = event.identity
             desk.settle(event.slot)
-            if None not in members:
-                self.complete.add(event.attempt.group)
+            self._complete(event.attempt.group)
 
     def _opened(self, event: events.GroupOpened) -> None:
         size = self._config.batch.group_size
         self.groups[event.group] = [None] * size
         self.next_group = event.group + 1
+        self.course.opened(event)
         self.training.owe((-1, event.group, attempt) for attempt in range(size))
 
     def _leave_buffer(self, identities: Iterable[TrajectoryId], fate: str) -> None:
@@ -328,8 +341,29 @@ class LedgerState:
             self.fates[item.fate] -= 1
             self.fates[fate] += 1
             item.fate = fate
-            self.groups.pop(item.received.attempt.group, None)
-            self.complete.discard(item.received.attempt.group)
+            group = item.received.attempt.group
+            self.groups.pop(group, None)
+            self.complete.discard(group)
+            self.course.alike.discard(group)
+
+    def _complete(self, group: int) -> None:
+        """Note a group as complete once all its members are in the buffer."""
+        members = [identity for identity in self.groups[group] if identity is not None]
+        if len(members) == self._config.batch.group_size:
+            self.complete.add(group)
+            self.course.completed(group, [self.look(identity) for identity in members])
+
+    def _return(self, identities: Iterable[TrajectoryId]) -> None:
+        """Take trajectories back into the buffer."""
+        for identity in identities:
+            item = self.items[identity]
+            attempt = item.received.attempt
+            self.fates[item.fate] -= 1
+            self.fates["buffered"] += 1
+            item.fate = "buffered"
+            group = self.groups.setdefault(attempt.group, [None] * self._config.batch.group_size)
+            group[attempt.attempt] = identity
+            self._complete(attempt.group)
 
     def _gave_up(self, event: events.GaveUp) -> None:
         evaluation, group, _ = event.slot
@@ -342,6 +376,7 @@ class LedgerState:
         for identity in event.identities:
             del self.items[identity]
         self.groups.pop(group, None)
+        self.course.openings.pop(group, None)
         for attempt in range(self._config.batch.group_size):
             if (-1, group, attempt) in self.training:
                 self.training.settle((-1, group, attempt))
@@ -383,15 +418,8 @@ class LedgerState:
     def _rolled_back(self, step: int) -> None:
         for undone in sorted(number for number in self.batches if number >= step):
             del self.histories[undone + 1]
-            for identity in self.batches.pop(undone):
-                item = self.items[identity]
-                attempt = item.received.attempt
-                self.fates[item.fate] -= 1
-                self.fates["buffered"] += 1
-                item.fate = "buffered"
-                group = self.groups.setdefault(attempt.group, [None] * self._config.batch.group_size)
-                group[attempt.attempt] = identity
-                self.complete.add(attempt.group)
+            self._return(self.batches.pop(undone))
+        self.course.roll_back(step, self.batches, self.look)
         self.evaluation_queue = [s for s in self.evaluation_queue if self.versions[s].step <= step]
         if self.evaluation is not None and self.evaluation.step > step:
             self.evaluation = None
@@ -401,9 +429,10 @@ class LedgerState:
     def _forget(self, oldest: int) -> None:
         """Forget the batches before `oldest`, and versions that no token to come can name."""
         for step in range(self.first_batch, min(oldest, self.steps)):
-            for identity in self.batches.pop(step):
+            batch = self.batches.pop(step)
+            for identity in (*self.course.forget(step, batch, self.look), *batch):
                 del self.items[identity]
-                self.forgotten += 1
+            self.forgotten += len(batch)
             del self.histories[step]
             self.first_batch = step + 1
         horizon = min(self.version, self.first_batch) - self._config.max_slip - _KEPT_STEPS

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from slipstream.config import ObjectiveConfig, RewardConfig
+from slipstream.config import CurriculumConfig, ObjectiveConfig, RewardConfig
+from slipstream.curriculum import is_alike
 from slipstream.guard import LARGEST
 from slipstream.rewards import reward
 from slipstream.types import Float32Array, Trajectory
@@ -66,6 +67,25 @@ def advantages(
     flat = [not np.ptp(scored[judged & (groups == group)]) for group in np.unique(groups[judged])]
     share = float(np.mean(flat)) if flat else 1.0
     return Advantages(rewards=scored, advantages=result, zero_variance_share=share)
+
+
+def group_weights(
+    trajectories: Sequence[Trajectory], rewards: Float32Array, config: CurriculumConfig
+) -> Float32Array:
+    """Return the [G] weight of each trajectory in the loss: less than 1 where its group tells nothing.
+
+    `rewards` as in Advantages: a trajectory that could not be judged says nothing about its group.
+    """
+    weights = np.ones(len(trajectories), dtype=np.float32)
+    if not config.enabled or config.dynamic.weight == 1.0:
+        return weights
+    groups = np.array([t.attempt.group for t in trajectories], dtype=np.int64)
+    successes = np.array([t.success for t in trajectories])
+    for group in np.unique(groups):
+        members = np.flatnonzero((groups == group) & np.isfinite(rewards))
+        if is_alike(rewards[members].tolist(), successes[members].tolist(), config):
+            weights[groups == group] = config.dynamic.weight
+    return weights
 
 
 def _or_nan(value: float | None) -> float:

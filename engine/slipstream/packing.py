@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from slipstream.types import Float32Array, Int32Array, Trajectory
 
 Int64Array = NDArray[np.int64]
+Float64Array = NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -42,6 +43,8 @@ class PackedBatch:
     """[P] nats; 0 where weight is 0."""
     advantages: Float32Array
     """[P] advantage of the token's trajectory."""
+    temperatures: Float64Array
+    """[P] what the token's trajectory was sampled at."""
     source: Int64Array
     """[B] index of each segment's trajectory in the packed sequence of trajectories."""
 
@@ -99,6 +102,7 @@ def pack(
             token_ids=trajectory.token_ids[span],
             behavior_logprobs=trajectory.behavior_logprobs[span],
             weight=weight[span],
+            temperature=trajectory.sampling.temperature,
         )
         for index, (trajectory, weight) in enumerate(zip(trajectories, weights, strict=True))
         for span in trajectory.spans
@@ -131,6 +135,7 @@ class _Segment:
     token_ids: Int32Array
     behavior_logprobs: Float32Array
     weight: Float32Array
+    temperature: float
 
 
 def _packed(parts: Sequence[_Segment], commons: Sequence[int], advantages: Float32Array) -> PackedBatch:
@@ -154,5 +159,6 @@ def _packed(parts: Sequence[_Segment], commons: Sequence[int], advantages: Float
             weight > 0, np.concatenate([part.behavior_logprobs for part in parts]), 0.0
         ).astype(np.float32),
         advantages=np.repeat(advantages[source], lengths).astype(np.float32),
+        temperatures=np.repeat(np.array([part.temperature for part in parts], np.float64), lengths),
         source=source,
     )

@@ -35,10 +35,15 @@ class Pulling:
 
 
 def metrics_rows(
-    reports: Iterable[Mapping[str, Any]], books: Mapping[str, int], peers: Collection[Peer]
+    reports: Iterable[Mapping[str, Any]],
+    books: Mapping[str, int],
+    peers: Collection[Peer],
+    course: Mapping[str, float],
 ) -> list[dict[str, Any]]:
-    """Return the learner's rows with the books as `hub/*` and the actors' summed counters as `actors/*`."""
-    extra: dict[str, Any] = {f"hub/{name}": float(count) for name, count in books.items()}
+    """Return the learner's rows with the books as `hub/*`, the actors' summed counters as `actors/*`, and
+    what `course` holds of the curriculum.
+    """
+    extra: dict[str, Any] = {f"hub/{name}": float(count) for name, count in books.items()} | dict(course)
     for who in peers:
         for name, value in who.counters.items():
             extra[f"actors/{name}"] = extra.get(f"actors/{name}", 0.0) + value

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,7 @@ _HELD_OUT = "#0b6e99"
 _TRAINING = "#b8860b"
 _GIVEN = "#c0392b"
 _BASELINES = ("#7a7a7a", "#a04000", "#5b4a9e", "#2e7d32", "#444444")
+_STAGES = "#9a6fb0"
 _SMOOTHING = 9
 """Train rows averaged into one point of the thin line."""
 
@@ -40,7 +42,8 @@ def learning_curve(folder: Path) -> Path:
     """Draw held-out success against steps and against wall-clock into learning_curve.png.
 
     The band is the 95 % Wilson interval; the thin line is training success; dashed lines are the
-    baselines with their sources; a star marks the best checkpoint.
+    baselines with their sources; a star marks the best checkpoint; thin upright lines are the changes of a
+    curriculum's stage.
 
     Raises: RunFolderError when the folder holds no metrics.
     """
@@ -59,6 +62,7 @@ def learning_curve(folder: Path) -> Path:
     for axes, x_of in ((left, {id(row): float(row["step"]) for row in rows}), (right, minutes)):
         _draw_training(axes, rows_of(rows, "train"), x_of)
         _draw_held_out(axes, evaluations, x_of)
+        _draw_stages(axes, rows_of(rows, "train"), x_of)
         _draw_baselines(axes, baselines)
         _dress(axes)
     left.set_xlabel("optimizer steps")
@@ -114,6 +118,20 @@ def _draw_training(axes: Axes, rows: Sequence[Row], x_of: dict[int, float]) -> N
     smooth = [success[max(0, i - half) : i + half + 1].mean() for i in range(len(success))]
     x = [x_of[id(row)] for row in rows]
     axes.plot(x, smooth, color=_TRAINING, linewidth=0.9, alpha=0.8, label="training success")
+
+
+def stage_changes(rows: Sequence[Row]) -> list[tuple[Row, int]]:
+    """Return the train rows in which a curriculum's stage is not that of the row before, and their stage."""
+    staged = [(row, int(row["curriculum/stage"])) for row in rows if row.get("curriculum/stage") is not None]
+    return [after for before, after in pairwise(staged) if before[1] != after[1]]
+
+
+def _draw_stages(axes: Axes, rows: Sequence[Row], x_of: dict[int, float]) -> None:
+    for count, (row, stage) in enumerate(stage_changes(rows)):
+        label = "another stage of the curriculum" if not count else None
+        axes.axvline(x_of[id(row)], color=_STAGES, linewidth=0.8, alpha=0.7, zorder=1, label=label)
+        axes.annotate(f"{stage}", (x_of[id(row)], 0.01), xycoords=("data", "axes fraction"), fontsize=7,
+                      color=_STAGES, xytext=(2, 0), textcoords="offset points")  # fmt: skip
 
 
 def _baselines(folder: Path, rows: Sequence[Row]) -> list[_Baseline]:

@@ -27,7 +27,7 @@ from slipstream.errors import NumericsError
 from slipstream.flight_recorder import FLIGHT
 from slipstream.guard import batch_fault
 from slipstream.model import head
-from slipstream.objective import Advantages, advantages, kernel_objective
+from slipstream.objective import Advantages, advantages, group_weights, kernel_objective
 from slipstream.packing import pack
 from slipstream.rewards import components, shown
 from slipstream.training import DeviceBatch, Optimizer, Update, schedule, score, trained_hidden
@@ -99,9 +99,10 @@ class PolicyStep:
         config = self._config
         worth = advantages(trajectories, config.objective, config.rewards)
         fresh = [slip <= config.max_slip for slip in slips]
+        shares = group_weights(trajectories, worth.rewards, config.curriculum)
         weights = [
-            (t.loss_mask * young * np.isfinite(value)).astype(np.float32)
-            for t, young, value in zip(trajectories, fresh, worth.rewards, strict=True)
+            (t.loss_mask * young * np.isfinite(value)).astype(np.float32) * share
+            for t, young, value, share in zip(trajectories, fresh, worth.rewards, shares, strict=True)
         ]
         kernel_metrics: list[PolicyMetrics] = []
         if reason := batch_fault(trajectories, worth.rewards, worth.advantages):
@@ -115,7 +116,9 @@ class PolicyStep:
             if update.fault
         )
         skipped = {index for fault in faults for index in fault.trajectories}
-        trained = sum(int(weight.sum()) for index, weight in enumerate(weights) if index not in skipped)
+        trained = sum(
+            int(np.count_nonzero(weight)) for index, weight in enumerate(weights) if index not in skipped
+        )
         sampled = sum(int(t.loss_mask.sum()) for t in trajectories)
         over_age = sum(int(t.loss_mask[~young].sum()) for t, young in zip(trajectories, fresh, strict=True))
         read = _readable(kernel_metrics)
@@ -214,7 +217,7 @@ class PolicyStep:
         """Return log-probabilities before this step; None: those of the loss itself, detached."""
         if self._config.optim.minibatches == 1:
             return [None] * len(part)
-        return [score(self._model, batch, temperature=self._config.sampling.temperature) for batch in part]
+        return [score(self._model, batch) for batch in part]
 
     def _losses(
         self,
@@ -232,17 +235,15 @@ class PolicyStep:
     def _loss(
         self, batch: DeviceBatch, proximal_N: Tensor | None, divisor: Tensor, sink: list[PolicyMetrics]
     ) -> Callable[[], Tensor]:
-        temperature = self._config.sampling.temperature
-
         def loss() -> Tensor:
             reference_N = None
             if self._reference is not None and self._objective.kl_coefficient > 0:
-                reference_N = score(self._reference, batch, temperature=temperature)
+                reference_N = score(self._reference, batch)
             result = linear_policy_loss(
                 trained_hidden(self._model, batch),
                 head(self._model),
                 batch.labels_N,
-                inverse_temperature=1.0 / temperature,
+                inverse_temperature=batch.inverse_temperature,
                 behavior_N=batch.behavior_N,
                 proximal_N=proximal_N,
                 reference_N=reference_N,

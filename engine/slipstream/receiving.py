@@ -9,6 +9,7 @@ import numpy as np
 
 from slipstream import events
 from slipstream.config import RunConfig
+from slipstream.curriculum import REAL
 from slipstream.errors import FrameError
 from slipstream.ledger_state import LedgerState
 from slipstream.messages import Hello
@@ -44,6 +45,7 @@ def describe(arrival: Arrival, verdict: Verdict) -> events.Received:
         tokens=arrival.sampled,
         serials=arrival.serials,
         verdict=verdict,
+        stage=header.stage,
     )
 
 
@@ -93,14 +95,16 @@ def _check_attempt(header: Header, state: LedgerState, config: RunConfig) -> Non
     if evaluation >= 0:
         split, known = Split.HELDOUT, evaluation in state.versions
         groups, attempts = config.evaluation.tasks, 1
+        posed = (attempt.group, REAL)
     else:
         split, known = Split.TRAIN, True
         groups, attempts = state.next_group, config.batch.group_size
+        posed = _posed(header, state)
     leased = (
         known
         and 0 <= attempt.group < groups
         and 0 <= attempt.attempt < attempts
-        and attempt.task == attempt.group
+        and (attempt.task, header.stage) == posed
         and attempt.seed == config.seed
         and header.split is split
     )
@@ -109,6 +113,16 @@ def _check_attempt(header: Header, state: LedgerState, config: RunConfig) -> Non
             f"attempt: expected one that was leased, got {attempt} of {header.split} for evaluation "
             f"{evaluation}"
         )
+
+
+def _posed(header: Header, state: LedgerState) -> tuple[int, int]:
+    """Return task and stage of a header's group; what a curriculum chose is forgotten with the group."""
+    attempt = header.attempt
+    chosen = header.stage != REAL or attempt.task != attempt.group
+    if chosen and attempt.group not in state.groups:
+        return attempt.task, header.stage
+    made = state.course.opening(attempt.group)
+    return made.task, made.stage
 
 
 def canary_tolerance(config: RunConfig) -> float:

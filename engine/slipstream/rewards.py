@@ -11,6 +11,7 @@ Dimensions: U turns of one trajectory.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Final
 
 import numpy as np
@@ -72,6 +73,21 @@ def shown(trajectories: Sequence[Sequence[Score]]) -> dict[str, float]:
         if any(score.kind is ScoreKind.OUTCOME for score in missing):
             means["screened"] = means.get("screened", 0.0) + 1.0 / len(trajectories)
     return means
+
+
+def leniently(scores: Sequence[Score], progress: float) -> Sequence[Score]:
+    """Return scores in which so much progress is a success: then each outcome is worth +1.
+
+    Progress is the mean of the shaping scores, whatever their weights. With `progress` 0, or where an
+    outcome or all of the shaping could not be judged, the scores stay what they are.
+    """
+    made = [score.value for score in scores if score.kind is ScoreKind.SHAPING and score.value is not None]
+    outcomes = [score for score in scores if score.kind is ScoreKind.OUTCOME]
+    if not progress or not made or any(score.value is None for score in outcomes):
+        return scores
+    if sum(made) / len(made) < progress:
+        return scores
+    return [replace(score, value=1.0) if score.kind is ScoreKind.OUTCOME else score for score in scores]
 
 
 def turn_rewards(earned_U: Sequence[float], scores: Sequence[Score], config: RewardConfig) -> Float32Array:

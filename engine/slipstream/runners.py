@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from slipstream.chat import Chat
-from slipstream.config import RunConfig
+from slipstream.config import EnvironmentConfig, RunConfig, StageConfig
+from slipstream.config_curriculum import staged
 from slipstream.environments import environment_factory
 from slipstream.episodes import EpisodeRunner
-from slipstream.interfaces import Runner
+from slipstream.errors import ConfigurationError
+from slipstream.interfaces import InferenceBackend, Runner
 from slipstream.programs import OUTSIDE, check_program, load_program
 from slipstream.redaction import Redactor
 from slipstream.tools.cache import in_folder
+from slipstream.types import Lease, Sampling, Trajectory
 
 
 def configured_runner(
@@ -22,15 +26,14 @@ def configured_runner(
     folder: of the run whose tool cache it may use; port: where a gateway listens, 0 for a free port.
     """
     environment = config.environment if folder is None else in_folder(config.environment, folder)
-    factory = environment_factory(environment, config.rewards)
     if not config.agent.program:
-        return EpisodeRunner(
-            factory=factory,
-            chat=chat,
-            environment=config.environment,
-            rewards=config.rewards,
-            redactor=redactor,
-        )
+        real = _episodes(config, chat, redactor, environment)
+        stages = [
+            _episodes(config, chat, redactor, staged(environment, stage, number), stage)
+            for number, stage in enumerate(config.curriculum.stages if config.curriculum.enabled else ())
+        ]
+        return StagedRunner(real, stages) if stages else real
+    factory = environment_factory(environment, config.rewards)
     check_program(config.agent.program)
     from slipstream.gateway.program import ProgramRunner
 
@@ -46,4 +49,61 @@ def configured_runner(
         port=port,
         # When a lease's time is over, another actor gets it.
         patience_s=config.hub.lease_timeout_s / 2,
+    )
+
+
+class StagedRunner:
+    """Runs each episode in the environment of its lease's stage.
+
+    Example: ``StagedRunner(real, [easy, harder])`` runs a lease of stage 0 in `easy`.
+    """
+
+    def __init__(self, real: Runner, stages: Sequence[Runner]) -> None:
+        """`real` runs what has no stage, evaluations among it."""
+        self._real, self._stages = real, stages
+
+    async def sampled(
+        self, lease: Lease, backend: InferenceBackend, sampling: Sampling, *, rollout_id: int
+    ) -> Trajectory:
+        """Run one leased episode with a backend."""
+        runner = self._real if lease.stage < 0 else self._stages[lease.stage]
+        return await runner.sampled(lease, backend, sampling, rollout_id=rollout_id)
+
+    async def start(self) -> str:
+        """Get ready; return where agents find a gateway, or ""."""
+        for stage in self._stages:
+            await stage.start()
+        return await self._real.start()
+
+    async def close(self) -> None:
+        """End what the environments hold."""
+        for runner in (self._real, *self._stages):
+            await runner.close()
+
+
+def _episodes(
+    config: RunConfig,
+    chat: Chat,
+    redactor: Redactor,
+    environment: EnvironmentConfig,
+    stage: StageConfig | None = None,
+) -> EpisodeRunner:
+    """Return the runner of one stage, or of the real task; raises ConfigurationError."""
+    factory = environment_factory(environment, config.rewards)
+    if stage is not None and stage.tools:
+        known = [tool.name for tool in factory.make().tools]
+        for name in stage.tools:
+            if name not in known:
+                raise ConfigurationError(
+                    f"curriculum.stages: environment {environment.name} has no tool {name}; there is "
+                    f"{', '.join(known)}"
+                )
+    return EpisodeRunner(
+        factory=factory,
+        chat=chat,
+        environment=environment,
+        rewards=config.rewards,
+        redactor=redactor,
+        tools=stage.tools if stage else (),
+        lenient=stage.lenient if stage else 0.0,
     )

@@ -7,6 +7,7 @@ JSON object with `success` and `tasks`, and, for what is lost or doubled, log an
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,17 @@ def summarise(config: RunConfig, folder: Path, audited: Audit | None = None) -> 
         "books": books,
         "tool_cache_hits": weighted_mean(train, "tools/cached", "trajectories"),
         "versions": {**installed(_PACKAGES), **recorded_in(folder)},
+        **_stages(train),
     }
+
+
+def _stages(train: Sequence[Row]) -> dict[str, Any]:
+    """Return a curriculum's stages as [step from which on, stage], or nothing without one."""
+    staged = [
+        (row["step"], row["curriculum/stage"]) for row in train if row.get("curriculum/stage") is not None
+    ]
+    changes = [after for before, after in pairwise([(0, -1.0), *staged]) if before[1] != after[1]]
+    return {"stages": [[int(step), int(stage)] for step, stage in changes]} if staged else {}
 
 
 def total(rows: Sequence[Row], name: str) -> float:

@@ -56,9 +56,13 @@ def trajectory(tokens: int = 32, *, turns: int = 2, serial: int = 0, seed: int =
 def answer_to(lease: Lease, *, serial: int, tokens: int = 32, seed: int = 0) -> Trajectory:
     """Return a trajectory for a lease, sampled under `serial`, or under the lease's pinned one."""
     made = trajectory(tokens, serial=lease.evaluation if lease.evaluation >= 0 else serial, seed=seed)
+    sampling = made.sampling
+    if lease.temperature is not None:
+        sampling = dataclasses.replace(sampling, temperature=lease.temperature)
     return dataclasses.replace(
-        made, attempt=lease.attempt, split=lease.split, evaluation=lease.evaluation, issue=lease.issue
-    )
+        made, attempt=lease.attempt, split=lease.split, evaluation=lease.evaluation, issue=lease.issue,
+        stage=lease.stage, sampling=sampling,
+    )  # fmt: skip
 
 
 def update(serial: int, *, step: int, incarnation: int = 0, fork_step: int = 0) -> WeightUpdate:

@@ -47,11 +47,16 @@ class DeviceBatch:
     advantage_N: Tensor
     cu_seqlens_B: Tensor
     """[B + 1] int64: where segments start among the N trained tokens."""
+    inverse_temperature: float | Tensor
+    """[N] where they were not all sampled at one temperature."""
 
     @classmethod
     def of(cls, batch: PackedBatch, device: torch.device) -> DeviceBatch:
         """Copy a packed micro-batch to `device`, keeping trained tokens only beside the decoder's inputs."""
         trained = np.flatnonzero(batch.weight > 0)
+        inverse = 1.0 / batch.temperatures[trained]
+        mixed = inverse.size > 0 and inverse.min() < inverse.max()
+        shared = float(inverse[0]) if inverse.size else 1.0
         counts = np.add.reduceat(batch.weight > 0, batch.cu_seqlens[:-1], dtype=np.int64)
 
         def put(array: NDArray[Any], kind: torch.dtype) -> Tensor:
@@ -67,6 +72,7 @@ class DeviceBatch:
             behavior_N=put(batch.behavior_logprobs[trained], torch.float32),
             advantage_N=put(batch.advantages[trained], torch.float32),
             cu_seqlens_B=put(np.concatenate([[0], np.cumsum(counts)]), torch.int64),
+            inverse_temperature=put(inverse, torch.float32) if mixed else shared,
         )
 
 
@@ -77,10 +83,13 @@ def trained_hidden(model: PreTrainedModel, batch: DeviceBatch) -> Tensor:
 
 
 @torch.no_grad()
-def score(model: PreTrainedModel, batch: DeviceBatch, *, temperature: float) -> Tensor:
-    """Return the [N] log-probabilities of the trained tokens under `model`, at the sampling temperature."""
+def score(model: PreTrainedModel, batch: DeviceBatch) -> Tensor:
+    """Return the [N] log-probabilities of the trained tokens under `model`, each as it was tempered."""
     logprob_N, _, _ = linear_logprob(
-        trained_hidden(model, batch), head(model), batch.labels_N, inverse_temperature=1.0 / temperature
+        trained_hidden(model, batch),
+        head(model),
+        batch.labels_N,
+        inverse_temperature=batch.inverse_temperature,
     )
     return logprob_N
 

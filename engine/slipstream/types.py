@@ -103,6 +103,10 @@ class Lease:
     """Serial pinned for a held-out evaluation, or -1 for a training episode."""
     issue: int = 0
     """0 at first; counts up each time the same attempt is leased again."""
+    stage: int = -1
+    """The curriculum's stage, counted from 0, or -1 for the real task."""
+    temperature: float | None = None
+    """What the curriculum has a training episode sampled at; None: as configured."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, order=True)
@@ -226,6 +230,8 @@ class Trajectory:
     """
     samplers: tuple[tuple[str, int], ...] = ()
     """(server, serial) of its sampled tokens, ascending; empty: the actor's own backend sampled all."""
+    stage: int = -1
+    """As in the lease."""
 
     @property
     def spans(self) -> list[slice]:

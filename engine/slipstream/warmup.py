@@ -30,7 +30,9 @@ from slipstream.errors import ConfigurationError, WarmStartError
 from slipstream.inference.trial import held_trial
 from slipstream.model import Policy, first_policy, head, publish_policy
 from slipstream.packing import PackedBatch, pack
+from slipstream.redaction import Redactor
 from slipstream.run_folder import write_json
+from slipstream.runners import configured_runner
 from slipstream.tools.cache import in_folder
 from slipstream.training import DeviceBatch, Optimizer, schedule, trained_hidden
 from slipstream.types import Split, Trajectory
@@ -63,6 +65,10 @@ def main(config: RunConfig, folder: Path) -> int:
         rewards=config.rewards,
     )
     chats = rendered(own, policy.chat, factory.make(), config.environment)
+    if config.curriculum.enabled:
+        # What is wrong with a stage is told before minutes of training.
+        staged = configured_runner(config, policy.chat, Redactor.of_process(config.environment.canaries))
+        asyncio.run(staged.close())
     scripted = baselines(runner, config)
     _check_solvable(scripted, config)
     write_json(folder / "baselines.json", scripted)
@@ -204,12 +210,19 @@ def _check_solvable(scripted: Mapping[str, Mapping[str, float | str]], config: R
 
 def _check_band(success: float, step: int, config: RunConfig) -> None:
     warmup = config.warmup
-    if success < warmup.min_success:
+    if success < warmup.min_success and config.curriculum.enabled:
+        log.warning(
+            "warm start: held-out success is %.2f, below warmup.min_success = %.2f; the curriculum begins "
+            "with what can be learned from there",
+            success,
+            warmup.min_success,
+        )
+    elif success < warmup.min_success:
         raise WarmStartError(
             f"warm start: held-out success is {success:.2f} after {step} steps, expected at least "
             f"{warmup.min_success:.2f}; give more demonstrations (warmup.max_steps, warmup.careful_share), "
-            "an easier stage (environment.options, environment.tool_failure_rate) or a larger model "
-            "(model.hidden_size, model.layers)"
+            "an easier stage (environment.options, environment.tool_failure_rate, or [curriculum], with "
+            "which a run may begin from less) or a larger model (model.hidden_size, model.layers)"
         )
     if success > warmup.max_success:
         log.warning(

@@ -66,6 +66,7 @@ class Header(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     note: str
     segments: tuple[int, ...] = ()
     samplers: tuple[tuple[str, int], ...] = ()
+    stage: int = -1
 
 
 _ENCODER: Final = msgspec.msgpack.Encoder()
@@ -134,7 +135,7 @@ def decode_trajectory(record: Buffer) -> Trajectory:
         identity=header.identity, attempt=header.attempt, split=header.split, evaluation=header.evaluation,
         issue=header.issue, scores=header.scores, outcome=header.outcome, sampling=header.sampling,
         timings=header.timings, note=header.note, segments=header.segments, samplers=header.samplers,
-        tool_calls=calls, **arrays,
+        stage=header.stage, tool_calls=calls, **arrays,
     )  # fmt: skip
 
 
@@ -262,6 +263,7 @@ def _header(trajectory: Trajectory, identity: TrajectoryId) -> Header:
         note=trajectory.note,
         segments=trajectory.segments,
         samplers=trajectory.samplers,
+        stage=trajectory.stage,
     )
 
 

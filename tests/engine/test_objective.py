@@ -6,11 +6,13 @@ import dataclasses
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import pytest
 
 from slipstream import synthetic
-from slipstream.config import ObjectiveConfig, RewardConfig
-from slipstream.objective import Advantages, advantages, kernel_objective
+from slipstream.config import CurriculumConfig, ObjectiveConfig, RewardConfig
+from slipstream.config_curriculum import DynamicConfig
+from slipstream.objective import Advantages, advantages, group_weights, kernel_objective
 from slipstream.types import Score, ScoreKind, TaskAttempt, Trajectory
 from slipstream_kernels import Aggregation
 
@@ -90,3 +92,27 @@ def test_kernel_objective_carries_every_key() -> None:
     assert (objective.trust_low, objective.trust_high) == (0.25, 4.0)
     assert (objective.kl_coefficient, objective.entropy_coefficient) == (0.02, 0.003)
     assert objective.aggregation is Aggregation.TOKEN_MEAN
+
+
+@pytest.mark.parametrize(
+    ("alike", "expected"),
+    [("reward", [1, 1, 0.25, 0.25, 1, 1, 0.25]), ("success", [0.25] * 4 + [1, 1, 0.25])],
+)
+def test_groups_that_tell_nothing_weigh_less(alike: str, expected: list[float]) -> None:
+    # Rewards 0.9 and 0.8; equal; a success and a failure; one alone that could be judged.
+    batch = [
+        made(0, 1.0),
+        made(0, 1.0),
+        made(1, 1.0),
+        made(1, 1.0),
+        made(2, 1.0),
+        made(2, -1.0),
+        made(3, 1.0),
+    ]
+    rewards = np.array([0.9, 0.8, 1.0, 1.0, 1.0, -1.0, 1.0], np.float32)
+    dynamic = DynamicConfig.model_validate({"alike": alike, "weight": 0.25})
+    on = CurriculumConfig(enabled=True, dynamic=dynamic)
+    assert group_weights(batch, rewards, on).tolist() == expected
+    assert group_weights(batch, rewards, CurriculumConfig(dynamic=dynamic)).tolist() == [1.0] * 7
+    unjudged = np.where(np.arange(7) == 5, np.nan, rewards).astype(np.float32)
+    assert group_weights(batch, unjudged, on).tolist()[4:6] == [0.25, 0.25]

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from slipstream import synthetic
 from slipstream.packing import PackedBatch, pack
 from slipstream.training import DeviceBatch
-from slipstream.types import Float32Array, Trajectory
+from slipstream.types import Float32Array, Sampling, Trajectory
 
 BUDGET = 32
 
@@ -144,3 +144,22 @@ def test_the_segments_of_a_trajectory_are_packed_as_trajectories_of_their_own() 
         if field.name != "source":
             np.testing.assert_array_equal(getattr(batch, field.name), getattr(apart, field.name))
     assert len(batch.token_ids) <= 32 - 3
+
+
+def test_device_rows_are_tempered_as_they_were_sampled() -> None:
+    trajectories, advantages, weights = made([8, 6, 8])
+    warm = [dataclasses.replace(t, sampling=Sampling(temperature=heat))
+            for t, heat in zip(trajectories, (0.8, 1.25, 0.8), strict=True)]  # fmt: skip
+    (batch,) = pack(warm, advantages, weights, token_budget=BUDGET)
+    rows = DeviceBatch.of(batch, torch.device("cpu"))
+    assert isinstance(rows.inverse_temperature, torch.Tensor)
+    expected = [
+        1 / warm[index].sampling.temperature
+        for index, span in segments(batch)
+        for trained in batch.weight[span]
+        if trained
+    ]
+    assert rows.inverse_temperature.tolist() == pytest.approx(expected)
+    # Where all are alike it is the number itself, to the last bit.
+    (batch,) = pack(warm[::2], advantages[::2], weights[::2], token_budget=BUDGET)
+    assert DeviceBatch.of(batch, torch.device("cpu")).inverse_temperature == 1.0 / 0.8

@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 
 from slipstream import plots
 from slipstream.errors import RunFolderError
-from slipstream.metrics import FILE, append_row
+from slipstream.metrics import FILE, append_row, read_rows, rows_of
 from slipstream.run_folder import write_json
 
 
@@ -52,6 +52,22 @@ def test_learning_curve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     minutes = np.asarray(held_out.get_xydata(), float)
     # The two hours between two sessions are no work.
     np.testing.assert_allclose(minutes, [(0.45, 0.8), (0.95, 0.7)], atol=0.06)
+
+
+def test_changes_of_a_stage_are_upright_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fill(tmp_path)
+    rows = read_rows(tmp_path)
+    for row in rows_of(rows, "train"):
+        stage = 0.0 if row["step"] < 7 else 1.0 if row["step"] < 15 else 0.0
+        append_row(tmp_path / FILE, {**row, "curriculum/stage": stage})
+    drawn: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, _: drawn.append(figure))
+    plots.learning_curve(tmp_path)
+    upright = [line for line in drawn[0].axes[0].lines if list(line.get_ydata()) == [0, 1]]
+    assert [float(line.get_xdata()[0]) for line in upright] == [7.0, 15.0]
+    assert [text.get_text() for text in drawn[0].axes[0].texts] == ["1", "0"]
+    changes = plots.stage_changes(rows_of(read_rows(tmp_path), "train"))
+    assert [(row["step"], stage) for row, stage in changes] == [(7, 1), (15, 0)]
 
 
 def test_a_folder_without_metrics_is_named(tmp_path: Path) -> None:

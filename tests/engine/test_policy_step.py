@@ -142,6 +142,7 @@ def dense_gradient(
             row[: len(value)] = torch.from_numpy(np.asarray(value)).to(kind)
         return rows
 
+    heat = torch.tensor([t.sampling.temperature for t in batch], dtype=torch.float64)
     tokens = padded([t.token_ids for t in batch], torch.int64)
     attention = padded([np.ones(len(t.token_ids)) for t in batch], torch.int64)
     mask = padded(masks, torch.float64)[:, 1:]
@@ -149,7 +150,7 @@ def dense_gradient(
 
     def logprobs(which: PreTrainedModel) -> Tensor:
         logits = which(input_ids=tokens, attention_mask=attention).logits[:, :-1]
-        tempered = torch.log_softmax(logits / config.sampling.temperature, -1)
+        tempered = torch.log_softmax(logits / heat[:, None, None], -1)
         return tempered.gather(2, tokens[:, 1:, None])[..., 0]
 
     current = logprobs(model)
@@ -242,6 +243,34 @@ def test_a_batch_of_over_age_tokens_changes_nothing_and_is_no_fault(
     assert (result.tokens_trained, result.skipped, result.metrics["masked/over_age"]) == (0, False, 1.0)
     assert result.metrics["masked"] == 1.0
     assert all(torch.equal(before[name], tensor) for name, tensor in stepper.weights().items())
+
+
+@pytest.mark.parametrize("minibatches", [1, 2])
+def test_each_trajectory_is_scored_at_the_temperature_it_was_sampled_at(
+    make_model: ModelMaker, minibatches: int
+) -> None:
+    """Behavior, proximal, current and reference policy alike; also where both share a micro-batch."""
+    behavior = make_model(seed=0, installed=False)
+    batch = [*made_batch(behavior, 0.8)[:4], *made_batch(behavior, 1.3)[4:]]
+    options = (UNCLIPPED, "batch.groups=2", "optim.learning_rate=1e-12")
+    stepper = Stepper(make_model, *options, f"optim.minibatches={minibatches}")
+    stepper(batch)
+    chosen = batch[-8 // minibatches :]
+    expected, _ = dense_gradient(make_model, chosen, masks_of(chosen), stepper.config)
+    assert_same_gradient(stepper.gradient(), expected)
+
+
+def test_groups_that_tell_nothing_weigh_less_in_the_loss(
+    make_model: ModelMaker, batch: list[Trajectory]
+) -> None:
+    won = Score(name="outcome", kind=ScoreKind.OUTCOME, weight=1.0, value=1.0)
+    batch = [*(dataclasses.replace(t, scores=(won,)) for t in batch[:4]), *batch[4:]]
+    stepper = Stepper(make_model, UNCLIPPED, "curriculum.enabled=true", "curriculum.dynamic.weight=0.25")
+    result = stepper(batch)
+    masks = [t.loss_mask * (0.25 if t.attempt.group == 0 else 1.0) for t in batch]
+    expected, _ = dense_gradient(make_model, batch, masks, stepper.config)
+    assert_same_gradient(stepper.gradient(), expected)
+    assert result.tokens_trained == sum(int(t.loss_mask.sum()) for t in batch)
 
 
 def test_tool_tokens_get_no_gradient(make_model: ModelMaker, batch: list[Trajectory]) -> None:

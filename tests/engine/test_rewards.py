@@ -1,12 +1,14 @@
 """Rewards: literal numbers, and the outcome always decides."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from slipstream.config import RewardConfig
-from slipstream.rewards import capped, components, reward, turn_rewards
+from slipstream.rewards import capped, components, leniently, reward, turn_rewards
 from slipstream.types import Score, ScoreKind
 
 CONFIG = RewardConfig(shaping=0.1)
@@ -72,3 +74,16 @@ def test_every_success_beats_every_failure_and_turns_sum_to_the_reward(
     won, lost = reward(success, CONFIG), reward(failure, CONFIG)
     assert won is not None and lost is not None and won > lost
     assert turn_rewards(earned, success, CONFIG).sum() == pytest.approx(won, abs=1e-5)
+
+
+def test_enough_progress_is_a_success_where_that_is_lenient() -> None:
+    half = [outcome(-1.0), penalty(2.0), shaping(0.5)]
+    assert leniently(half, 0.0) is half
+    assert leniently(half, 0.6) is half
+    assert list(leniently(half, 0.5)) == [outcome(1.0), *half[1:]]
+    for scores in ([outcome(-1.0)], [outcome(None), shaping(1.0)], [outcome(-1.0), shaping_without_value()]):
+        assert leniently(scores, 0.5) is scores
+
+
+def shaping_without_value() -> Score:
+    return replace(shaping(1.0), value=None, invalid="the judge is away")

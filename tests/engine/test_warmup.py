@@ -146,6 +146,19 @@ def test_an_environment_that_is_unfit_is_refused(monkeypatch: pytest.MonkeyPatch
         warmup.main(config, tmp_path)
 
 
+def test_with_a_curriculum_a_weak_policy_may_begin(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    warmup.main(config_of("warmup.max_steps=1", "curriculum.enabled=true"), tmp_path)
+    assert "below warmup.min_success = 0.20; the curriculum begins" in caplog.text
+    assert checkpoint.verify(tmp_path / "checkpoints" / "warmup")["success"] < 0.2
+
+
+def test_a_stage_that_cannot_be_made_is_told_before_the_training(tmp_path: Path) -> None:
+    stage = "curriculum.stages=[{tools=['search', 'fetch']}]"
+    with pytest.raises(ConfigurationError, match="has no tool fetch; there is search, open, answer"):
+        warmup.main(config_of("warmup.max_steps=1", "curriculum.enabled=true", stage), tmp_path)
+    assert not (tmp_path / "baselines.json").exists()
+
+
 def test_limits_that_stop_the_expert_are_refused(tmp_path: Path) -> None:
     with pytest.raises(
         ConfigurationError, match=r"max_turns = 1 let the script that knows the answers solve only 0\.00"

@@ -29,6 +29,8 @@ class Books:
     dropped: dict[TrajectoryId, str] = field(default_factory=dict)
     quarantined: int = 0
     opened: list[int] = field(default_factory=list)
+    posed: list[int] = field(default_factory=list)
+    """The task of each."""
     rollbacks: list[int] = field(default_factory=list)
     steps: dict[int, int] = field(default_factory=dict)
     """serial -> optimizer steps."""
@@ -86,8 +88,8 @@ class Books:
             case events.Quarantined():
                 self.quarantined += 1
             case events.GroupOpened(group=group, task=task):
-                assert group == task
                 self.opened.append(group)
+                self.posed.append(task)
             case events.Published(update=update):
                 self.steps[update.version.serial] = update.version.step
 
@@ -117,9 +119,12 @@ def check_books(books: Books, config: RunConfig) -> None:
         whole = [size] * config.batch.groups
         assert list(groups.values()) == whole, f"batch {step} is not of whole groups: {groups}"
     assert books.opened == list(range(len(books.opened))), "a task was skipped when groups were opened"
+    # A curriculum passes tasks over that are far from its band, and goes back to none.
+    assert books.posed == (sorted(set(books.posed)) if config.curriculum.enabled else books.opened)
     for identity in books.made:
         attempt = books.received[identity].attempt
-        assert attempt.task == attempt.group < len(books.opened)
+        assert attempt.group < len(books.opened)
+        assert attempt.task == books.posed[attempt.group]
     _check_senders(books)
 
 
@@ -141,7 +146,8 @@ def check_finished(folder: Path, config: RunConfig) -> Books:
     groups = {books.received[identity].attempt.group for identity in books.trained}
     status = json.loads((folder / "status.json").read_text())["books"]
     kept = {books.received[identity].attempt.group for identity in books.buffered}
-    owed = (len(books.opened) - len(groups)) * config.batch.group_size - len(books.buffered)
+    filtered = sum(reason == "filtered" for reason in books.dropped.values())
+    owed = (len(books.opened) - len(groups)) * config.batch.group_size - len(books.buffered) - filtered
     assert status["leased"] + status["waiting"] == owed, "an opened task is neither trained, kept nor owed"
     assert not groups & kept
     assert status["made"] == len(books.made) + books.quarantined

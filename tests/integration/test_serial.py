@@ -10,6 +10,7 @@ import pytest
 from books import Books, check_books, check_finished, read_books
 from runs import Run
 
+from slipstream.metrics import read_rows, rows_of
 from slipstream.types import Trajectory
 
 pytestmark = pytest.mark.timeout(1800)
@@ -87,6 +88,55 @@ def test_a_serial_run_goes_on_after_a_kill_as_if_never_interrupted(new_run: Call
     assert books[1].rollbacks
     assert_same_training(*books)
     assert last_weights(whole) == last_weights(broken)
+    assert moved(whole)
+
+
+CURRICULUM = (
+    "curriculum.enabled=true",
+    "curriculum.retreat=0.0",
+    "curriculum.stages=[{environment={max_turns=4, tool_failure_rate=0.0}, advance=0.01, least_episodes=40}]",
+    "curriculum.band.period=3",
+    "curriculum.band.low=0.2",
+    "curriculum.dynamic.refills=0.5",
+    "curriculum.dynamic.alike=success",
+    "curriculum.dynamic.weight=0.5",
+    "curriculum.exploration.most_temperature=1.3",
+    "curriculum.exploration.alike_high=0.0",
+    "curriculum.exploration.alike_low=0.0",
+)
+
+
+@pytest.mark.slow
+def test_a_curriculum_goes_on_after_a_kill_as_if_never_interrupted(new_run: Callable[..., Run]) -> None:
+    """Two steps behind its last checkpoint: what was filtered, posed and warmed since comes out the same."""
+    settings = (*CURRICULUM, "steps=8", "checkpoint.every=3")
+    whole = new_run("whole", *settings)
+    broken = new_run("broken", *settings, "environment.tool_latency_s=0.05")
+    train = whole.start("--serial")
+    process = broken.start("--serial")
+    broken.reach(5, process)
+    process.signal(signal.SIGKILL)
+    assert process.end().code == -signal.SIGKILL
+    ended = broken.resume("--serial").end()
+    assert ended.code == 0, broken.story(ended)
+    ended = train.end()
+    assert ended.code == 0, whole.story(ended)
+    books = [read_books(run.folder) for run in (whole, broken)]
+    assert books[1].rollbacks
+    assert_same_training(*books)
+    assert state_of(whole) == state_of(broken)
+    told = [
+        [
+            {key: value for key, value in row.items() if key.startswith("curriculum/")}
+            for row in rows_of(read_rows(run.folder), "train")
+        ]
+        for run in (whole, broken)
+    ]
+    assert told[0] == told[1]
+    assert summary(whole)["stages"] == summary(broken)["stages"]
+    # It did something: groups were filtered, and later ones sampled warmer.
+    assert "filtered" in books[0].dropped.values()
+    assert {t.sampling.temperature for t in books[0].by_attempt().values()} > {1.0}
     assert moved(whole)
 
 

@@ -194,6 +194,7 @@ def event_samples() -> list[bytes]:
         events.Epoch(actor="a", epoch=0, session="s"),
         events.Incarnation(number=1, fork_step=0, session="s"),
         events.GroupOpened(group=0, task=0, split=Split.TRAIN),
+        events.GroupOpened(group=1, task=3, split=Split.TRAIN, stage=0, temperature=1.1),
         events.Leased(actor="a", leases=(Lease(attempt=ATTEMPT, split=Split.TRAIN),) * 2),
         events.Released(slots=((-1, 1, 2),), reason="time-out"),
         events.Quarantined(actor="a", file="f", reason="r"),
@@ -206,6 +207,7 @@ def event_samples() -> list[bytes]:
         events.EvaluationDone(
             serial=3, step=2, success=0.5, count=4, metrics={"turns": 3.0}, solved=((7, False),)
         ),
+        events.Measured(step=3, kl=0.1),
         events.CheckpointPublished(step=3),
     ]
     return [msgspec.msgpack.encode(event) for event in made]

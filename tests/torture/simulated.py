@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import random
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import cache
@@ -18,13 +19,23 @@ from unittest import mock
 import msgspec
 import numpy as np
 
-from slipstream import events, ledger, synthetic, wire
+from slipstream import curriculum, events, ledger, synthetic, wire
 from slipstream.config import RunConfig
 from slipstream.errors import DamageError
 from slipstream.ingest import Entry
 from slipstream.messages import Buffer
 from slipstream.transport import actor_core, learner_core
-from slipstream.types import Lease, Outcome, Split, TaskAttempt, Trajectory, TrajectoryId, WeightUpdate
+from slipstream.types import (
+    Lease,
+    Outcome,
+    Score,
+    ScoreKind,
+    Split,
+    TaskAttempt,
+    Trajectory,
+    TrajectoryId,
+    WeightUpdate,
+)
 from slipstream.wire import Arrival, Header
 
 RUN: Final = "run"
@@ -95,7 +106,8 @@ class RealWire:
         versions[mask == 1] = [some[n % len(some)] for n in range(int(mask.sum()))]
         return dataclasses.replace(
             _TEMPLATE, attempt=lease.attempt, split=lease.split, evaluation=lease.evaluation,
-            issue=lease.issue, outcome=outcome, versions=versions,
+            issue=lease.issue, outcome=outcome, versions=versions, stage=lease.stage,
+            scores=scores_of(lease), turn_rewards=np.array([scores_of(lease)[0].value, 0.0], np.float32),
         )  # fmt: skip
 
     def identity(self, record: Buffer) -> TrajectoryId:
@@ -120,8 +132,8 @@ class CheapWire:
         """Return a sample."""
         header = Header(
             identity=_NOBODY, attempt=lease.attempt, split=lease.split, evaluation=lease.evaluation,
-            issue=lease.issue, scores=_TEMPLATE.scores, sampling=_TEMPLATE.sampling,
-            timings=_TEMPLATE.timings, outcome=outcome, note="",
+            issue=lease.issue, scores=scores_of(lease), sampling=_TEMPLATE.sampling,
+            timings=_TEMPLATE.timings, outcome=outcome, note="", stage=lease.stage,
         )  # fmt: skip
         return Sample(header=header, serials=tuple(sorted(serials)))
 
@@ -167,7 +179,8 @@ def _decode(record: Buffer) -> Sample:
 
 def _inspect(record: Buffer) -> Arrival:
     made = _decode(record)
-    return Arrival(header=made.header, turns=1, reward=1.0, sampled=8, serials=made.serials)
+    reward = made.header.scores[0].value or 0.0
+    return Arrival(header=made.header, turns=1, reward=reward, sampled=8, serials=made.serials)
 
 
 def _is_intact(record: Buffer) -> bool:
@@ -187,6 +200,9 @@ class Oracle:
         self.logged: set[TrajectoryId] = set()
         """Durable in the hub's log."""
         self.verdicts: dict[TrajectoryId, str] = {}
+        self.attempts: dict[TrajectoryId, TaskAttempt] = {}
+        self.replaced: dict[int, set[int]] = {}
+        """batch -> groups that were filtered while it was the next one."""
         self.sessions: dict[str, list[str]] = {}
         """name -> the sessions the hub has let in, in order of their first Hello."""
         self.updates: dict[int, WeightUpdate] = {}
@@ -215,7 +231,7 @@ class Oracle:
             pinned = event.evaluation < 0 or serials == {event.evaluation}
             if not serials <= proven or not pinned or identity in self.poison:
                 raise Violation(f"{identity} has tokens of {serials}, proven are {proven}: {event.verdict}")
-        self.verdicts[identity] = event.verdict
+        self.verdicts[identity], self.attempts[identity] = event.verdict, event.attempt
 
     def lost_from_log(self, identity: TrajectoryId) -> None:
         """A crash took an event that was not flushed."""
@@ -262,6 +278,17 @@ class Oracle:
             incarnation -= 1
         return incarnation
 
+    def filtered(self, event: events.Dropped, batch: int) -> None:
+        """A group leaves the buffer because it tells nothing: whole, alike, and no more than may be."""
+        groups = Counter(self.attempts[identity].group for identity in event.identities)
+        if list(groups.values()) != [self.config.batch.group_size]:
+            raise Violation(f"{event.identities} are filtered, and no whole group")
+        if len({score_of(self.attempts[identity]) for identity in event.identities}) > 1:
+            raise Violation(f"{event.identities} are filtered, and differ")
+        self.replaced.setdefault(batch, set()).update(groups)
+        if len(self.replaced[batch]) > self.config.curriculum.dynamic.refills * self.config.batch.groups:
+            raise Violation(f"{self.replaced[batch]} are replaced for batch {batch}")
+
 
 _SEGMENT_EVENTS: Final = 97
 
@@ -285,6 +312,8 @@ class MemoryJournal:
             self._oracle.received(event, record, *self.speaker)
         elif type(event) is events.Incarnation:
             self._oracle.forks[event.number] = event.fork_step
+        elif type(event) is events.Dropped and event.reason == "filtered":
+            self._oracle.filtered(event, len(self.trained()))
         self._left -= 1
         if not self._left and self.opening is not None:
             self._left = _SEGMENT_EVENTS
@@ -312,6 +341,10 @@ class MemoryJournal:
         for event, _ in self._entries[kept:]:
             if type(event) is events.Received:
                 self._oracle.lost_from_log(event.identity)
+            elif type(event) is events.Dropped and event.reason == "filtered":
+                group = self._oracle.attempts[event.identities[0]].group
+                for groups in self._oracle.replaced.values():
+                    groups.discard(group)
         del self._entries[kept:]
         self._keep(kept)
 
@@ -335,6 +368,42 @@ class MemoryJournal:
             elif type(event) is events.RolledBack:
                 batches = {step: held for step, held in batches.items() if step < event.step}
         return batches
+
+
+def progress_of(config: RunConfig, said: Iterable[tuple[events.AnyEvent, Buffer]]) -> events.Progress:
+    """Return what a log makes of a curriculum, read by itself: batch after batch of the living line."""
+    received: dict[TrajectoryId, events.Received] = {}
+    batches: list[tuple[TrajectoryId, ...]] = []
+    filtered: dict[int, list[TrajectoryId]] = {}
+    measured: dict[int, float] = {}
+    for event, _ in said:
+        match event:
+            case events.Received(identity=identity):
+                received[identity] = event
+            case events.Dropped(identities=identities, reason="filtered"):
+                filtered.setdefault(len(batches), []).extend(identities)
+            case events.Trained(identities=identities):
+                batches.append(identities)
+            case events.RolledBack(step=step):
+                del batches[step:]
+                measured = {at: kl for at, kl in measured.items() if at <= step}
+            case events.Measured(step=step, kl=kl):
+                measured[step] = kl
+    progress = events.Progress()
+    for step, batch in enumerate(batches):
+        groups: dict[int, list[events.Received]] = {}
+        for identity in (*batch, *filtered.get(step, ())):
+            groups.setdefault(received[identity].attempt.group, []).append(received[identity])
+        results = [
+            curriculum.GroupResult(
+                task=group, stage=members[0].stage, successes=sum(x.success for x in members),
+                episodes=len(members), alike=len({x.reward for x in members}) == 1,
+            )
+            for group, members in sorted(groups.items())
+        ]  # fmt: skip
+        most = curriculum.notches(config.sampling.temperature, config.curriculum.exploration)
+        progress = curriculum.followed(progress, results, measured.get(step), config.curriculum, notches=most)
+    return progress
 
 
 class MemorySpool:
@@ -407,6 +476,19 @@ class MemorySpool:
         self._gone.clear()
         self._bytes = sum(len(record) for _, record in self._records.values())
         self.next_seq = max(self._records, default=-1) + 1
+
+
+@cache
+def score_of(attempt: TaskAttempt) -> float:
+    """Return how an attempt ends, +1 or -1: some groups are alike, and the later ones succeed more often."""
+    chance = random.Random(attempt.group * 1013 + attempt.attempt)
+    return 1.0 if chance.random() < (0.3, 0.6, 0.9)[min(2, attempt.group // 12)] else -1.0
+
+
+def scores_of(lease: Lease) -> tuple[Score, ...]:
+    """Return its judgement."""
+    value = score_of(lease.attempt)
+    return (Score(name="answer", kind=ScoreKind.OUTCOME, weight=1.0, value=value),)
 
 
 @cache

@@ -35,12 +35,21 @@ from simulated import (  # noqa: E402
     RealWire,
     Violation,
     Wire,
+    progress_of,
     seconds_of,
 )
 
 from slipstream import ledger, synthetic  # noqa: E402
 from slipstream import messages as m  # noqa: E402
-from slipstream.config import BatchConfig, EvaluationConfig, HubConfig, RunConfig  # noqa: E402
+from slipstream.config import (  # noqa: E402
+    BatchConfig,
+    CurriculumConfig,
+    EvaluationConfig,
+    HubConfig,
+    RunConfig,
+    StageConfig,
+)
+from slipstream.config_curriculum import DynamicConfig, ExplorationConfig  # noqa: E402
 from slipstream.deadlines import Deadlines  # noqa: E402
 from slipstream.errors import DeadlineError, RefusedError, SlipstreamError  # noqa: E402
 from slipstream.history import START, extend  # noqa: E402
@@ -63,6 +72,14 @@ KINDS: Final = (
     "hub", "hub", "actor", "actor", "learner", "cut", "cut", "cut", "flip_up", "flip_up", "flip_down",
     "stall", "last_word", "clone", "full", "old_checkpoint", "stray_learner",
 )  # fmt: skip
+CURRICULUM: Final = CurriculumConfig(
+    enabled=True,
+    stages=(StageConfig(advance=0.5, least_episodes=8), StageConfig(advance=0.7, least_episodes=8)),
+    retreat=0.2,
+    memory=16,
+    dynamic=DynamicConfig(refills=1.0),
+    exploration=ExplorationConfig(most_temperature=1.3, notch=0.1, alike_high=0.3, alike_low=0.1),
+)
 _NO_GROUP: Final = 10**6
 _SEEDS_APART: Final = 10**7
 _MOST_FAILURES: Final = 5
@@ -89,6 +106,7 @@ class Plan:
     group_size: int = 2
     groups: int = 2
     faults: int = 6
+    curriculum: bool = False
 
     def config(self) -> RunConfig:
         """Return the run's configuration."""
@@ -97,6 +115,7 @@ class Plan:
             max_slip=1,
             batch=BatchConfig(groups=self.groups, group_size=self.group_size),
             evaluation=EvaluationConfig(every=2, tasks=2),
+            curriculum=CURRICULUM if self.curriculum else CurriculumConfig(),
         )
         hub = HubConfig.model_construct(
             **{**made.hub.model_dump(), "credit_bytes": 1500, "lease_timeout_s": 30.0}
@@ -253,12 +272,18 @@ class Simulator:
         if line != living:
             raise Violation(f"the learner trained on {line}, the log says {living}")
         trained = {x.attempt.group for batch in self.final_line for x in batch}
-        everything = set(range(state.next_group))
+        filtered = set[int]().union(*self.oracle.replaced.values())
+        if trained & filtered:
+            raise Violation(f"groups {trained & filtered} were filtered and trained")
+        everything = set(range(state.next_group)) - filtered
         # Whatever takes long is trained as surely as what is quick: only the newest groups may be missing.
         if len(everything - trained) > (self.config.max_slip + 1) * self.config.batch.groups:
             raise Violation(f"of groups {everything} only {trained} were trained")
         if trained & set(state.groups) or trained | set(state.groups) != everything:
             raise Violation(f"of groups {everything}: trained {trained}, open {set(state.groups)}")
+        told = progress_of(self.config, self.journal._entries)
+        if self.config.curriculum.enabled and state.course.now != told:
+            raise Violation(f"the hub's curriculum is at {state.course.now}, its log says {told}")
         for index, spool in enumerate(self.spools):
             if len(spool):
                 raise Violation(f"actor {index} ended with {len(spool)} trajectories in its spool")
@@ -633,6 +658,9 @@ class Simulator:
         learner.line.append(batch)
         self._publish(learner)
         step = len(learner.line)
+        if self.plan.curriculum:
+            kl = 0.05 * (step % 7)
+            learner.core.report("train", {"step": float(step), "kl/reference": kl})
         if step % 2 == 0 or step == self.config.steps:
             self.checkpoints.append((step, list(learner.line)))
             if self._kill_learner_unannounced:
@@ -789,6 +817,7 @@ def plan_of(seed: int) -> Plan:
         group_size=chance.choice((2, 2, 4)),
         groups=chance.choice((1, 2, 3)),
         faults=chance.choice((0, 3, 8, 16)),
+        curriculum=chance.choice((False, True)),
     )
 
 

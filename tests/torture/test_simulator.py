@@ -28,8 +28,9 @@ import simulator
 from simulated import CheapWire
 from simulator import KINDS, Fault, Plan, Simulator, replay, search, search_in_processes
 
-from slipstream import dispatch, leases, ledger, ledger_state, receiving, staleness
+from slipstream import course, curriculum, dispatch, leases, ledger, ledger_state, receiving, staleness
 from slipstream import events as ev
+from slipstream.course import Course
 from slipstream.ledger import Ledger
 from slipstream.ledger_state import LedgerState
 from slipstream.seen import Seen
@@ -77,8 +78,12 @@ def test_smoke_no_schedule_of_faults_breaks_a_promise(seed: int, schedule: list[
     Simulator(seed, SMALL, schedule).run()
 
 
-@pytest.mark.parametrize("module", [core, actor_core, learner_core, ledger, ledger_state, dispatch, leases,
-                                    receiving, staleness], ids=lambda module: module.__name__)  # fmt: skip
+@pytest.mark.parametrize(
+    "module",
+    [core, actor_core, learner_core, ledger, ledger_state, dispatch, leases, receiving, staleness, course,
+     curriculum],
+    ids=lambda module: module.__name__,
+)  # fmt: skip
 def test_smoke_the_protocol_has_no_clock_and_no_chance_of_its_own(module: ModuleType) -> None:
     """So that clocks that jump change nothing, and a simulated run is the real one."""
     tree = ast.parse(inspect.getsource(module))
@@ -273,10 +278,36 @@ def task_skipped() -> AbstractContextManager[object]:
     return replaced(LedgerState, "_rolled_back", make)
 
 
+def stage_not_rolled_back() -> AbstractContextManager[object]:
+    """A learner that goes back finds the curriculum where it had come to."""
+    return mock.patch.object(Course, "roll_back", lambda *_: None)
+
+
+def filtered_counted_twice() -> AbstractContextManager[object]:
+    """What was filtered for a batch counts again with the next."""
+
+    def make(drop: Any) -> Any:
+        def twice(self: Course, step: int, identities: Any) -> None:
+            drop(self, step, identities)
+            self.filtered[step + 1] = (*self.filtered.get(step + 1, ()), *identities)
+
+        return twice
+
+    return replaced(Course, "drop", make)
+
+
+def judged_by_half_a_group() -> AbstractContextManager[object]:
+    """A group is filtered for what its first two members say."""
+    return mock.patch.object(
+        Course, "_is_alike", lambda self, members: len({x.reward for x in members[:2]}) == 1
+    )
+
+
 BUGS = [
     early_acknowledgement, no_dedupe, no_resend, epoch_not_fenced, replaced_process_let_in, rollback_ignored,
     unproven_accepted, credit_leak, lease_lost_on_restart, damage_acknowledged, finish_said_once,
     stop_said_once, overage_trained, no_crc, never_gives_up, task_skipped,
+    stage_not_rolled_back, filtered_counted_twice, judged_by_half_a_group,
 ]  # fmt: skip
 
 

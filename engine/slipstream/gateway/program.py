@@ -148,6 +148,7 @@ class ProgramRunner:
             split=lease.split,
             evaluation=lease.evaluation,
             issue=lease.issue,
+            stage=lease.stage,
             **_joined(samples),
             turn_rewards=turn_rewards(lost, scores, self._rewards),
             scores=scores,

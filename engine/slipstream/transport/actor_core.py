@@ -32,10 +32,12 @@ from slipstream.messages import (
     Welcome,
 )
 from slipstream.transport.core import Outgoing, PeerCore
-from slipstream.types import Lease, Trajectory, TrajectoryId, WeightProof
+from slipstream.types import Lease, Split, TaskAttempt, Trajectory, TrajectoryId, WeightProof
 from slipstream.wire import encode_trajectory, most_bytes
 
 _KEPT_PROOFS: Final = 256
+_LeaseKey = tuple[TaskAttempt, Split, int, int]
+"""What a lease and its trajectory have in common, and no other lease has."""
 
 
 class Records(Protocol):
@@ -90,9 +92,9 @@ class ActorCore(PeerCore):
         self._on_the_way: dict[int, int] = {}
         """seq -> bytes, sent to this hub and not acknowledged."""
         self._bytes_on_the_way = 0
-        self._held: set[Lease] = set()
+        self._held: set[_LeaseKey] = set()
         """Leases granted whose trajectory the hub has not acknowledged."""
-        self._leases: dict[int, Lease] = {}
+        self._leases: dict[int, _LeaseKey] = {}
         """seq -> the lease it answers."""
         self._received = [0, 0]
         self._wanted: tuple[int, int] | None = None
@@ -140,8 +142,7 @@ class ActorCore(PeerCore):
         self._spool.write(seq, record)
         self._undurable.add(seq)
         self._records[seq] = record
-        self._leases[seq] = Lease(attempt=trajectory.attempt, split=trajectory.split,
-                                  evaluation=trajectory.evaluation, issue=trajectory.issue)  # fmt: skip
+        self._leases[seq] = _key(trajectory)
         return seq
 
     def durable(self, seqs: Iterable[int]) -> None:
@@ -219,8 +220,8 @@ class ActorCore(PeerCore):
     def _take_leases(self, message: Grant) -> None:
         for lease in message.leases:
             self._received[lease.evaluation >= 0] += 1
-        fresh = tuple(lease for lease in message.leases if lease not in self._held)
-        self._held.update(fresh)
+        fresh = tuple(lease for lease in message.leases if _key(lease) not in self._held)
+        self._held.update(map(_key, fresh))
         if fresh:
             self.events.append(Grant(leases=fresh, pinned=message.pinned))
         if len(fresh) < len(message.leases) and self._wanted is not None:
@@ -254,3 +255,7 @@ class ActorCore(PeerCore):
             self.newest_serial = max(self.newest_serial, message.update.version.serial)
         if self._wanted is not None:
             self.want(*self._wanted)
+
+
+def _key(one: Lease | Trajectory) -> _LeaseKey:
+    return one.attempt, one.split, one.evaluation, one.issue

@@ -62,7 +62,7 @@ class GapScorer:
                 trained = np.flatnonzero(batch.weight > 0)
                 if len(trained):
                     device = DeviceBatch.of(batch, head(self._model).device)
-                    logprob_N = score(self._model, device, temperature=trajectory.sampling.temperature)
+                    logprob_N = score(self._model, device)
                     behavior_N = batch.behavior_logprobs[trained]
                     gap_T[span.start + trained] = logprob_N.float().cpu().numpy() - behavior_N
         return gap_T
