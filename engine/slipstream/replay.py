@@ -26,7 +26,7 @@ from slipstream.episodes import EpisodeRunner
 from slipstream.errors import RunFolderError
 from slipstream.redaction import Redactor
 from slipstream.run_folder import read_config
-from slipstream.runners import configured_runner
+from slipstream.runners import configured_runner, stage_of
 from slipstream.types import Completion, Int32Array, Lease, Outcome, Trajectory
 
 CUT_SHORT = frozenset({Outcome.TIMED_OUT, Outcome.INFRASTRUCTURE_FAILURE})
@@ -64,7 +64,8 @@ def main(folder: Path, wanted: str, *, failed: bool) -> int:
     if recorded.segments:
         raise RunFolderError(f"{folder}: an episode of several segments is an agent's: it cannot be replayed")
     chat = _chat(config, folder)
-    runner = configured_runner(config, chat, Redactor.of_process(config.environment.canaries), folder=folder)
+    redactor = Redactor.of_process(config.environment.canaries)
+    runner = stage_of(configured_runner(config, chat, redactor, folder=folder), recorded.stage)
     assert isinstance(runner, EpisodeRunner)
     sys.stdout.write(f"{_headline(recorded)}\n")
     for difference in _other_versions(folder, runner):
@@ -84,6 +85,7 @@ async def differences(runner: EpisodeRunner, recorded: Trajectory) -> list[Diffe
         split=recorded.split,
         evaluation=recorded.evaluation,
         issue=recorded.issue,
+        stage=recorded.stage,
     )
     try:
         got = await runner.run(lease, speaker, recorded.sampling)

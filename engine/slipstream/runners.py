@@ -66,8 +66,11 @@ class StagedRunner:
         self, lease: Lease, backend: InferenceBackend, sampling: Sampling, *, rollout_id: int
     ) -> Trajectory:
         """Run one leased episode with a backend."""
-        runner = self._real if lease.stage < 0 else self._stages[lease.stage]
-        return await runner.sampled(lease, backend, sampling, rollout_id=rollout_id)
+        return await self.of(lease.stage).sampled(lease, backend, sampling, rollout_id=rollout_id)
+
+    def of(self, stage: int) -> Runner:
+        """Return what runs the episodes of a stage, or of the real task for -1."""
+        return self._real if stage < 0 else self._stages[stage]
 
     async def start(self) -> str:
         """Get ready; return where agents find a gateway, or ""."""
@@ -79,6 +82,11 @@ class StagedRunner:
         """End what the environments hold."""
         for runner in (self._real, *self._stages):
             await runner.close()
+
+
+def stage_of(runner: Runner, stage: int) -> Runner:
+    """Return what runs the episodes of a stage, or of the real task for -1."""
+    return runner.of(stage) if isinstance(runner, StagedRunner) else runner
 
 
 def _episodes(

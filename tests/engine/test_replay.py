@@ -17,7 +17,7 @@ from slipstream.episodes import EpisodeRunner
 from slipstream.events import Received
 from slipstream.ingest import IngestLog
 from slipstream.redaction import Redactor
-from slipstream.runners import configured_runner
+from slipstream.runners import configured_runner, stage_of
 from slipstream.spool import Spool
 from slipstream.tools.hermes import format_call
 from slipstream.types import (
@@ -50,9 +50,9 @@ class Folder:
         chat.tokenizer.save_pretrained(path / "checkpoints" / "warmup")
         self.made: list[Trajectory] = []
 
-    def play(self, texts: Sequence[str], *, cut: int | None = None) -> Trajectory:
+    def play(self, texts: Sequence[str], *, cut: int | None = None, stage: int = -1) -> Trajectory:
         """Play an episode of these messages; when they run out nothing is said until the time is over."""
-        runner = configured_runner(self.config, self._chat, Redactor(), folder=self.path)
+        runner = stage_of(configured_runner(self.config, self._chat, Redactor(), folder=self.path), stage)
         assert isinstance(runner, EpisodeRunner)
         left = list(texts)
 
@@ -68,7 +68,8 @@ class Folder:
             )
 
         number = len(self.made)
-        lease = Lease(attempt=TaskAttempt(task=5, seed=1, group=5, attempt=number), split=Split.TRAIN)
+        attempt = TaskAttempt(task=5, seed=1, group=5, attempt=number)
+        lease = Lease(attempt=attempt, split=Split.TRAIN, stage=stage)
 
         async def whole() -> Trajectory:
             try:
@@ -136,6 +137,17 @@ def test_any_episode_is_equal_when_it_is_played_again(
         turns, calls = len(made[number].turn_rewards), len(made[number].tool_calls)
         until = " up to where it was cut short" if outcome is Outcome.TIMED_OUT else ""
         assert out.endswith(f"replayed: equal{until}, {turns} turns, {calls} tool calls\n")
+
+
+def test_a_stage_of_a_curriculum_is_played_in_its_own_environment(folder: Callable[..., Folder]) -> None:
+    """Where a tool is missing, calls of it are other than in the real task."""
+    stage = "curriculum.stages=[{tools=['open', 'answer']}]"
+    run = folder("curriculum.enabled=true", stage, "environment.tool_failure_rate=0.0")
+    made = run.play([SEARCH, ANSWER], stage=0)
+    assert [call.name for call in made.tool_calls] == ["answer"]
+    run.keep(made)
+    code, told, _ = run.replay()
+    assert (code, told.splitlines()[-1].partition(":")[0]) == (0, "replayed")
 
 
 def test_a_message_that_was_cut_is_cut_again(folder: Callable[..., Folder]) -> None:
