@@ -35,6 +35,16 @@ RESULTS: list[Any] = [
 ]
 
 
+class Strange:
+    """No plain data; each process calls it alike."""
+
+    def __repr__(self) -> str:
+        return "strange"
+
+
+STRANGE = Strange()
+
+
 class Tool:
     """Counts how often it is really called."""
 
@@ -72,7 +82,7 @@ def test_a_result_comes_back_as_it_was(cache: ToolCache, result: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "result", [(1, 2), {1: 2}, {"a": {1}}, ToolStatus.OK, 1 << 63, "\ud800", object(), [("a",)]], ids=repr
+    "result", [(1, 2), {1: 2}, {"a": {1}}, ToolStatus.OK, 1 << 63, "\ud800", STRANGE, [("a",)]], ids=repr
 )
 def test_what_would_come_back_changed_is_not_kept(cache: ToolCache, result: Any) -> None:
     tool = Tool(result)
@@ -113,7 +123,7 @@ def test_arguments_have_one_spelling(cache: ToolCache) -> None:
     assert called(cache, Tool("three"), arguments={"a": None, "b": [2]}) == ("three", False)
 
 
-@pytest.mark.parametrize("arguments", [object(), 1 << 70, "\ud800", {"a": object()}], ids=repr)
+@pytest.mark.parametrize("arguments", [STRANGE, 1 << 70, "\ud800", {"a": STRANGE}], ids=repr)
 def test_without_a_spelling_the_tool_is_called(cache: ToolCache, arguments: Any) -> None:
     tool = Tool("one")
     assert [called(cache, tool, arguments=arguments) for _ in range(2)] == [("one", False)] * 2
@@ -167,7 +177,7 @@ def test_when_the_first_call_ends_without_a_result_the_next_one_works(cache: Too
             await gates[0].wait()
             if end == "fails":
                 raise InfrastructureError("gone")
-            return object()
+            return STRANGE
 
         waiting = [asyncio.create_task(cache.call("look", "1", "Ada", 7, slow)) for _ in range(3)]
         await asyncio.sleep(0)
