@@ -3,7 +3,8 @@
     slipstream bench environments [-- NAME ... --json FILE]
 
 One process, one episode after another. Each environment has a function below, which says what it measured;
-one whose packages are missing is passed over. Seconds are medians over rounds that take every task once.
+one whose packages are missing is passed over. Seconds are medians over rounds, which take every task of a
+finite environment once.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from typing import Any, Final
 from slipstream.config import EnvironmentConfig, RewardConfig
 from slipstream.environments import EnvironmentFactory, environment_factory
 from slipstream.errors import ConfigurationError
+from slipstream.ground import Closable
 from slipstream.tools.hermes import parse_call
 from slipstream.types import Split, Task, TaskAttempt, succeeded
 
@@ -49,12 +51,16 @@ async def played(factory: EnvironmentFactory, task: Task, script: str, *, score:
     await environment.reset(task, TaskAttempt(task=task.index, seed=1, group=0, attempt=0))
     player = factory.scripts[script].play(task)
     text = next(player)
-    while True:
-        message = parse_call(text, environment.tools, plain=getattr(environment, "converses", False))
-        transition = await environment.step(message)
-        if transition.done:
-            return succeeded(await environment.score()) if score else False
-        text = player.send(transition.observation)
+    try:
+        while True:
+            message = parse_call(text, environment.tools, plain=getattr(environment, "converses", False))
+            transition = await environment.step(message)
+            if transition.done:
+                return succeeded(await environment.score()) if score else False
+            text = player.send(transition.observation)
+    finally:
+        if isinstance(environment, Closable):
+            await environment.close()
 
 
 def reached(factory: EnvironmentFactory, script: str, kind: Callable[[Task], str]) -> dict[str, str]:
@@ -166,7 +172,42 @@ def _tau2_digests(factory: EnvironmentFactory) -> Iterator[str]:
         yield "agree" if ours.digest() == theirs.get_db_hash() else "differ"
 
 
-MEASURED: Final[dict[str, Callable[[], dict[str, Any]]]] = {"bfcl": bfcl, "tau2": tau2}
+def drawn(name: str, *, episodes: int = 200, **options: Any) -> dict[str, Any]:
+    """An environment that draws tasks without end: scripts on held-out ones, and the oracle's speed."""
+    factory = made(name, **options)
+
+    async def round_of(script: str, count: int) -> list[bool]:
+        tasks = [factory.tasks.task(Split.HELDOUT, index) for index in range(count)]
+        return [await played(factory, task, script) for task in tasks]
+
+    def speed() -> float:
+        started = time.perf_counter()
+        asyncio.run(round_of("oracle", episodes))
+        return episodes / (time.perf_counter() - started)
+
+    try:
+        # The first round builds what tasks share; it is not counted.
+        won = {script: sum(asyncio.run(round_of(script, episodes))) for script in ("oracle", "do_nothing")}
+        return {
+            "versions": dict(factory.versions),
+            "options": options,
+            **{script: f"{count}/{episodes}" for script, count in won.items()},
+            "oracle_episodes_per_s_scored": round(statistics.median(speed() for _ in range(ROUNDS)), 1),
+        }
+    finally:
+        factory.close()
+
+
+MEASURED: Final[dict[str, Callable[[], dict[str, Any]]]] = {
+    "bfcl": bfcl,
+    "tau2": tau2,
+    "research": lambda: drawn("research"),
+    "deep-research": lambda: drawn("deep-research"),
+    "sql": lambda: drawn("sql"),
+    "python": lambda: drawn("python"),
+    "reasoning-gym": lambda: drawn("reasoning-gym:basic_arithmetic"),
+    "textworld": lambda: drawn("textworld:coin", episodes=40, parameters="numLocations=3,includeDoors=0"),
+}
 
 
 def main() -> int:
