@@ -408,6 +408,17 @@ PERMITTED_WAITS = {
     "slipstream.inference.vllm.keeper": {"Keeper.proof: self._proven.wait()"},
     # In the foreground: whoever started the benchmark sees it and can stop it.
     "slipstream.commands.supplies": {"_bench: subprocess.run(command, check=False)"},
+    "slipstream.environments.adapters.foreign": {
+        # As long as a foreign program lives: its calls have deadlines, its owner kills it.
+        "Foreign._watch: self._process.wait()",
+        "Foreign._watch: asyncio.wait({exited, self._reading}, return_when=asyncio.FIRST_COMPLETED)",
+    },
+    # In a foreign interpreter: whoever called has the deadline, and kills that process.
+    "slipstream.environments.adapters.of_verifiers": {
+        "VerifiersEpisode._step: asyncio.wait({calling})",
+        "settled: await value",
+    },
+    "slipstream.environments.adapters.worker": {"awaited.result: await value"},
     "slipstream.inference.embedded": {
         # Called inside an episode, which has a deadline (episodes.py).
         "EmbeddedBackend.generate: await request.future",

@@ -86,6 +86,22 @@ SHIPPED: Final[Mapping[str, Shipped]] = MappingProxyType(
             extra="textworld",
             variants=True,
         ),
+        "mcp": Shipped(
+            about="Questions of your own over the tools of an MCP server; options.command, options.tasks.",
+            factory="slipstream.environments.adapters.mcp:factory",
+        ),
+        "skyrl-gym": Shipped(
+            about="An environment of SkyRL-gym in an interpreter of its own; options.python, options.entry.",
+            factory="slipstream.environments.adapters.bridged:factory",
+        ),
+        "openenv": Shipped(
+            about="An environment of OpenEnv, in an interpreter of its own or at a server; options.entry.",
+            factory="slipstream.environments.adapters.bridged:factory",
+        ),
+        "verifiers": Shipped(
+            about="A taskset of verifiers in an interpreter of its own; options.python, options.entry.",
+            factory="slipstream.environments.adapters.bridged:factory",
+        ),
     }
 )
 

@@ -27,6 +27,11 @@ def read_options(kind: type[P], config: EnvironmentConfig) -> P:
             hint(unknown[0], known) or f"; there {'are' if known else 'is'} {', '.join(known) or 'none'}"
         )
         raise ConfigurationError(f"{KEY}: environment {config.name} has no option {unknown[0]}{offered}")
+    missing = [
+        key for key, field in kind.model_fields.items() if field.is_required() and key not in config.options
+    ]
+    if missing:
+        raise ConfigurationError(f"{KEY}: environment {config.name} needs the option {missing[0]}")
     try:
         return kind.model_validate_json(json.dumps(config.options, default=str))
     except ValidationError as error:
