@@ -36,7 +36,7 @@ def test_a_mistyped_key_is_answered_without_loading_torch(tmp_path: Path) -> Non
     [
         (["trian"], 'unknown command "trian"; did you mean train?'),
         (["xyz"], 'unknown command "xyz"; commands are train, rollout, eval'),
-        (["train"], "a RECIPE is missing; shipped are deep-research, research"),
+        (["train"], "a RECIPE is missing; shipped are bfcl, deep-research"),
         (["train", "seed=2"], "a RECIPE is missing"),
         (["train", "reserch"], 'unknown recipe "reserch"; did you mean research'),
         (["train", "research", "--outptu", "x"], "unrecognized arguments: --outptu x; see slipstream train"),

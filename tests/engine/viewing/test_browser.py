@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from chromium import ANSWER_S, Chromium, browser
-from runs import RunMaker, call, episode, small_run
+from made_runs import RunMaker, call, episode, small_run
 
 from slipstream import cli
 from slipstream.chat import Chat

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from runs import RunMaker, episode
+from made_runs import RunMaker, episode
 
 from slipstream import events
 from slipstream.chat import Chat

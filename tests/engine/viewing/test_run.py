@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
-from runs import HOSTILE, RunMaker, call, episode, small_run
+from made_runs import HOSTILE, RunMaker, call, episode, small_run
 
 from slipstream import events
 from slipstream.chat import Chat

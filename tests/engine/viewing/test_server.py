@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from runs import HOSTILE, RunMaker, episode, small_run
+from made_runs import HOSTILE, RunMaker, episode, small_run
 from starlette.testclient import TestClient
 
 from slipstream import cli

@@ -19,6 +19,7 @@ from slipstream.environments.bfcl.judge import passed_turns
 from slipstream.environments.bfcl.tasks import SECRET, BfclTasks
 from slipstream.environments.tool_episode import Result, ToolEpisode, failed
 from slipstream.interfaces import AssistantMessage, Observation, ToolSpec, Transition
+from slipstream.tools.wording import UNKNOWN_TOOL
 from slipstream.types import Score, ScoreKind, Task, TaskAttempt, ToolStatus
 
 SYSTEM: Final = (
@@ -101,7 +102,7 @@ class BfclEnvironment(ToolEpisode):
 
     def _used(self, name: str, arguments: Mapping[str, Any]) -> Result:
         if all(tool.name != name for tool in self.tools):
-            return failed("unknown tool")
+            return failed(UNKNOWN_TOOL)
         self._said[-1].append((name, arguments))
         text, well = self._apis.call(name, arguments)
         return Result(text=text, status=ToolStatus.OK if well else ToolStatus.ERROR)
