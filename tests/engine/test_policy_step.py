@@ -508,6 +508,7 @@ def test_describe_counts() -> None:
             "length": 10.0,
             "tools/success": 0.5,
             "tools/valid": 2 / 8,
+            "tools/cached": 0.0,
             "reward/outcome": 0.5,
             "reward/step": -0.1,
             "outcome/completed": 0.5,

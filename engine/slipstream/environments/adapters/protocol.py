@@ -31,6 +31,7 @@ from slipstream.environments.adapters.foreign import (
 )
 from slipstream.errors import InfrastructureError, ToolError
 from slipstream.interfaces import ToolSpec
+from slipstream.tools.wording import BROKE_PROTOCOL, TOO_MUCH
 
 VERSIONS: Final = ("2025-06-18", "2025-11-25", "2025-03-26", "2024-11-05")
 """Of the protocol, the one asked for first; they say the same of tools as far as we use them."""
@@ -104,7 +105,7 @@ class McpServer:
                 _request("tools/call", {"name": name, "arguments": dict(arguments)}), seconds
             )
         except Oversized:
-            raise ToolError("tool answered too much") from None
+            raise ToolError(TOO_MUCH) from None
         except CallTimeout as error:
             await life.send(_notice("notifications/cancelled", {"requestId": int(str(error))}))
             await self._expect_pong(life)
@@ -267,7 +268,7 @@ def _spec(listed: Any, name: str) -> ToolSpec:
 def _text(result: Any) -> tuple[str, bool]:
     content = result.get("content") if isinstance(result, dict) else None
     if not isinstance(content, list) or not all(isinstance(block, dict) for block in content):
-        raise ToolError("tool broke its protocol")
+        raise ToolError(BROKE_PROTOCOL)
     said = [_block(block) for block in content]
     if not said and "structuredContent" in result:
         said = [json.dumps(result["structuredContent"], ensure_ascii=False)]
@@ -290,7 +291,7 @@ def _block(block: Mapping[str, Any]) -> str:
 
 def _reason(error: Any) -> str:
     said = error.get("message") if isinstance(error, dict) else None
-    return " ".join(str(said or "tool broke its protocol").split())
+    return " ".join(str(said or BROKE_PROTOCOL).split())
 
 
 def _difference(first: Greeting, later: Greeting) -> str:
