@@ -29,6 +29,8 @@ if TYPE_CHECKING:
         WeightPublisher,
         WeightSubscriber,
     )
+    from slipstream.judging.judge import Judge
+    from slipstream.judging.rubric import Rubric
     from slipstream.types import (
         Completion,
         Outcome,
@@ -50,9 +52,11 @@ __all__ = [
     "Episode",
     "InferenceBackend",
     "Invalid",
+    "Judge",
     "Observation",
     "Outcome",
     "PolicyFault",
+    "Rubric",
     "RunConfig",
     "Sampling",
     "Score",
@@ -96,6 +100,8 @@ _NAMES_OF_MODULE = {
         "AssistantMessage Environment InferenceBackend Observation TaskSource ToolSpec TrajectorySink"
         " Transition WeightPublisher WeightSubscriber"
     ),
+    "judging.judge": "Judge",
+    "judging.rubric": "Rubric",
     "types": "Completion Outcome Sampling Score ScoreKind Split Task Trajectory Version",
 }
 _MODULE_OF_NAME = {name: module for module, names in _NAMES_OF_MODULE.items() for name in names.split()}

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from slipstream.commands import reading, roles, supplies, training, worlds
+from slipstream.commands import judging, reading, roles, supplies, training, worlds
 from slipstream.commands.common import Command
 from slipstream.errors import ConfigurationError, SlipstreamError, StorageError, disk_failure
 from slipstream.process import guard_parent
@@ -85,5 +85,5 @@ def _overview(commands: dict[str, Command]) -> str:
 
 def _commands() -> dict[str, Command]:
     """Return all commands in the order of the overview."""
-    groups = (training, reading, worlds, roles, supplies)
+    groups = (training, reading, judging, worlds, roles, supplies)
     return {name: command for group in groups for name, command in group.COMMANDS.items()}

@@ -170,12 +170,16 @@ class BaselineConfig(Part):
 
 
 class MonitorConfig(Part):
-    """Limits of the signs of a degenerate policy (monitors.py), each a share or ratio; 0 watches nothing."""
+    """Limits of the signs of a degenerate policy (monitors.py): shares, ratios, a gap; 0 watches nothing."""
 
     repeated_calls: float = Field(default=0.2, ge=0.0)
     no_end: float = Field(default=0.5, ge=0.0)
     one_answer: float = Field(default=0.5, ge=0.0)
     length_growth: float = Field(default=2.0, ge=0.0)
+    verifier_gap: float = Field(default=0.2, ge=0.0)
+    """Mean success minus the mean of the held-out verifier."""
+    verifier: str = "verifier"
+    """Metric from 0 to 1, of a @metric or a judge, that success is compared with; "" compares with none."""
 
 
 class EvaluationConfig(Part):

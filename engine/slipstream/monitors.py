@@ -4,6 +4,7 @@ repeated calls      it makes one call over and over, though it has been answered
 no end              it goes on searching until the episode is cut
 one answer          whatever is asked, it answers alike
 length              its messages grow far beyond what they were
+verifier            its reward says success, and a verifier that it is never trained on says no
 
 Each is a share or a ratio over a batch, told in every row of metrics; one above its limit is an alarm: a
 sentence in the log and in the row. None of them touches a reward: they are signs, the tasks' own scores are
@@ -18,7 +19,7 @@ from collections.abc import Sequence
 from typing import Final
 
 from slipstream.config_parts import MonitorConfig
-from slipstream.types import Outcome, ToolCall, ToolStatus, Trajectory
+from slipstream.types import Outcome, ScoreKind, ToolCall, ToolStatus, Trajectory, succeeded
 
 REPEATS: Final = 3
 """Equal calls in an episode, each answered without an error, that are no longer thoroughness."""
@@ -48,6 +49,25 @@ def degeneracy(trajectories: Sequence[Trajectory]) -> dict[str, float]:
     }
 
 
+def verifier_gap(trajectories: Sequence[Trajectory], verifier: str) -> tuple[float | None, list[float]]:
+    """Return mean success minus the mean of the held-out verifier, and its values outside 0 to 1.
+
+    Over the episodes whose outcomes were all judged and that have a metric called `verifier` from 0 to 1;
+    None without any. The metric is no part of the reward, whatever it says.
+    """
+    gaps, strange = list[float](), list[float]()
+    for trajectory in trajectories:
+        found = [s.value for s in trajectory.scores if s.kind is ScoreKind.METRIC and s.name == verifier]
+        outcomes = [score.value for score in trajectory.scores if score.kind is ScoreKind.OUTCOME]
+        if not found or found[0] is None or not outcomes or None in outcomes:
+            continue
+        if 0.0 <= found[0] <= 1.0:
+            gaps.append(succeeded(trajectory.scores) - found[0])
+        else:
+            strange.append(found[0])
+    return (sum(gaps) / len(gaps) if gaps else None), strange
+
+
 class Monitor:
     """Compares each batch with the limits, and its length with that of the first steps.
 
@@ -69,12 +89,21 @@ class Monitor:
         found = degeneracy(trajectories)
         found["monitor/length_growth"] = length / usual if usual else 1.0
         limits = self._config.model_dump()
+        verifier = limits.pop("verifier")
+        gap, strange = verifier_gap(trajectories, verifier) if verifier else (None, [])
+        if gap is not None:
+            found["monitor/verifier_gap"] = gap
         self.alarms = [
             f"{key} is {found[f'monitor/{key}']:.2f}, above monitors.{key} = {limit:g}: {_MEANING[key]}; "
             "read episodes before you trust the reward"
             for key, limit in limits.items()
-            if limit and found[f"monitor/{key}"] > limit
+            if limit and found.get(f"monitor/{key}", 0.0) > limit
         ]
+        if strange:
+            self.alarms.append(
+                f"metric {verifier} gave {strange[0]:g}, expected 0 to 1: {len(strange)} of "
+                f"{len(trajectories)} episodes are left out of verifier_gap; mend that metric"
+            )
         return {**found, "monitor/alarms": float(len(self.alarms))}
 
     def state(self) -> list[float]:
@@ -91,6 +120,7 @@ _MEANING: Final = {
     "no_end": "episodes call tools until they are cut",
     "one_answer": "different tasks get one answer",
     "length_growth": "messages are that many times as long as at first",
+    "verifier_gap": "outcomes say success by so much more than the verifier that is not trained on",
 }
 
 

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from slipstream import synthetic
-from slipstream.config import MonitorConfig
-from slipstream.monitors import Monitor, degeneracy
-from slipstream.types import Outcome, TaskAttempt, ToolCall, ToolStatus, Trajectory
+from slipstream.config import MonitorConfig, RewardConfig
+from slipstream.monitors import Monitor, degeneracy, verifier_gap
+from slipstream.rewards import reward
+from slipstream.types import Outcome, Score, ScoreKind, TaskAttempt, ToolCall, ToolStatus, Trajectory
 
 OK, ERROR = ToolStatus.OK, ToolStatus.ERROR
 
@@ -84,3 +85,51 @@ def test_a_limit_of_nothing_watches_nothing() -> None:
     on = Monitor(MonitorConfig())
     assert on.observe(batch)["monitor/alarms"] == 2
     assert [sentence.split()[0] for sentence in on.alarms] == ["repeated_calls", "no_end"]
+
+
+def checked(success: bool | None, verified: float | None, name: str = "verifier") -> Trajectory:
+    """An episode with an outcome and what a verifier that is not trained on says; None: not judged."""
+    outcome = None if success is None else 2.0 * success - 1.0
+    return dataclasses.replace(
+        episode(),
+        scores=(
+            Score(name="right", kind=ScoreKind.OUTCOME, weight=1.0, value=outcome),
+            Score(name=name, kind=ScoreKind.METRIC, weight=0.0, value=verified),
+        ),
+    )
+
+
+def test_the_gap_between_success_and_a_verifier_that_is_not_trained_on() -> None:
+    """Of four episodes with both: success 3/4, verifier (1 + 0 + 0.5 + 0) / 4."""
+    both = [checked(True, 1.0), checked(True, 0.0), checked(True, 0.5), checked(False, 0.0)]
+    one_sided = [checked(None, 0.0), checked(True, None), checked(True, 0.0, "politeness"), episode()]
+    assert verifier_gap(both + one_sided, "verifier") == (0.375, [])
+    assert verifier_gap([checked(False, 1.0)], "verifier") == (-1.0, [])
+    assert verifier_gap(one_sided, "verifier") == (None, [])
+    assert verifier_gap(both + one_sided, "politeness") == (1.0, [])
+
+
+def test_a_gap_above_its_limit_is_an_alarm_and_changes_no_reward() -> None:
+    batch = [checked(True, 1.0), checked(True, 0.0)]
+    monitor = Monitor(MonitorConfig())
+    row = monitor.observe(batch)
+    assert (row["monitor/verifier_gap"], row["monitor/alarms"]) == (0.5, 1.0)
+    assert monitor.alarms == [
+        "verifier_gap is 0.50, above monitors.verifier_gap = 0.2: outcomes say success by so much more than "
+        "the verifier that is not trained on; read episodes before you trust the reward"
+    ]
+    assert [reward(one.scores, RewardConfig()) for one in batch] == [1.0, 1.0]
+    assert Monitor(MonitorConfig(verifier_gap=0.5)).observe(batch)["monitor/alarms"] == 0
+    assert Monitor(MonitorConfig(verifier_gap=0.0)).observe(batch)["monitor/alarms"] == 0
+    for without in (MonitorConfig(verifier="other"), MonitorConfig(verifier="")):
+        assert "monitor/verifier_gap" not in Monitor(without).observe(batch)
+
+
+def test_a_verifier_that_is_none_is_said_to_be_none() -> None:
+    monitor = Monitor(MonitorConfig())
+    row = monitor.observe([checked(True, 7.0), checked(False, -1.0), checked(True, 1.0)])
+    assert (row["monitor/verifier_gap"], row["monitor/alarms"]) == (0.0, 1.0)
+    assert monitor.alarms == [
+        "metric verifier gave 7, expected 0 to 1: 2 of 3 episodes are left out of verifier_gap; mend "
+        "that metric"
+    ]

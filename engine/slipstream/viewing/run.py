@@ -28,7 +28,7 @@ from slipstream.viewing.filters import Filters, describe
 from slipstream.viewing.index import FATES, OUTCOMES, STATUSES, RunIndex
 from slipstream.viewing.log import LogReader, Place
 from slipstream.viewing.search import Searches
-from slipstream.viewing.tokens import tokenizer_of
+from slipstream.viewing.tokens import tokenizer_in
 from slipstream.wire import decode_trajectory
 
 PAGE_GROUPS: Final = 24
@@ -59,12 +59,8 @@ class RunView:
         self._log = LogReader(folder / "trajectories")
         self._fresh = self._log.fresh()
         self._scorer, self._scored_with = scorer, scored_with
-        checkpoints = folder / "checkpoints"
-        config = self._config()
-        path = _at(config, "model", "path")
-        named = [checkpoints / name for name in ("warmup", "best", "latest")]
-        folders = [*named, *sorted(checkpoints.glob("step-*")), *([Path(path)] if path else [])]
-        self._texts, self._textless = tokenizer_of(folders)
+        path = _at(self._config(), "model", "path")
+        self._texts, self._textless = tokenizer_in(folder, str(path or ""))
         self._searches = Searches(self._record, self._texts)
 
     def advance(self, budget_s: float) -> bool:

@@ -69,6 +69,13 @@ class TokenTexts:
         return texts
 
 
+def tokenizer_in(run: Path, model: str) -> tuple[TokenTexts, str]:
+    """Return the texts of a run that began with the folder `model`, or "", as `tokenizer_of` does."""
+    checkpoints = run / "checkpoints"
+    named = [checkpoints / name for name in ("warmup", "best", "latest")]
+    return tokenizer_of([*named, *sorted(checkpoints.glob("step-*")), *([Path(model)] if model else [])])
+
+
 def tokenizer_of(folders: Iterable[Path]) -> tuple[TokenTexts, str]:
     """Return the texts by the first folder that holds a tokenizer, and "" or why there is none."""
     from tokenizers import Tokenizer
