@@ -25,6 +25,7 @@ REPEATS: Final = 3
 """Equal calls in an episode, each answered without an error, that are no longer thoroughness."""
 FIRST_STEPS: Final = 10
 """Steps whose mean length is the usual one."""
+_VERIFIER: Final = MonitorConfig().verifier
 _CUT: Final = frozenset({Outcome.TRUNCATED, Outcome.TIMED_OUT})
 
 
@@ -99,6 +100,10 @@ class Monitor:
             for key, limit in limits.items()
             if limit and found.get(f"monitor/{key}", 0.0) > limit
         ]
+        if verifier not in ("", _VERIFIER) and not any(
+            s.name == verifier for t in trajectories for s in t.scores
+        ):
+            self.alarms.append(f"monitors.verifier: no episode has a metric {verifier}; nothing is compared")
         if strange:
             self.alarms.append(
                 f"metric {verifier} gave {strange[0]:g}, expected 0 to 1: {len(strange)} of "

@@ -121,8 +121,10 @@ def test_a_gap_above_its_limit_is_an_alarm_and_changes_no_reward() -> None:
     assert [reward(one.scores, RewardConfig()) for one in batch] == [1.0, 1.0]
     assert Monitor(MonitorConfig(verifier_gap=0.5)).observe(batch)["monitor/alarms"] == 0
     assert Monitor(MonitorConfig(verifier_gap=0.0)).observe(batch)["monitor/alarms"] == 0
-    for without in (MonitorConfig(verifier="other"), MonitorConfig(verifier="")):
-        assert "monitor/verifier_gap" not in Monitor(without).observe(batch)
+    assert "monitor/verifier_gap" not in Monitor(MonitorConfig(verifier="")).observe(batch)
+    misspelt = Monitor(MonitorConfig(verifier="verfier"))
+    assert misspelt.observe(batch)["monitor/alarms"] == 1.0
+    assert misspelt.alarms == ["monitors.verifier: no episode has a metric verfier; nothing is compared"]
 
 
 def test_a_verifier_that_is_none_is_said_to_be_none() -> None:
