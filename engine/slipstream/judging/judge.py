@@ -78,7 +78,8 @@ class Judge:
 
         self.rubric, self.model = rubric, model
         self._client = Client(base_url, model, api_key=api_key, gateway=gateway)
-        self._cache = ToolCache("judge", None if cache is None else Path(cache))
+        self._path = _usable(cache)
+        self._opened: ToolCache | None = None
         self._timeout_s, self._retries = timeout_s, retries
         self._version, self._most_chars = version, most_chars
 
@@ -100,7 +101,7 @@ class Judge:
         try:
             async with asyncio.timeout_at(ends_at):
                 # What the messages hold names rubric and episode; values of verdicts do not change them.
-                kept, cached = await self._cache.call(self.model, self._version, asked, None, compute)
+                kept, cached = await self._cache().call(self.model, self._version, asked, None, compute)
         except InfrastructureError as error:
             raise Unjudged(Fault.TRANSPORT, str(error)) from None
         except TimeoutError:
@@ -147,4 +148,26 @@ class Judge:
 
     def close(self) -> None:
         """Close the file of verdicts."""
-        self._cache.close()
+        if self._opened is not None:
+            self._opened.close()
+            self._opened = None
+
+    def _cache(self) -> ToolCache:
+        # Opened when it is used: a judge is made where an environment is defined, and SQLite bears no fork.
+        if self._opened is None:
+            self._opened = ToolCache("judge", self._path)
+        return self._opened
+
+
+def _usable(path: str | Path | None) -> Path | None:
+    """Return the absolute path of a file of verdicts, its folder made; raises ConfigurationError."""
+    if path is None:
+        return None
+    file = Path(path).absolute()
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigurationError(f"judge: cache {file} cannot be made: {error.strerror or error}") from None
+    if file.is_dir():
+        raise ConfigurationError(f"judge: cache must be a file, and {file} is a folder")
+    return file

@@ -141,6 +141,24 @@ def test_verdicts_are_kept_by_model_version_rubric_and_episode(server: JudgeServ
     kept.close()
 
 
+def test_a_cache_that_cannot_be_is_said_at_once(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match="is a folder"):
+        Judge("http://h/v1", "m", POLITE, cache=tmp_path)
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigurationError, match="cannot be made"):
+        Judge("http://h/v1", "m", POLITE, cache=tmp_path / "file" / "verdicts.sqlite")
+
+
+def test_nothing_is_opened_before_the_first_verdict(server: JudgeServer, tmp_path: Path) -> None:
+    """The processes of a run share nothing of a judge that was made before they were."""
+    path = tmp_path / "new" / "verdicts.sqlite"
+    made = judge(server, cache=path)
+    assert not path.exists()
+    verdict(made)
+    assert path.exists()
+    made.close()
+
+
 def test_equal_episodes_at_once_are_judged_once_and_others_beside_each_other(
     server: JudgeServer, tmp_path: Path
 ) -> None:
