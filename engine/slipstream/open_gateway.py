@@ -34,15 +34,27 @@ from slipstream.types import Lease, Outcome, Sampling, Split, TaskAttempt, Traje
 FILE: Final = "rollouts.jsonl"
 
 
-def main(config: RunConfig, folder: Path, checkpoint: Path | None, *, split: Split, port: int) -> int:
+def main(
+    config: RunConfig,
+    folder: Path,
+    checkpoint: Path | None,
+    *,
+    split: Split,
+    port: int,
+    greedy: bool = False,
+) -> int:
     """Serve the policy of `checkpoint`, or the run's best one, until SIGTERM or SIGINT; returns 0.
+
+    greedy: it says the likeliest, as a judge should, instead of sampling as in training.
 
     Raises CheckpointError without a policy, AddressError, ConfigurationError.
     """
     torch.set_num_threads(config.actor.threads)
     agent = config.agent.model_copy(update={"program": OUTSIDE, "port": port})
     config = config.model_copy(update={"agent": agent})
-    return uvloop.run(_serve(config, folder, checkpoint or policy_of(folder), split))
+    temperature = 0.0 if greedy else config.sampling.temperature
+    sampling = Sampling(temperature=temperature, max_tokens=config.sampling.max_tokens)
+    return uvloop.run(_serve(config, folder, checkpoint or policy_of(folder), split, sampling))
 
 
 def policy_of(folder: Path) -> Path:
@@ -60,7 +72,7 @@ def policy_of(folder: Path) -> Path:
         ) from error
 
 
-async def _serve(config: RunConfig, folder: Path, checkpoint: Path, split: Split) -> int:
+async def _serve(config: RunConfig, folder: Path, checkpoint: Path, split: Split, sampling: Sampling) -> int:
     policy = load_policy(checkpoint, config=config.model, device=choose_device(config.device))
     redactor = Redactor.of_process(config.environment.canaries)
     guard_logs(redactor)
@@ -80,7 +92,7 @@ async def _serve(config: RunConfig, folder: Path, checkpoint: Path, split: Split
         asyncio.get_running_loop().add_signal_handler(number, stopping.set)
     tasks: list[asyncio.Task[Any]] = [
         asyncio.create_task(backend.run()),
-        asyncio.create_task(_offer(config, folder, runner, backend, policy.chat, split)),
+        asyncio.create_task(_offer(config, folder, runner, backend, policy.chat, split, sampling)),
         asyncio.create_task(stopping.wait()),
     ]
     done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
@@ -94,11 +106,16 @@ async def _serve(config: RunConfig, folder: Path, checkpoint: Path, split: Split
 
 
 async def _offer(
-    config: RunConfig, folder: Path, runner: ProgramRunner, backend: EmbeddedBackend, chat: Chat, split: Split
+    config: RunConfig,
+    folder: Path,
+    runner: ProgramRunner,
+    backend: EmbeddedBackend,
+    chat: Chat,
+    split: Split,
+    sampling: Sampling,
 ) -> None:
     """Keep one task waiting for each free row of the backend."""
     room = asyncio.Semaphore(backend.rows)
-    sampling = Sampling(temperature=config.sampling.temperature, max_tokens=config.sampling.max_tokens)
 
     async def offered(index: int) -> None:
         attempt = TaskAttempt(task=index, seed=config.seed, group=index, attempt=0)

@@ -66,9 +66,9 @@ def test_an_agent_is_trained_on_what_was_sampled_for_it(
 
 
 def test_a_policy_is_served_to_agents_outside(new_run: Callable[..., Run]) -> None:
-    """The README's requests, and the line that a finished rollout leaves."""
+    """The README's requests, and the line that a finished rollout leaves; greedy, it says the same again."""
     run = new_run("run")
-    gateway = run.command("gateway", "--port", "0")
+    gateway = run.command("gateway", "--port", "0", "--greedy")
     said = run.folder.with_name("run-1.out")
     until(
         lambda: "/rollouts gives a task" in said.read_text() or gateway.popen.poll() is not None,
@@ -80,11 +80,15 @@ def test_a_policy_is_served_to_agents_outside(new_run: Callable[..., Run]) -> No
     with httpx.Client(base_url=found[1], timeout=60) as client:
         opened = client.post("/rollouts").json()
         question = [{"role": "user", "content": opened["task"]["question"]}]
-        answered = client.post(
-            "/chat/completions", json={"model": "policy", "messages": question},
-            headers={"authorization": f"Bearer {opened['api_key']}"},
+        answered, again = (
+            client.post(
+                "/chat/completions", json={"model": "policy", "messages": question},
+                headers={"authorization": f"Bearer {one['api_key']}"},
+            ) for one in (opened, client.post("/rollouts").json())
         )  # fmt: skip
-        assert answered.status_code == 200, answered.text
+        assert (answered.status_code, again.status_code) == (200, 200), answered.text
+        told = [response.json()["choices"][0]["token_ids"] for response in (answered, again)]
+        assert told[0] == told[1]
         assert client.post(f"/rollouts/{opened['id']}/reward", json={"value": 1}).status_code == 200
         assert client.post(f"/rollouts/{opened['id']}/finish").status_code == 200
         until(lambda: (run.folder / "rollouts.jsonl").exists(), "the rollout's line")

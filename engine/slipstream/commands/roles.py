@@ -81,6 +81,9 @@ def _gateway_args(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoint", type=Path, help="policy to serve (default: the run's best)")
     parser.add_argument("--split", choices=[split.value for split in Split], default=Split.HELDOUT.value)
     parser.add_argument("--port", type=int, default=8000, help="on the loopback; 0: a free one")
+    parser.add_argument(
+        "--greedy", action="store_true", help="say the likeliest, as a judge should, instead of sampling"
+    )
 
 
 def _gateway(chosen: argparse.Namespace) -> int:
@@ -90,7 +93,14 @@ def _gateway(chosen: argparse.Namespace) -> int:
     check_program(OUTSIDE)
     from slipstream import open_gateway
 
-    return open_gateway.main(config, folder, chosen.checkpoint, split=Split(chosen.split), port=chosen.port)
+    return open_gateway.main(
+        config,
+        folder,
+        chosen.checkpoint,
+        split=Split(chosen.split),
+        port=chosen.port,
+        greedy=chosen.greedy,
+    )
 
 
 COMMANDS = {

@@ -5,8 +5,8 @@
     judge = Judge("http://127.0.0.1:8000/v1", "judge", Rubric(name="polite", criterion=..., choices=...))
     polite = environment(..., rewards=[right, judge.metric()])
 
-The model behind it is whatever an OpenAI-compatible server serves, a frozen checkpoint behind
-`slipstream gateway` too; nothing of it is trained. A judge that answers nonsense, or not in time, gives
+The model behind it is whatever an OpenAI-compatible server serves, a frozen checkpoint behind `slipstream
+gateway --greedy` too; nothing of it is trained. A judge that answers nonsense, or not in time, gives
 `Invalid`: no score, counted as invalid/NAME. Verdicts are kept in SQLite by model, rubric and episode;
 failures never are. A judge runs where scores are made: a sandbox without a network has none.
 """
@@ -63,7 +63,8 @@ class Judge:
                    scores of an episode are made
         retries    after failures of connection and server alone
         version    what `model` does not name, such as the checkpoint behind a gateway
-        gateway    the server is `slipstream gateway`, where each answer has a rollout of its own
+        gateway    the server is `slipstream gateway --greedy`, where each answer has a rollout of its own and
+                   the gateway's configuration bounds it: sampling.max_tokens, environment.max_tokens
         most_chars of an episode; what is longer loses its middle
 
         Raises ConfigurationError.
