@@ -23,6 +23,7 @@ MOST_BYTES: Final = 1 << 20
 _TOO_MANY: Final = 429
 _SERVER_FAULT: Final = 500
 _SHOWN: Final = 120
+_HERE: Final = frozenset({"127.0.0.1", "::1", "localhost"})
 
 
 class _Message(msgspec.Struct):
@@ -50,10 +51,10 @@ class Client:
     def __init__(self, base_url: str, model: str, *, api_key: str = "", gateway: bool = False) -> None:
         """Connect to nothing yet; raises ConfigurationError for what is no address or no key."""
         try:
-            usable = httpx2.URL(base_url).scheme in ("http", "https") and bool(httpx2.URL(base_url).host)
+            url = httpx2.URL(base_url)
         except httpx2.InvalidURL:
-            usable = False
-        if not usable:
+            url = httpx2.URL()
+        if url.scheme not in ("http", "https") or not url.host:
             raise ConfigurationError(
                 f"judge: base_url must be such as http://127.0.0.1:8000/v1, got {base_url!r}"
             )
@@ -61,6 +62,8 @@ class Client:
             raise ConfigurationError("judge: api_key must be printable ASCII")
         self._base_url, self._model = base_url.rstrip("/"), model
         self._key, self._gateway = api_key, gateway
+        # A proxy from the environment leads to the world, and never to this machine.
+        self._is_elsewhere = url.host not in _HERE
 
     async def complete(self, messages: Sequence[Mapping[str, str]]) -> str:
         """Return what the model says, sampled greedily.
@@ -69,7 +72,9 @@ class Client:
         """
         body = {"model": self._model, "messages": messages, "temperature": 0.0, "max_tokens": ANSWER_TOKENS}
         # A client of its own for each answer: it is used from several event loops, one after another.
-        async with httpx2.AsyncClient(timeout=None, trust_env=False, verify=_certificates()) as http:
+        async with httpx2.AsyncClient(
+            timeout=None, trust_env=self._is_elsewhere, verify=_certificates()
+        ) as http:
             key = self._key
             if self._gateway:
                 key = (await self._post(http, "/rollouts", {}, key, _Rollout)).api_key
@@ -112,4 +117,4 @@ class Client:
 @cache
 def _certificates() -> ssl.SSLContext:
     """Return the roots of trust, which take longer to read than most answers."""
-    return ssl.create_default_context()
+    return httpx2.create_ssl_context()

@@ -114,6 +114,13 @@ def test_a_server_that_fails_once_is_asked_again(server: JudgeServer) -> None:
     assert len(server.asked) == 3
 
 
+def test_no_proxy_stands_before_this_machine(server: JudgeServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    monkeypatch.delenv("no_proxy", raising=False)
+    assert verdict(judge(server)).value == 1.0
+
+
 def test_nobody_there_is_a_fault_of_the_transport() -> None:
     made = Judge("http://127.0.0.1:9/v1", "m", POLITE, retries=0)
     assert fault(made).fault is Fault.TRANSPORT
@@ -250,6 +257,10 @@ def test_a_verdict_inside_the_episode_is_not_the_judges(server: JudgeServer) -> 
         (
             lambda: Judge("ftp://host/v1", "m", POLITE),
             "judge: base_url must be such as http://127.0.0.1:8000/v1, got 'ftp://host/v1'",
+        ),
+        (
+            lambda: Judge("http://h:x/v1", "m", POLITE),
+            "judge: base_url must be such as http://127.0.0.1:8000/v1, got 'http://h:x/v1'",
         ),
         (lambda: Judge("http://h/v1", "m", POLITE, api_key="a\n"), "judge: api_key must be printable ASCII"),
         (
