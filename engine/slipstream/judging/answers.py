@@ -20,6 +20,7 @@ MOST_BRACES: Final = 64
 """Where an object may begin; text of nothing but braces would be read over and over."""
 _THOUGHT_END: Final = "</think>"
 _SHOWN: Final = 80
+_LONGEST_REASON: Final = 500
 
 
 class Fault(StrEnum):
@@ -87,8 +88,9 @@ def _read(pairs: Sequence[tuple[str, Any]], rubric: Rubric) -> Verdict:
     if choice is None:
         known = ", ".join(rubric.choices)
         raise Unjudged(Fault.CHOICE, f"expected one of {known}, got {said!r:.{_SHOWN}}")
-    # A text with half a character in it can neither be kept nor shown.
-    reason = " ".join(reason.encode("utf-8", "replace").decode().split())
+    # It is kept and shown on terminals: no half characters, and nothing that moves a cursor.
+    words = " ".join(reason.split())[:_LONGEST_REASON]
+    reason = "".join(character if character.isprintable() else "?" for character in words)
     return Verdict(choice=choice, value=float(rubric.choices[choice]), reason=reason)
 
 

@@ -31,6 +31,11 @@ def test_an_answer_is_found(text: str) -> None:
     assert (found.choice, found.value, found.reason) == ("meets fully", 1.0, "Because.")
 
 
+def test_a_reason_is_a_line_that_can_be_shown() -> None:
+    said = json.dumps({"reason": "a\n\x1b[2J\ud800 é" + "x" * 600, "verdict": "fails"})
+    assert read_answer(said, RUBRIC).reason == "a ?[2J? é" + "x" * 491
+
+
 @pytest.mark.parametrize(
     ("text", "fault"),
     [
