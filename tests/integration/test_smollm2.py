@@ -22,7 +22,7 @@ from slipstream import pretrained
 from slipstream.chat import Said
 from slipstream.checkpoint import read_tensors
 from slipstream.config import ModelConfig, load_config
-from slipstream.environments.research import build_world, corpus
+from slipstream.environments.research import ResearchOptions, build_world, corpus
 from slipstream.errors import AddressError, ConfigurationError
 from slipstream.inference.embedded import EmbeddedBackend
 from slipstream.metrics import read_rows, rows_of
@@ -87,9 +87,9 @@ def test_it_knows_the_capital_of_france(policy: Policy) -> None:
 
 def test_its_tokens_give_the_text_back(policy: Policy) -> None:
     """Of everything an episode shows, and of what no template has seen."""
-    config = load_config("smollm2")
-    texts = list(corpus(config.environment, worlds=2))
-    texts += [page.body for page in build_world(Split.HELDOUT, 0, config.environment).documents]
+    options = ResearchOptions()
+    texts = list(corpus(options, worlds=2))
+    texts += [page.body for page in build_world(Split.HELDOUT, 0, options).documents]
     texts += ["Zoë  lives in Übach-Palenberg, 3 410 km away.\n\t日本語 🙂 \u200b", "  ", "a\r\nb"]
     for text in texts:
         assert policy.chat.text(policy.chat.encode(text)) == text
