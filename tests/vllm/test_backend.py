@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -58,9 +58,19 @@ def check_every_token(world: World, prompt: np.ndarray, completion: Completion) 
 
 
 async def in_flight(backend: VllmBackend) -> list[asyncio.Task[Completion]]:
-    """Return requests that the server works on for seconds more: most of them wait for others to end."""
-    sampling = Sampling(max_tokens=480)
-    running = [asyncio.create_task(backend.generate(PROMPT, sampling, rollout_id=n)) for n in range(96)]
+    """Return requests that the server works on for seconds more: no token stops them, most have to wait."""
+    client = backend._client
+    ask = client._ask
+
+    async def endless(token_ids: Sequence[int], parameters: dict[str, Any]) -> Any:
+        return await ask(token_ids, {**parameters, "stop_token_ids": []})
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(client, "_ask", endless)
+        sampling = Sampling(max_tokens=480)
+        running = [asyncio.create_task(backend.generate(PROMPT, sampling, rollout_id=n)) for n in range(48)]
+        # All have asked once they have had their turn.
+        await asyncio.sleep(0)
     await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
     return running
 
