@@ -67,8 +67,12 @@ async def in_flight(backend: VllmBackend) -> list[asyncio.Task[Completion]]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(client, "_ask", endless)
-        sampling = Sampling(max_tokens=480)
-        running = [asyncio.create_task(backend.generate(PROMPT, sampling, rollout_id=n)) for n in range(48)]
+        # Of different lengths: were all that run to end at once, none would run for a moment.
+        lengths = [Sampling(max_tokens=300 + 3 * n) for n in range(48)]
+        running = [
+            asyncio.create_task(backend.generate(PROMPT, length, rollout_id=n))
+            for n, length in enumerate(lengths)
+        ]
         # All have asked once they have had their turn.
         await asyncio.sleep(0)
     await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
