@@ -28,7 +28,7 @@ from slipstream.ledger_snapshot import snapshot
 from slipstream.messages import Buffer
 from slipstream.metrics import FILE as METRICS
 from slipstream.metrics import append_row
-from slipstream.process import collect_garbage_seldom, keep_freed_memory
+from slipstream.process import MemoryGauge, collect_garbage_seldom, keep_freed_memory
 from slipstream.rendezvous import announce_address, announce_end, announce_start, run_id
 from slipstream.run_folder import write_json
 from slipstream.stop_signals import STOPPED, end_when_asked, note_when_asked
@@ -68,6 +68,7 @@ def _run(config: RunConfig, folder: Path) -> int:
         sys.stderr.write(note + "\n")
     collect_garbage_seldom()
     server = _serve(ledger, config, before)
+    _limit_memory(config.hub.memory_limit_bytes)  # its threads are there now
     asked = note_when_asked()
     announce_address(folder, server.address, run)
     books = Bookkeeper(ledger, log, folder, config.hub, server.counters)
@@ -218,7 +219,10 @@ def _warn(sentence: str) -> None:
 
 
 def _limit_memory(limit_bytes: int) -> None:
-    """Let a flood of frames end this process, not the machine."""
+    """Let a flood of frames end this process, not the machine: at a tenth above what it may use."""
+    now = MemoryGauge().read()
+    # The kernel's limit counts what nobody ever wrote to, as the stacks of threads, and no mapped files.
+    limit_bytes = limit_bytes * 11 // 10 + now.data - now.resident
     _, hard = resource.getrlimit(resource.RLIMIT_DATA)
     if hard == resource.RLIM_INFINITY or hard > limit_bytes:
         resource.setrlimit(resource.RLIMIT_DATA, (limit_bytes, hard))

@@ -321,9 +321,27 @@ def test_another_connection_with_the_number_of_one_that_is_gone_is_left_alone() 
         guard.accepted(ours[1].fileno())
         guard.check()
         assert guard.cut == 1
-        assert theirs[0].recv(1) == b""
+        with pytest.raises(ConnectionResetError):
+            theirs[0].recv(1)
         for end in (*ours, *theirs):
             end.close()
+
+
+def test_what_a_connection_sent_and_nobody_read_is_dropped_when_it_is_cut() -> None:
+    """libzmq would read it all, and make up to 32 times as much of it."""
+    with (
+        socket.create_server(("127.0.0.1", 0)) as server,
+        socket.create_connection(server.getsockname()) as theirs,
+        server.accept()[0] as ours,
+    ):
+        theirs.sendall(bytes(100_000))
+        assert ours.recv(1) == b"\0"
+        guard = ConnectionGuard(Limits(hello_s=0.0))
+        guard.accepted(ours.fileno())
+        guard.check()
+        assert guard.cut == 1
+        with pytest.raises(OSError):
+            ours.recv(1)
 
 
 def test_a_unix_path_has_one_holder_in_a_private_folder(tmp_path: Path) -> None:

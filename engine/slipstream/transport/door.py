@@ -7,7 +7,6 @@ answer's User-Id on every frame that the connection sends. Here that is "role/na
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
@@ -20,9 +19,6 @@ from slipstream.transport.guard import ConnectionGuard
 from slipstream.transport.sockets import ZAP_DOMAIN
 
 _ZAP_ADDRESS: Final = "inproc://zeromq.zap.01"
-_CHECK_EVERY_S: Final = 0.05
-_LEAST_REST: Final = 9.0
-"""Seconds between two checks for each second that one takes: a tenth of a core at most."""
 _EVENTS: Final = zmq.EVENT_ACCEPTED | zmq.EVENT_DISCONNECTED | zmq.EVENT_CLOSED
 _REQUEST_FRAMES: Final = 7
 
@@ -68,18 +64,13 @@ class Door:
         poller.register(self._monitor, zmq.POLLIN)
         if self._zap is not None:
             poller.register(self._zap, zmq.POLLIN)
-        next_check = 0.0
         while not self._closing.is_set():
-            poller.poll(int(1000 * _CHECK_EVERY_S))
+            poller.poll(int(1000 * self._guard.look_every_s))
             while self._zap is not None and self._zap.poll(0):
                 self._zap.send_multipart(self._judge(self._zap.recv_multipart()))
             while self._monitor.poll(0):
                 self._follow(parse_monitor_message(self._monitor.recv_multipart()))
-            began = time.monotonic()
-            if began >= next_check:
-                self._guard.check()
-                took = time.monotonic() - began
-                next_check = began + max(_CHECK_EVERY_S, _LEAST_REST * took)
+            self._guard.look()
 
     def _follow(self, event: Mapping[str, Any]) -> None:
         descriptor = int(event["value"])

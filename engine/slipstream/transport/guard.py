@@ -13,8 +13,13 @@ record on the way.
     is unknown and holds anything much      while the process is above `stranger_memory_bytes`
     holds most of all                       while the process is above `memory_bytes`
 
-Cutting shuts the TCP connection down, so that libzmq ends it as if the peer had left, and frees its
-unfinished message. Unix domain sockets have no such counter: there the folder keeps strangers out.
+Cutting resets the TCP connection and drops what the kernel still holds of it, of which libzmq would make up
+to 32 times as much (64 bytes for an empty frame of two); libzmq then ends it as if the peer had left, and
+frees its unfinished message. Unix domain sockets have no such counter: there the folder keeps strangers out.
+
+What counts is how soon: a stranger fills a gigabyte in a second. So while one is there, memory is looked at
+every few milliseconds, and neither that nor asking the kernel about each connection hands the interpreter's
+lock to a busy thread, which might keep it for milliseconds each time.
 """
 
 from __future__ import annotations
@@ -28,9 +33,9 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Final
 
+from slipstream.process import MemoryGauge
 from slipstream.transport.sockets import CURVE_FRAME_BYTES
 
 _TCP_INFO_BYTES: Final = 136
@@ -39,13 +44,22 @@ _BYTES_RECEIVED: Final = struct.Struct("<Q"), 128
 _COOKIE: Final = struct.Struct("<Q")
 _TCP_INFO: Final = 11
 _LIBC: Final = ctypes.CDLL(None)
+_LIBC_LOCKED: Final = ctypes.PyDLL(None)
+"""For calls that take a microsecond: the interpreter's lock is kept."""
+_UNSPECIFIED: Final = bytes(16)
+"""A struct sockaddr of family AF_UNSPEC."""
 _SO_COOKIE: Final = 57
 """A number the kernel gives no other socket until the machine restarts."""
 _MUCH_BYTES: Final = 64 << 10
+_GROWN_BYTES: Final = 8 << 20
 _TRIM_EVERY_S: Final = 1.0
 _TRIM_FOR_S: Final = 30.0
 """On a busy machine libzmq takes its time to free what a cut connection held."""
 _MOST_NAMED: Final = 1024
+_SELDOM_S: Final = 0.05
+_OFTEN_S: Final = 0.005
+_LEAST_REST: Final = 9.0
+"""Seconds between two looks at all connections for each second that one takes: a tenth of a core at most."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,7 +93,7 @@ class Connection:
 
 
 class ConnectionGuard:
-    """Follows every connection; one thread calls `accepted`, `gone` and `check`, another one the rest.
+    """Follows every connection; one thread calls `delivered`, `admit` and `blame`, another one the rest.
 
     Descriptors are numbers that the system uses again: before anything is done to one, its cookie shows that
     it still is the connection it was. A message that outlived its connection counts for the next one with its
@@ -93,6 +107,12 @@ class ConnectionGuard:
         self._named: set[str] = set()
         self._trimmed_s, self._cut_s = 0.0, -math.inf
         """When memory was last given back, and when a connection was last cut."""
+        self._check_s = -math.inf
+        """When all connections are to be looked at again."""
+        self._unknown = False
+        """Whether anybody may be there who was not admitted."""
+        self._memory, self._resident = MemoryGauge(), 0
+        """And what it showed when all connections were looked at."""
         self.cut = 0
         """Connections that were ended."""
         self.unheard = 0
@@ -104,8 +124,14 @@ class ConnectionGuard:
         """Return the number of open connections."""
         return len(self._connections)
 
+    @property
+    def look_every_s(self) -> float:
+        """How long `look` may wait until it is called again."""
+        return _OFTEN_S if self._unknown else _SELDOM_S
+
     def accepted(self, descriptor: int) -> None:
         """Follow a new connection."""
+        self._unknown = True
         peer = _peer_of(descriptor)
         if peer is None:  # over before it could be looked at
             self.unheard += 1
@@ -139,6 +165,13 @@ class ConnectionGuard:
         if connection is not None:
             connection.malformed += 1
 
+    def look(self) -> None:
+        """Check once it is time to, or as soon as strangers fill the memory."""
+        now = self._clock()
+        if now >= self._check_s or (self._unknown and self._filling()):
+            self.check()
+            self._check_s = now + max(_SELDOM_S, _LEAST_REST * (self._clock() - now))
+
     def check(self) -> None:
         """Look at every connection and cut those that are out of bounds."""
         limits, now = self._limits, self._clock()
@@ -152,6 +185,11 @@ class ConnectionGuard:
                 self._cut(connection, f"it said no valid Hello within {limits.hello_s:g} s")
         self._check_number()
         self._check_memory(now)
+        self._unknown = any(not connection.admitted for connection in self._open())
+
+    def _filling(self) -> bool:
+        resident = self._memory.read().resident
+        return resident > max(self._limits.stranger_memory_bytes, self._resident + _GROWN_BYTES)
 
     def _open(self) -> list[Connection]:
         return [connection for connection in self._connections.values() if not connection.cut]
@@ -164,13 +202,14 @@ class ConnectionGuard:
             self._cut(connection, f"more than {self._limits.connections} connections, and it is unknown")
 
     def _check_memory(self, now: float) -> None:
-        resident = resident_bytes()
-        much = resident > self._limits.stranger_memory_bytes
+        self._resident = self._memory.read().resident
+        much = self._resident > self._limits.stranger_memory_bytes
         lately = now - self._cut_s < _TRIM_FOR_S
         if (much or lately) and now - self._trimmed_s > _TRIM_EVERY_S:
             self._trimmed_s = now
             give_memory_back()
-            resident = resident_bytes()
+            self._resident = self._memory.read().resident
+        resident = self._resident
         holding = [connection for connection in self._open() if connection.outstanding > _MUCH_BYTES]
         if resident > self._limits.stranger_memory_bytes:
             for connection in holding:
@@ -189,7 +228,7 @@ class ConnectionGuard:
             with socket.socket(fileno=os.dup(connection.descriptor)) as held:
                 if _cookie_of(held) != connection.cookie:
                     return
-                held.shutdown(socket.SHUT_RDWR)
+                _reset(held)
         except OSError:
             return  # gone by itself
         self.cut += 1
@@ -198,12 +237,6 @@ class ConnectionGuard:
         if host not in self._named and len(self._named) < _MOST_NAMED:
             self._named.add(host)
             self.notes.append(f"cut the connection of {connection.address}: {reason}")
-
-
-def resident_bytes() -> int:
-    """Return this process's memory, as the kernel counts it."""
-    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 def give_memory_back() -> None:
@@ -229,11 +262,18 @@ def _received_by(descriptor: int) -> int | None:
     """Return the bytes that ever came in over a TCP connection, or None for anything else."""
     info, length = ctypes.create_string_buffer(_TCP_INFO_BYTES), ctypes.c_uint32(_TCP_INFO_BYTES)
     # Through ctypes: a socket object would ask the kernel three more questions, thousands of times a second.
-    failed = _LIBC.getsockopt(descriptor, socket.IPPROTO_TCP, _TCP_INFO, info, ctypes.byref(length))
+    failed = _LIBC_LOCKED.getsockopt(descriptor, socket.IPPROTO_TCP, _TCP_INFO, info, ctypes.byref(length))
     if failed or length.value != _TCP_INFO_BYTES:
         return None
     layout, offset = _BYTES_RECEIVED
     return int(layout.unpack_from(info, offset)[0])
+
+
+def _reset(connection: socket.socket) -> None:
+    """End a connection, together with what came in over it and was not read; raises OSError if it is gone."""
+    # Connecting to nowhere: the kernel's word for it, for TCP only, and not one of Python's.
+    if _LIBC.connect(connection.fileno(), _UNSPECIFIED, len(_UNSPECIFIED)):
+        connection.shutdown(socket.SHUT_RDWR)
 
 
 def _peer_of(descriptor: int) -> tuple[int, str] | None:

@@ -21,7 +21,6 @@ from slipstream.transport.sockets import MAX_FRAMES, receive_with_last, send_fra
 
 _MOST_PER_TURN: Final = 128
 _POLL_MS: Final = 50
-_UNTOLD: Final = -1
 
 
 class RouterServer:
@@ -124,15 +123,10 @@ class RouterServer:
 
     def _origin(self, frame: zmq.Frame) -> tuple[int, str]:
         """Return the connection and the user of a frame, as libzmq tells them."""
-        try:
-            return int(frame.get(zmq.SRCFD)), str(frame.get("User-Id")) if self._keyed else ""
-        except zmq.ZMQError:
-            return _UNTOLD, ""  # a peer of ZMTP 1.0 or 2.0: none of ours
+        return int(frame.get(zmq.SRCFD)), str(frame.get("User-Id")) if self._keyed else ""
 
     def _take(self, peer: bytes, user: str, frames: Sequence[Buffer], descriptor: int) -> list[Reply]:
         try:
-            if descriptor == _UNTOLD:
-                raise FrameError("connection: expected ZMTP 3, got an older protocol")
             if not 1 <= len(frames) <= MAX_FRAMES:
                 raise DamageError(f"message: expected 1 to {MAX_FRAMES} frames, got {len(frames)}")
             message = decode_message(frames[0])

@@ -38,11 +38,11 @@ def set_router_options(socket: zmq.Socket[Any], keys: HubKeys | None) -> None:
         (zmq.ROUTER_MANDATORY, 1),
     ):
         socket.setsockopt(option, value)
+    socket.setsockopt_string(zmq.ZAP_DOMAIN, ZAP_DOMAIN)
     if keys is not None:
         socket.setsockopt(zmq.CURVE_SERVER, 1)
         socket.setsockopt(zmq.CURVE_PUBLICKEY, keys.public_key)
         socket.setsockopt(zmq.CURVE_SECRETKEY, keys.secret_key)
-        socket.setsockopt_string(zmq.ZAP_DOMAIN, ZAP_DOMAIN)
         socket.setsockopt(zmq.ZAP_ENFORCE_DOMAIN, 1)
 
 
@@ -53,6 +53,7 @@ def set_dealer_options(socket: zmq.Socket[Any], keys: ClientKeys | None) -> None
         (zmq.IMMEDIATE, 1),
         (zmq.SNDHWM, HIGH_WATER),
         (zmq.RCVHWM, HIGH_WATER),
+        (zmq.CONNECT_TIMEOUT, 5000),
         (zmq.HANDSHAKE_IVL, 5000),
         (zmq.RECONNECT_IVL, 100),
         (zmq.RECONNECT_IVL_MAX, 10_000),

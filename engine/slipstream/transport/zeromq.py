@@ -9,10 +9,12 @@ reason:
     MAXMSGSIZE           no frame is larger than the largest array; guard.py bounds frames without end
     HANDSHAKE_IVL 5 s    a stranger who connects and says nothing is dropped
     BACKLOG 4096         a crowd at the door leaves room for those who come back after a restart
+    CONNECT_TIMEOUT 5 s  the kernel tries for two minutes, each time after twice as long
     RECONNECT_IVL        100 ms, doubling to 10 s: many clients return without a stampede
     ROUTER_MANDATORY 1   sending to a peer that is gone is an error, not silence
     CURVE                with keys, both ends prove themselves, and nobody reads along
-    ZAP_DOMAIN, ENFORCE  who asks the allow-list; without an answer nobody comes in
+    ZAP_DOMAIN           turns ZMTP 1 and 2 away, keys or not: as their peer leaves, libzmq may abort the hub
+    ZAP_ENFORCE_DOMAIN   with keys, nobody comes in without an answer of the allow-list
     no ROUTER_HANDOVER   a stranger cannot take a name over; names are bound in Hello, and to their key
     no heartbeats        a busy peer would be cut; pings of the protocol measure life
 """
