@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,7 +12,7 @@ from slipstream.inference.vllm.extension import SlipstreamWorker
 
 
 class PlantedWorker(SlipstreamWorker):
-    """What the engine's extension does, and `plant`."""
+    """What the engine's extension does, and `plant` and `linger`."""
 
     def plant(self, fault: str) -> None:
         """Plant a fault, or with "" take all out."""
@@ -33,6 +34,19 @@ class PlantedWorker(SlipstreamWorker):
                     for name, tensor in tensors
                     if name != "model.layers.0.self_attn.o_proj.weight"
                 )
+
+    def linger(self, seconds: float) -> None:
+        """Make each step of the server take so much longer; 0 takes that out."""
+        worker: Any = self
+        worker.__dict__.pop("execute_model", None)
+        if seconds:
+            execute = worker.execute_model
+
+            def slowly(*arguments: Any, **named: Any) -> Any:
+                time.sleep(seconds)
+                return execute(*arguments, **named)
+
+            worker.execute_model = slowly
 
     def _break_off(self, model: Any, tensors: Iterator[tuple[str, torch.Tensor]]) -> None:
         """Load one tensor and fail; later calls are sound."""

@@ -58,24 +58,21 @@ def check_every_token(world: World, prompt: np.ndarray, completion: Completion) 
 
 
 async def in_flight(backend: VllmBackend) -> list[asyncio.Task[Completion]]:
-    """Return requests that the server works on for seconds more: no token stops them, most have to wait."""
+    """Return requests that the server works on for seconds more, each step taking 20 ms, unless hurried."""
     client = backend._client
+    await client.worker_call("linger", seconds=0.02)
     ask = client._ask
 
     async def endless(token_ids: Sequence[int], parameters: dict[str, Any]) -> Any:
         return await ask(token_ids, {**parameters, "stop_token_ids": []})
 
+    sampling = Sampling(max_tokens=480)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(client, "_ask", endless)
-        # Of different lengths: were all that run to end at once, none would run for a moment.
-        lengths = [Sampling(max_tokens=300 + 3 * n) for n in range(48)]
-        running = [
-            asyncio.create_task(backend.generate(PROMPT, length, rollout_id=n))
-            for n, length in enumerate(lengths)
-        ]
-        # All have asked once they have had their turn.
-        await asyncio.sleep(0)
-    await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+        running = [asyncio.create_task(backend.generate(PROMPT, sampling, rollout_id=n)) for n in range(8)]
+        # One that comes later is answered only once they run.
+        await backend.generate(PROMPT, Sampling(max_tokens=1), rollout_id=8)
+    assert not any(task.done() for task in running)
     return running
 
 
@@ -95,10 +92,9 @@ def test_seeded_requests_survive_a_prefill_in_parts(world: World) -> None:
 
 
 async def fenced(running: list[asyncio.Task[Completion]]) -> bool:
-    """Return whether requests that were running have ended by the fence, or before it."""
+    """Return whether all requests that were running have ended by the fence."""
     ends = await asyncio.gather(*running, return_exceptions=True)
-    errors = [end for end in ends if not isinstance(end, Completion)]
-    return bool(errors) and all("fenced and must be restarted" in str(error) for error in errors)
+    return all("fenced and must be restarted" in str(end) for end in ends)
 
 
 @pytest.mark.parametrize("transport", [FilesystemTransport(), GlooTransport()], ids=lambda t: t.name)
@@ -494,7 +490,12 @@ def test_logprobs_are_the_policys_after_each_change(world: World) -> None:
             proof = await backend.load(update)
             assert (proof.serial, proof.checksum64) == (update.version.serial, update.version.checksum64)
             assert np.allclose(proof.canary_logprobs, update.canary_logprobs, atol=AGREE)
+            await backend._client.worker_call("linger", seconds=0.0)
             for completion in await asyncio.gather(*running):
+                assert {int(completion.versions[0]), int(completion.versions[-1])} == {
+                    world.serial - 1,
+                    world.serial,
+                }
                 check_every_token(world, PROMPT, completion)
 
     world.run(work, transport=transport)
