@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -26,8 +25,9 @@ from slipstream.errors import CheckpointError, ProtocolError, StorageError
 from slipstream.flight_recorder import FLIGHT
 from slipstream.history import START, extend
 from slipstream.keys import client_keys
+from slipstream.learner_rows import LearnerRows
 from slipstream.messages import Buffer, Evaluated, Stop, Welcome
-from slipstream.metrics import Row, read_rows, rows_of, slip_statistics
+from slipstream.metrics import slip_statistics
 from slipstream.model import (
     WEIGHTS,
     Policy,
@@ -59,8 +59,6 @@ RANDOM = "random.safetensors"
 STATE = "state.json"
 LAST_EVALUATION_S = 600.0
 _LOOK_S = 0.2
-KEPT_ROWS = 8
-"""Rows of metrics kept in a checkpoint, for a hub that died before it wrote them."""
 
 log = logging.getLogger(__name__)
 
@@ -132,12 +130,9 @@ class Learner:
         self.step, self._history = 0, START
         self.best = read_best(self._checkpoints)
         self._last_evaluated = -1
-        self._rows: deque[dict[str, float | list[float]]] = deque(maxlen=KEPT_ROWS)
-        self._starved_s = 0.0
+        self._rows = LearnerRows(folder, client.report)
         self._save_due = False
         self._last_wait: Deadline | None = None
-        self._written: list[Row] = []
-        """What metrics.jsonl held when it was last read."""
         self.done = False
         """True after the last step, its evaluation, and the hub's word that all have been told."""
         # Before anything is restored: nothing may hang on how this process began.
@@ -152,8 +147,7 @@ class Learner:
         self._publisher.pin_all()
         self._next_serial = max(welcome.next_serial, self._publisher.newest_serial() + 1)
         self._publish()
-        self._row_began = time.monotonic()
-        self._report_again()
+        self._rows.begin()
 
     def advance(self, *, timeout_s: float) -> None:
         """Hear what the hub has to say, then take one batch if it is there within `timeout_s`."""
@@ -167,7 +161,7 @@ class Learner:
             return
         began = time.monotonic()
         batch = self._client.pull(self.step, timeout_s)
-        self._starved_s += time.monotonic() - began
+        self._rows.starved(time.monotonic() - began)
         if batch is not None:
             self._take(batch)
 
@@ -221,7 +215,7 @@ class Learner:
             "tokens/trained": float(result.tokens_trained),
             "sync/seconds": time.monotonic() - sync_began,
         }
-        self._report(row)
+        self._rows.report(self.step, row)
         if self.step % self._config.checkpoint.every == 0 or self.step == self._config.steps:
             self.save()
 
@@ -242,33 +236,6 @@ class Learner:
                 f"the learner"
             )
         return history
-
-    def _report(self, row: dict[str, float | list[float]]) -> None:
-        now = time.monotonic()
-        seconds, self._row_began = now - self._row_began, now
-        starved, self._starved_s = self._starved_s, 0.0
-        rates = {
-            "seconds/step": seconds,
-            "wait/learner_starved": min(starved / seconds, 1.0),
-            "tokens/trained_per_s": float(row["tokens/trained"]) / seconds,  # type: ignore[arg-type]
-        }
-        self._rows.append({"step": float(self.step), "time": time.time(), **row, **rates})
-        self._client.report("train", self._rows[-1])
-
-    def _report_again(self) -> None:
-        """Say the rows once more that a hub which died has taken with it."""
-        self._written = read_rows(self._folder)
-        for row in self._unwritten():
-            self._client.report("train", row)
-
-    def _unwritten(self) -> list[dict[str, float | list[float]]]:
-        """Return the rows that metrics.jsonl lacks; steps repeat after a rollback, times do not."""
-        times = {row["time"] for row in rows_of(self._written, "train")}
-        return [row for row in self._rows if row["time"] not in times]
-
-    def _is_evaluated(self, step: int) -> bool:
-        """Return whether metrics.jsonl has a step's evaluation."""
-        return any(row["step"] == step for row in rows_of(self._written, "evaluation"))
 
     def _publish(self) -> None:
         """Write the weights under the next serial and announce them with a canary."""
@@ -300,7 +267,7 @@ class Learner:
     def _hear(self, event: Evaluated | Stop | Welcome) -> None:
         match event:
             case Welcome():
-                self._report_again()
+                self._rows.say_again()
             case Evaluated():
                 self._judge(event)
             case Stop(reason=reason):
@@ -310,11 +277,19 @@ class Learner:
         """Keep the evaluated version if it is the best so far, by held-out success."""
         self._last_evaluated = max(self._last_evaluated, event.step)
         better = event.success > self.best.success
-        if not event.replayed or not self._is_evaluated(event.step):
-            row = {"step": float(event.step), "serial": float(event.serial), "success": event.success,
-                   "tasks": float(event.count), "best": float(better), **event.metrics,
-                   **self.best.compared(event)}  # fmt: skip
-            self._client.report("evaluation", row)
+        if not event.replayed or not self._rows.is_evaluated(event.step):
+            self._client.report(
+                "evaluation",
+                {
+                    "step": float(event.step),
+                    "serial": float(event.serial),
+                    "success": event.success,
+                    "tasks": float(event.count),
+                    "best": float(better),
+                    **event.metrics,
+                    **self.best.compared(event),
+                },
+            )
         source = self._publisher.folder / f"serial-{event.serial:08d}" / WEIGHTS
         if better and source.is_file():
             self.best = Best.of(event)
@@ -342,8 +317,8 @@ class Learner:
             self._hear(event)
         if self._last_evaluated < self.step:
             return
-        self._written = read_rows(self._folder)
-        if self._unwritten() or not self._is_evaluated(self.step):
+        self._rows.look()
+        if not (self._rows.are_written() and self._rows.is_evaluated(self.step)):
             return
         self._announce(self._writer.settle())
         self._write_or_raise()
@@ -356,14 +331,13 @@ class Learner:
         weights = {name: t.detach().cpu().clone() for name, t in named_weights(self._policy.model).items()}
         optimizer = {name: t.cpu() for name, t in self._step.optimizer.state_tensors().items()}
         random = random_state()
-        rows = [{key: value for key, value in row.items() if _is_finite(value)} for row in self._rows]
         state = {
             "step": self.step,
             "history": self._history,
             "guard": self._step.optimizer.guard_state(),
             "best": asdict(self.best),
             "monitor": self._monitor.state(),
-            "rows": rows,
+            "rows": self._rows.state(),
         }
 
         def write(folder: Path) -> None:
@@ -386,12 +360,8 @@ class Learner:
         self._step.optimizer.load_guard_state(state["guard"])
         restore_random_state(checkpoint.read_tensors(folder / RANDOM, dtypes=tensor_file.BYTES))
         self.step, self._history = int(state["step"]), str(state["history"])
-        self._rows.extend(state["rows"])
+        self._rows.restore(state["rows"])
         self._monitor.restore(state.get("monitor", ()))
-
-
-def _is_finite(value: float | list[float]) -> bool:
-    return bool(np.isfinite(value).all())
 
 
 def canary_tokens(policy: Policy) -> tuple[int, ...]:
