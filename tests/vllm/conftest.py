@@ -117,10 +117,7 @@ class World:
             async with client(self.server.url, deadlines=deadlines) as connected, asyncio.timeout(240):
                 backend = self.backend(connected, transport)
                 await backend.attach(self.policy.tokenizer)
-                try:
-                    return await work(backend)
-                finally:
-                    await connected.worker_call("linger", seconds=0.0)
+                return await work(backend)
 
         return asyncio.run(attached())
 

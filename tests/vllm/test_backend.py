@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -57,8 +58,9 @@ def check_every_token(world: World, prompt: np.ndarray, completion: Completion) 
         assert np.abs(own - completion.logprobs)[claimed].max() < AGREE
 
 
-async def in_flight(backend: VllmBackend) -> list[asyncio.Task[Completion]]:
-    """Return requests that the server works on for seconds more, each step taking 20 ms, unless hurried."""
+@asynccontextmanager
+async def in_flight(backend: VllmBackend) -> AsyncIterator[list[asyncio.Task[Completion]]]:
+    """Yield requests that the server works on for seconds more: meanwhile each of its steps takes 20 ms."""
     client = backend._client
     await client.worker_call("linger", seconds=0.02)
     ask = client._ask
@@ -73,7 +75,10 @@ async def in_flight(backend: VllmBackend) -> list[asyncio.Task[Completion]]:
         # One that comes later is answered only once they run.
         await backend.generate(PROMPT, Sampling(max_tokens=1), rollout_id=8)
     assert not any(task.done() for task in running)
-    return running
+    try:
+        yield running
+    finally:
+        await client.worker_call("linger", seconds=0.0)
 
 
 def test_seeded_requests_survive_a_prefill_in_parts(world: World) -> None:
@@ -229,10 +234,12 @@ def test_requests_that_keep_what_was_cached_are_found_out(world: World) -> None:
 
     async def work(backend: VllmBackend) -> None:
         await backend.load(world.publish())
-        running = await in_flight(backend)
-        with pytest.raises(InfrastructureError, match=r"fenced.*prefix cache is in use and was not reset"):
-            await backend.load(world.publish())
-        assert await fenced(running)
+        async with in_flight(backend) as running:
+            with pytest.raises(
+                InfrastructureError, match=r"fenced.*prefix cache is in use and was not reset"
+            ):
+                await backend.load(world.publish())
+            assert await fenced(running)
 
     async def mend(backend: VllmBackend) -> None:
         await backend.load(world.publish())
@@ -265,10 +272,12 @@ def test_a_failed_update_is_made_once_more_and_then_the_server_is_fenced(
         with (tmp_path / "broken" / "model.safetensors").open("r+b") as file:
             file.seek(-1, 2)
             file.write(b"\x55")
-        running = await in_flight(backend)
-        with pytest.raises(InfrastructureError, match=r"fenced and must be restarted.*failed: .*checksum64"):
-            await backend.load(replace(broken, folder=str(tmp_path / "broken")))
-        assert await fenced(running)
+        async with in_flight(backend) as running:
+            with pytest.raises(
+                InfrastructureError, match=r"fenced and must be restarted.*failed: .*checksum64"
+            ):
+                await backend.load(replace(broken, folder=str(tmp_path / "broken")))
+            assert await fenced(running)
         with pytest.raises(InfrastructureError, match="fenced and must be restarted"):
             await backend.generate(PROMPT, Sampling(), rollout_id=4)
         with pytest.raises(InfrastructureError, match="fenced and must be restarted"):
@@ -364,10 +373,12 @@ def test_a_model_that_stays_half_loaded_answers_nobody(world: World) -> None:
     async def work(backend: VllmBackend) -> None:
         await backend.load(world.publish())
         await world.plant("breaks off")
-        running = await in_flight(backend)
-        with pytest.raises(InfrastructureError, match=r"fenced and must be restarted.*planted: broke off"):
-            await backend.load(world.publish())
-        assert await fenced(running)
+        async with in_flight(backend) as running:
+            with pytest.raises(
+                InfrastructureError, match=r"fenced and must be restarted.*planted: broke off"
+            ):
+                await backend.load(world.publish())
+            assert await fenced(running)
 
     async def mend(backend: VllmBackend) -> Completion:
         await world.plant("")
@@ -485,12 +496,11 @@ def test_logprobs_are_the_policys_after_each_change(world: World) -> None:
     async def work(backend: VllmBackend) -> None:
         await backend.load(world.publish())
         for _ in range(5):
-            running = await in_flight(backend)
-            update = world.publish(share=0.05)
-            proof = await backend.load(update)
+            async with in_flight(backend) as running:
+                update = world.publish(share=0.05)
+                proof = await backend.load(update)
             assert (proof.serial, proof.checksum64) == (update.version.serial, update.version.checksum64)
             assert np.allclose(proof.canary_logprobs, update.canary_logprobs, atol=AGREE)
-            await backend._client.worker_call("linger", seconds=0.0)
             for completion in await asyncio.gather(*running):
                 assert {int(completion.versions[0]), int(completion.versions[-1])} == {
                     world.serial - 1,
