@@ -65,18 +65,22 @@ class DynamicConfig(Part):
 
 
 class ExplorationConfig(Part):
-    """Warmer sampling while groups do not vary, as long as the policy stays near the warm start."""
+    """Larger groups, and warmer ones, while groups do not vary."""
+
+    least_group_size: int = Field(default=0, ge=0)
+    """Groups begin with so many episodes, and are doubled up to batch.group_size; 0: all have that many."""
 
     most_temperature: float = Field(default=0.0, ge=0.0)
     """Never above this; 0: the temperature stays what it is."""
     notch: float = Field(default=0.05, gt=0.0)
     """The temperature is raised, or lowered, by so much with a batch."""
     alike_high: Share = 0.6
-    """Raised while a larger share of groups tells nothing."""
+    """Size and temperature are raised while a larger share of groups tells nothing."""
     alike_low: Share = 0.3
     """Lowered while a smaller one does."""
     kl_radius: float = Field(default=0.2, gt=0.0)
-    """Lowered while kl/reference, in nats, exceeds this; never raised then, nor while it is unknown."""
+    """The temperature is lowered while kl/reference, in nats, exceeds this; never raised then, nor while it
+    is unknown."""
 
 
 class CurriculumConfig(Part):
@@ -154,6 +158,9 @@ def demands(
     yield not warmest or warmest >= sampling.temperature, key, expected, warmest
     expected = "0 unless objective.kl_coefficient is positive: nothing else measures the radius"
     yield not warmest or objective.kl_coefficient > 0, key, expected, warmest
+    least, size = exploration.least_group_size, batch.group_size
+    expected = f"0, or 2 to batch.group_size = {size}"
+    yield not least or 2 <= least <= size, "curriculum.exploration.least_group_size", expected, least
     expected = "enough for a group more"
     refills = curriculum.dynamic.refills
     yield not refills or refills * batch.groups >= 1, "curriculum.dynamic.refills", expected, refills

@@ -48,7 +48,8 @@ class Course:
     def opened(self, event: events.GroupOpened) -> None:
         """Note what a group poses."""
         self.next_task = event.task + 1
-        made = events.Opening(task=event.task, stage=event.stage, temperature=event.temperature)
+        made = events.Opening(task=event.task, stage=event.stage, temperature=event.temperature,
+                              size=event.size)  # fmt: skip
         if made != events.Opening(task=event.group):
             self.openings[event.group] = made
 
@@ -63,6 +64,7 @@ class Course:
             task=self.next_task,
             seed=self.config.seed,
             base=self.config.sampling.temperature,
+            size=self.config.batch.group_size,
             config=self.config.curriculum,
         )
 
@@ -71,10 +73,10 @@ class Course:
         if self.config.curriculum.enabled and self._is_alike(members):
             self.alike.add(group)
 
-    def refills_left(self, step: int) -> int:
+    def refills_left(self, step: int, look: Look) -> int:
         """Return how many groups may still be replaced for a batch."""
         most = curriculum.most_refills(self.config.curriculum, self.config.batch.groups)
-        return most - len(self.filtered.get(step, ())) // self.config.batch.group_size
+        return most - len({look(identity).attempt.group for identity in self.filtered.get(step, ())})
 
     def drop(self, step: int, identities: Sequence[TrajectoryId]) -> None:
         """Note what was filtered while batch `step` was the next one."""
@@ -115,6 +117,9 @@ class Course:
             "curriculum/success": curriculum.success(self.now.success),
             "curriculum/alike": self.now.alike,
             "curriculum/temperature": self.config.sampling.temperature + warmer,
+            "curriculum/group_size": float(
+                curriculum.group_size(self.now, self.config.batch.group_size, config.exploration)
+            ),
         }
 
     def _is_alike(self, members: Sequence[events.Received]) -> bool:
@@ -133,6 +138,7 @@ class Course:
             self.measured.get(step),
             config,
             notches=curriculum.notches(self.config.sampling.temperature, config.exploration),
+            most_size=self.config.batch.group_size,
         )
 
     def _results(self, received: Iterable[events.Received]) -> list[curriculum.GroupResult]:

@@ -14,6 +14,8 @@ band         task t is posed with probability w(p_t) when its turn comes: 1 insi
 alike        groups whose episodes ended alike have no advantage: they are replaced before they reach a
              batch. Source: dynamic sampling, DAPO, Yu et al. 2025, section 3.2, eq. 11, arXiv:2503.14476.
              There a batch is sampled until it is full; here so many groups are replaced and no more
+size         of groups: doubled while the share of such groups is high, halved while it is low. While success
+             is near 1/2 a few episodes of a task differ already; the rest is better spent on the next step
 temperature  raised by a notch while the share of such groups is high and the policy within the KL radius
              of the warm start, lowered while it is low, or the policy outside
 """
@@ -87,30 +89,35 @@ def followed(
     config: CurriculumConfig,
     *,
     notches: int,
+    most_size: int,
 ) -> Progress:
     """Return the progress after one more batch; `groups` holds its groups and those filtered since the last.
 
     kl: the policy's divergence from the warm start in nats, None where nobody measured it.
     """
-    share = sum(group.alike for group in groups) / max(1, len(groups))
-    batches = progress.batches + 1
-    alike = progress.alike + (share - progress.alike) / min(batches, SMOOTHING)
+    batches, alike = _share_alike(progress, groups, group_size(progress, most_size, config.exploration))
+    doublings = _doubled(progress.doublings, batches, alike, config.exploration, most_size)
     stage, since, estimate = _staged(progress, groups, config)
     return Progress(
         stage=stage,
         since=since,
         success=estimate,
         tasks=_tasks(progress.tasks, groups, config),
-        batches=batches,
+        # The share of groups of another size begins anew.
+        batches=batches if doublings == progress.doublings else 0,
         alike=alike,
         notch=_notched(progress.notch, alike, kl, config.exploration, notches),
+        doublings=doublings,
     )
 
 
-def opening(progress: Progress, *, task: int, seed: int, base: float, config: CurriculumConfig) -> Opening:
+def opening(
+    progress: Progress, *, task: int, seed: int, base: float, size: int, config: CurriculumConfig
+) -> Opening:
     """Return what the next group poses: the first task from `task` on whose turn it is.
 
-    base: the configured temperature. Without a curriculum it is the task itself.
+    base, size: the configured temperature, and episodes of a group. Without a curriculum it poses the task
+    itself.
     """
     if not config.enabled:
         return Opening(task=task)
@@ -119,7 +126,19 @@ def opening(progress: Progress, *, task: int, seed: int, base: float, config: Cu
     while config.band.period > 1 and not _is_due(task, known, seed, config.band):
         task += 1
     warmer = progress.notch * config.exploration.notch
-    return Opening(task=task, stage=number, temperature=base + warmer if warmer else None)
+    chosen = group_size(progress, size, config.exploration)
+    return Opening(
+        task=task,
+        stage=number,
+        temperature=base + warmer if warmer else None,
+        size=chosen if chosen < size else 0,
+    )
+
+
+def group_size(progress: Progress, most: int, exploration: ExplorationConfig) -> int:
+    """Return how many episodes the next group has: least_group_size x 2^doublings, never above `most`."""
+    least = exploration.least_group_size
+    return min(most, least << progress.doublings) if least else most
 
 
 def notches(base: float, exploration: ExplorationConfig) -> int:
@@ -172,6 +191,24 @@ def _tasks(
         before = table.get(key, Estimate())
         table[key] = extended(before, group.successes, group.episodes, memory=band.memory)
     return tuple((stage, key, table[stage, key]) for stage, key in sorted(table))
+
+
+def _share_alike(progress: Progress, groups: Sequence[GroupResult], size: int) -> tuple[int, float]:
+    """Return the batches that had groups of the size, and the share of these that told nothing."""
+    told = [group.alike for group in groups if group.episodes == size]
+    if not told:
+        return progress.batches, progress.alike
+    batches = progress.batches + 1
+    share = sum(told) / len(told)
+    return batches, progress.alike + (share - progress.alike) / min(batches, SMOOTHING)
+
+
+def _doubled(doublings: int, batches: int, alike: float, exploration: ExplorationConfig, most: int) -> int:
+    if not exploration.least_group_size or batches < SMOOTHING:
+        return doublings
+    if alike > exploration.alike_high and exploration.least_group_size << doublings < most:
+        return doublings + 1
+    return max(0, doublings - 1) if alike < exploration.alike_low else doublings
 
 
 def _notched(notch: int, alike: float, kl: float | None, exploration: ExplorationConfig, most: int) -> int:

@@ -52,7 +52,7 @@ class Dispatcher:
         dropped nor which of several is, where not all may be.
         """
         state = self._state
-        while state.course.alike and state.course.refills_left(state.steps) > 0:
+        while state.course.alike and state.course.refills_left(state.steps, state.look) > 0:
             group = min(state.course.alike)
             waits = any(other < group for other in state.groups.keys() - state.complete)
             if waits and not (ready and len(state.complete) >= self._config.batch.groups):
@@ -103,7 +103,7 @@ class Dispatcher:
     def may_train(self) -> bool:
         """Return whether a training episode waits, or the gate admits another group."""
         state = self._state
-        return bool(state.training.waiting) or state.room >= self._config.batch.group_size
+        return bool(state.training.waiting) or state.room > 0
 
     def may_evaluate(self) -> bool:
         """Return whether a held-out episode waits."""
@@ -112,15 +112,13 @@ class Dispatcher:
     def train(self, wants: Mapping[bytes, int], names: Mapping[bytes, str]) -> Given:
         """Open whole groups in order of their tasks, as far as wanted and allowed, and lease them out."""
         state = self._state
-        while (
-            len(state.training.waiting) < sum(wants.values()) and state.room >= self._config.batch.group_size
-        ):
+        while len(state.training.waiting) < sum(wants.values()) and state.room > 0:
             group = state.next_group
             made = state.course.next_opening()
             self._log(
                 events.GroupOpened(
                     group=group, task=made.task, split=Split.TRAIN, stage=made.stage,
-                    temperature=made.temperature,
+                    temperature=made.temperature, size=made.size,
                 )
             )  # fmt: skip
         yield from self._lease(state.training, state.leasable(), wants, names)

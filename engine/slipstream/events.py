@@ -43,6 +43,8 @@ class GroupOpened(Event, frozen=True, kw_only=True, tag=True):
     """The curriculum's stage, or -1 for the real task."""
     temperature: float | None = None
     """What the curriculum has it sampled at; None: as configured."""
+    size: int = 0
+    """How many episodes the curriculum gives it; 0: as configured."""
 
 
 class Leased(Event, frozen=True, kw_only=True, tag=True):
@@ -174,6 +176,7 @@ class Opening(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     task: int
     stage: int = -1
     temperature: float | None = None
+    size: int = 0
 
 
 class Estimate(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -195,10 +198,13 @@ class Progress(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     tasks: tuple[tuple[int, int, Estimate], ...] = ()
     """(stage, task modulo the period, its success), ascending."""
     batches: int = 0
+    """With groups of the size they are opened with now."""
     alike: float = 0.0
-    """Share of groups that tell nothing, averaged over the last batches."""
+    """Share of such groups that tell nothing, averaged over the last of these batches."""
     notch: int = 0
     """How often the temperature has been raised."""
+    doublings: int = 0
+    """How often the size of groups has been doubled."""
 
 
 class Course(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -15,7 +15,7 @@ covers is forgotten: its identities stay in `seen`, its trajectories in the coun
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -177,9 +177,8 @@ class LedgerState:
 
     @property
     def room(self) -> int:
-        """Trajectories the staleness gate would still let be started."""
-        return capacity(self.accepted, len(self.training), self.version, self._config.max_slip,
-                        self._config.batch.trajectories)  # fmt: skip
+        """Groups the staleness gate would still let in."""
+        return self._ahead - len(self.groups)
 
     def leasable(self) -> list[Slot]:
         """Return the waiting episodes of groups that the gate admits, oldest first.
@@ -187,10 +186,16 @@ class LedgerState:
         After a rollback more groups are open than the gate would let in: the later ones wait, or they
         would be too old when their turn comes.
         """
-        batch = self._config.batch
-        ahead = capacity(self.fates["trained"], 0, self.version, self._config.max_slip, batch.trajectories)
-        beyond = sorted(self.groups)[max(0, ahead // batch.group_size) :]
+        beyond = sorted(self.groups)[max(0, self._ahead) :]
         return [slot for slot in self.training.waiting if not beyond or slot[1] < beyond[0]]
+
+    @property
+    def _ahead(self) -> int:
+        """Groups that may be open or complete, by the staleness gate."""
+        config = self._config
+        return capacity(
+            self.steps * config.batch.groups, 0, self.version, config.max_slip, config.batch.groups
+        )
 
     @property
     def steps(self) -> int:
@@ -223,6 +228,10 @@ class LedgerState:
     def look(self, identity: TrajectoryId) -> events.Received:
         """Return what is known of a trajectory that may still be trained, or trained again."""
         return self.items[identity].received
+
+    def size_of(self, group: int) -> int:
+        """Return how many episodes a group has that may still be trained, or trained again."""
+        return self.course.opening(group).size or self._config.batch.group_size
 
     def members(self, groups: Iterable[int]) -> list[TrajectoryId]:
         """Return the identities received for some groups, in order."""
@@ -277,7 +286,6 @@ class LedgerState:
     def check_books(self) -> None:
         """Raise StorageError when the books do not balance or contradict groups and batches."""
         books = self.books()
-        size = self._config.batch.group_size
         trained = [identity for batch in self.batches.values() for identity in batch]
         filtered = [identity for held in self.course.filtered.values() for identity in held]
         slots = {self.items[identity].received.slot for identity in trained}
@@ -288,17 +296,28 @@ class LedgerState:
             "remembered = in batches, groups and filtered": (len(self.items), len(remembered)),
             "remembered once": (self.items.keys(), set(remembered)),
             "trained = batches": (books["trained"], self.forgotten + len(trained)),
-            "trained = whole batches": (books["trained"], self._config.batch.trajectories * self.steps),
+            "trained = whole batches": (
+                len(trained),
+                sum(self._whole(held) for held in self.batches.values()),
+            ),
             "attempts trained once": (len(trained), len(slots)),
             "batches are consecutive": (sorted(self.batches), list(range(self.first_batch, self.steps))),
             "buffered = groups": (books["buffered"], len(buffered)),
-            "owed = open attempts": (len(self.training), size * len(self.groups) - len(buffered)),
+            "owed = open attempts": (len(self.training), sum(map(len, self.groups.values())) - len(buffered)),
         }
         wrong = [f"{name}: {left} != {right}" for name, (left, right) in checks.items() if left != right]
         if wrong:
             raise StorageError(
                 f"the books do not balance ({'; '.join(wrong)}); keep the run folder and report this"
             )
+
+    def _whole(self, batch: Sequence[TrajectoryId]) -> int:
+        """Return how many trajectories the groups of a batch have, or -1 for too many or too few groups."""
+        groups = {self.look(identity).attempt.group for identity in batch}
+        return sum(map(self.size_of, groups)) if len(groups) == self._config.batch.groups else -1
+
+    def _unfilled(self, group: int) -> list[TrajectoryId | None]:
+        return [None] * self.size_of(group)
 
     def _is_overage(self, group: int, step: int) -> bool:
         members = [self.items[identity].received for identity in self.members([group])]
@@ -329,11 +348,10 @@ class LedgerState:
             self._complete(event.attempt.group)
 
     def _opened(self, event: events.GroupOpened) -> None:
-        size = self._config.batch.group_size
-        self.groups[event.group] = [None] * size
         self.next_group = event.group + 1
         self.course.opened(event)
-        self.training.owe((-1, event.group, attempt) for attempt in range(size))
+        self.groups[event.group] = self._unfilled(event.group)
+        self.training.owe((-1, event.group, attempt) for attempt in range(self.size_of(event.group)))
 
     def _leave_buffer(self, identities: Iterable[TrajectoryId], fate: str) -> None:
         for identity in identities:
@@ -349,7 +367,7 @@ class LedgerState:
     def _complete(self, group: int) -> None:
         """Note a group as complete once all its members are in the buffer."""
         members = [identity for identity in self.groups[group] if identity is not None]
-        if len(members) == self._config.batch.group_size:
+        if len(members) == len(self.groups[group]):
             self.complete.add(group)
             self.course.completed(group, [self.look(identity) for identity in members])
 
@@ -361,7 +379,7 @@ class LedgerState:
             self.fates[item.fate] -= 1
             self.fates["buffered"] += 1
             item.fate = "buffered"
-            group = self.groups.setdefault(attempt.group, [None] * self._config.batch.group_size)
+            group = self.groups.setdefault(attempt.group, self._unfilled(attempt.group))
             group[attempt.attempt] = identity
             self._complete(attempt.group)
 
@@ -376,14 +394,16 @@ class LedgerState:
         for identity in event.identities:
             del self.items[identity]
         self.groups.pop(group, None)
+        size = self.size_of(group)
         self.course.openings.pop(group, None)
-        for attempt in range(self._config.batch.group_size):
+        for attempt in range(size):
             if (-1, group, attempt) in self.training:
                 self.training.settle((-1, group, attempt))
 
     def _owe_again(self, gone: Iterable[events.Received]) -> None:
         for received in gone:
-            self.groups.setdefault(received.attempt.group, [None] * self._config.batch.group_size)
+            group = received.attempt.group
+            self.groups.setdefault(group, self._unfilled(group))
             self.training.issues[received.slot] = received.issue + 1
             self.training.owe([received.slot])
 

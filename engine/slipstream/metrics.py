@@ -61,6 +61,7 @@ DEFINITIONS: Mapping[str, str] = MappingProxyType(
         "curriculum/success": "(successes + 1) / (episodes + 2) of the stage, older episodes fading.",
         "curriculum/alike": "Share of groups that tell nothing, filtered ones too, over the last batches.",
         "curriculum/temperature": "What the next group is sampled at.",
+        "curriculum/group_size": "Episodes of the next group.",
         "slip/mean": "Learner step minus version of a token, mean over trained tokens at consumption.",
         "slip/p95": "95th percentile of the same.",
         "slip/max": "Largest of the same.",

@@ -98,7 +98,7 @@ def _check_attempt(header: Header, state: LedgerState, config: RunConfig) -> Non
         posed = (attempt.group, REAL)
     else:
         split, known = Split.TRAIN, True
-        groups, attempts = state.next_group, config.batch.group_size
+        groups, attempts = state.next_group, state.size_of(attempt.group)
         posed = _posed(header, state)
     leased = (
         known

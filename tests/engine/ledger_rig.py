@@ -301,7 +301,9 @@ class Interleavings(RuleBasedStateMachine):
         assert sorted(self.trained) == sorted(state.batches)
         attempts = [state.items[identity].received.attempt for identity in trained]
         assert len({(a.group, a.attempt) for a in attempts}) == len(trained)
-        assert len(trained) == len(self.trained) * self.config.batch.trajectories
+        groups = {a.group for a in attempts}
+        assert len(groups) == len(self.trained) * self.config.batch.groups
+        assert len(trained) == sum(map(state.size_of, groups))
 
     def teardown(self) -> None:
         self.rig.log.close()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import random
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from ledger_rig import CONFIG, Interleavings, Rig, facts, ready
 
 from slipstream import events, synthetic
 from slipstream import messages as m
-from slipstream.config import CurriculumConfig, RunConfig, StageConfig
+from slipstream.config import BatchConfig, CurriculumConfig, RunConfig, StageConfig
 from slipstream.config_curriculum import BandConfig, DynamicConfig, ExplorationConfig
 from slipstream.course import Course
 from slipstream.ingest import read_events
@@ -34,6 +35,9 @@ CURRICULUM = CurriculumConfig(
     band=BandConfig(period=3, low=0.3, high=0.6, floor=0.2, memory=4),
     dynamic=DynamicConfig(refills=1.0),
     exploration=ExplorationConfig(most_temperature=1.2, notch=0.1),
+)
+EXPLORATION = ExplorationConfig(
+    most_temperature=1.2, notch=0.1, least_group_size=2, alike_high=0.2, alike_low=0.1
 )
 
 
@@ -196,7 +200,7 @@ def test_what_was_filtered_stays_so_and_counts_once_more_when_its_batch_comes_ag
         rig.learner(step=0, session=life)
         assert (rig.ledger.books()["filtered"], rig.ledger.books()["trained"]) == (4, 0)
         assert course.now == events.Progress()
-        assert course.refills_left(0) == 0
+        assert course.refills_left(0, rig.ledger.state.look) == 0
         rig.publish(0)
         assert groups_of(rig, 0) == [1, 2]
         assert course == before
@@ -257,6 +261,72 @@ def test_the_temperature_travels_with_the_lease_and_follows_the_measured_diverge
         (4, 0.3),
         (5, 0.1),
     ]
+
+
+def grown(rig: Rig, peer: bytes, step: int, *, alike: bool) -> None:
+    """Train one batch: the oldest two groups, each alike or with one good episode."""
+    rig.want(peer, 100)
+    newest = rig.ledger.state.newest
+    assert newest is not None
+    for group in sorted(rig.ledger.state.groups)[:2]:
+        for lease in [x for x in rig.leases[peer] if x.attempt.group == group and x.evaluation < 0]:
+            good = lease.attempt.attempt == 0 and not alike
+            rig.deliver(peer, rig.made(peer, lease, newest.version.serial, reward=GOOD if good else BAD))
+    assert rig.pull(step) is not None
+    publish(rig, step + 1)
+
+
+def test_groups_begin_small_are_doubled_while_they_do_not_vary_and_go_back_with_the_learner(
+    make_rig: Callable[..., Rig],
+) -> None:
+    exploration = ExplorationConfig(least_group_size=2, alike_high=0.6, alike_low=0.3)
+    curriculum = CurriculumConfig(enabled=True, exploration=exploration)
+    rig = make_rig(with_curriculum(curriculum, batch=BatchConfig(groups=2, group_size=4)))
+    peer, _ = ready(rig)
+    state = rig.ledger.state
+    for step in range(5):
+        grown(rig, peer, step, alike=True)
+        assert rig.ledger.books()["trained"] == 4 * (step + 1)
+    # Five batches in which nothing varied: what is opened from here on has four episodes.
+    assert (state.course.now.doublings, state.course.now.batches) == (1, 0)
+    assert state.course.metrics()["curriculum/group_size"] == 4.0
+    rig.want(peer, 100)
+    sizes = {group: state.size_of(group) for group in sorted(state.groups)}
+    # The gate, max_slip 1, lets in two batches of groups, whatever their size: one was open already.
+    assert sizes == {10: 2, 11: 2, 12: 4, 13: 4}
+    assert Counter(x.attempt.group for x in rig.leases[peer] if x.attempt.group > 9) == sizes
+    opened = [e.event for e in read_events(rig.folder) if isinstance(e.event, events.GroupOpened)]
+    assert [event.size for event in opened[-3:]] == [2, 0, 0]
+    before = state.batches[3]
+    grown(rig, peer, 5, alike=True)
+    # Groups of two say nothing about groups of four.
+    assert (state.course.now.doublings, state.course.now.batches) == (1, 0)
+    for step in range(6, 11):
+        grown(rig, peer, step, alike=False)
+    assert rig.ledger.books()["trained"] == 6 * 4 + 5 * 8
+    assert (state.course.now.doublings, state.course.now.batches) == (0, 0)
+    # Back to where groups of two were trained: they return whole, and are trained again as they were.
+    rig.learner(step=3, session="resumed")
+    rig.ledger.check_books()
+    assert (state.course.now.doublings, state.course.now.batches) == (0, 3)
+    rig.publish(3)
+    assert tuple(t.identity for t in rig.pull(3) or ()) == before
+    assert state.course.now.batches == 4
+    # The next batch's groups are too old on the new line: as many episodes of them are owed as they had.
+    assert rig.pull(4) is None
+    assert {group: state.groups[group] for group in (8, 9)} == {8: [None] * 2, 9: [None] * 2}
+    rig.ledger.check_books()
+
+
+def test_an_attempt_beyond_the_size_of_its_group_is_refused(make_rig: Callable[..., Rig]) -> None:
+    exploration = ExplorationConfig(least_group_size=2)
+    curriculum = CurriculumConfig(enabled=True, exploration=exploration)
+    rig = make_rig(with_curriculum(curriculum, batch=BatchConfig(groups=2, group_size=4)))
+    peer, announced = ready(rig)
+    lease, *_ = rig.want(peer, 1)
+    beyond = dataclasses.replace(lease, attempt=dataclasses.replace(lease.attempt, attempt=2))
+    rig.deliver(peer, rig.made(peer, beyond, announced.version.serial))
+    assert rig.ledger.books()["quarantined"] == 1
 
 
 @pytest.mark.parametrize(
@@ -352,9 +422,12 @@ def test_no_length_is_preferred_where_length_goes_with_the_outcome(
 
 
 class Interleaved(Interleavings):
-    """The same with a curriculum that filters, advances, warms and passes tasks over."""
+    """The same with a curriculum that filters, advances, warms, passes tasks over and doubles groups."""
 
-    config = with_curriculum()
+    config = with_curriculum(
+        CURRICULUM.model_copy(update={"exploration": EXPLORATION}),
+        batch=BatchConfig(groups=2, group_size=4),
+    )
 
     @invariant()
     def progress_is_the_fold_of_the_living_line(self) -> None:
@@ -370,7 +443,7 @@ class Interleaved(Interleavings):
         state = self.rig.ledger.state
         waiting = state.groups.keys() - state.complete
         due = {group for group in state.course.alike if group < min(waiting, default=group + 1)}
-        assert not due or not state.course.refills_left(state.steps)
+        assert not due or not state.course.refills_left(state.steps, state.look)
         assert state.course.alike <= state.complete
         most = self.config.batch.groups * self.config.batch.group_size
         assert all(len(held) <= most for held in state.course.filtered.values())
@@ -384,6 +457,16 @@ class Interleaved(Interleavings):
             assert (lease.attempt.task, lease.stage, lease.temperature) == (
                 opened.task, opened.stage, opened.temperature,
             )  # fmt: skip
+
+    @invariant()
+    def groups_have_the_size_they_were_opened_with(self) -> None:
+        state = self.rig.ledger.state
+        for group, members in state.groups.items():
+            assert len(members) == state.size_of(group) in (2, 4)
+        batches = [*state.batches.values(), *state.course.filtered.values()]
+        for identities in batches:
+            counts = Counter(state.look(identity).attempt.group for identity in identities)
+            assert counts == {group: state.size_of(group) for group in counts}
 
 
 TestInterleaved = Interleaved.TestCase

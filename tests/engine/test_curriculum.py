@@ -10,6 +10,7 @@ from slipstream.curriculum import (
     GroupResult,
     extended,
     followed,
+    group_size,
     is_alike,
     most_refills,
     notches,
@@ -29,7 +30,7 @@ def group(successes: int, *, stage: int = 0, task: int = 0, episodes: int = 4) -
 
 
 def after(progress: Progress, *groups: GroupResult, config: CurriculumConfig = CONFIG) -> Progress:
-    return followed(progress, groups, None, config, notches=0)
+    return followed(progress, groups, None, config, notches=0, most_size=4)
 
 
 def test_an_estimate_fades_and_begins_at_one_half() -> None:
@@ -120,7 +121,7 @@ def test_a_temperature_rises_only_inside_the_radius_and_falls_outside() -> None:
         progress = Progress(notch=before, alike=alike, batches=100)
         # One group in five batches' worth: the share moves to 4/5 of what it was, plus 1/5 of its own.
         own = group(0) if alike > 0.5 else group(2)
-        return followed(progress, [own], kl, config, notches=3).notch
+        return followed(progress, [own], kl, config, notches=3, most_size=4).notch
 
     assert notch(0, 0.9, 0.2) == 1
     assert notch(3, 0.9, 0.2) == 3
@@ -140,8 +141,42 @@ def test_a_group_tells_nothing_when_it_ended_alike() -> None:
     assert not is_alike([0.9, -1.05], [True, False], by_success)
 
 
+def test_groups_are_doubled_while_they_do_not_vary_and_only_by_groups_of_their_size() -> None:
+    exploration = ExplorationConfig(least_group_size=3, alike_high=0.6, alike_low=0.3)
+    config = CurriculumConfig(enabled=True, exploration=exploration)
+    sizes = [group_size(Progress(doublings=n), 8, exploration) for n in range(4)]
+    assert sizes == [3, 6, 8, 8]
+    assert group_size(Progress(doublings=2), 8, ExplorationConfig()) == 8
+
+    def then(before: Progress, *told: GroupResult) -> Progress:
+        return followed(before, told, None, config, notches=0, most_size=8)
+
+    flat, mixed = group(3, episodes=3), group(1, episodes=3)
+    progress = Progress()
+    for batch in range(1, 5):
+        progress = then(progress, flat, flat, mixed)
+        assert (progress.doublings, progress.batches) == (0, batch)
+    assert progress.alike == pytest.approx(2 / 3)
+    progress = then(progress, flat, flat, mixed)
+    assert (progress.doublings, progress.batches) == (1, 0)
+    # Of groups that were opened before nothing is learned about those that are opened now.
+    later = then(progress, flat, flat, mixed)
+    assert (later.doublings, later.batches, later.alike) == (1, 0, progress.alike)
+    six = [group(6, episodes=6), group(2, episodes=6)]
+    held = progress
+    for _ in range(9):
+        held = then(held, *six)
+    assert (held.doublings, held.batches, held.alike) == (1, 9, pytest.approx(0.5))
+    for _ in range(5):
+        progress = then(progress, six[1])
+    assert (progress.doublings, progress.batches) == (0, 0)
+    largest = Progress(doublings=2, batches=9, alike=1.0)
+    assert then(largest, group(8, episodes=8)).doublings == 2
+    assert then(Progress(batches=9), mixed).doublings == 0
+
+
 def posed(progress: Progress, config: CurriculumConfig, task: int = 0, seed: int = 1) -> Opening:
-    return opening(progress, task=task, seed=seed, base=1.0, config=config)
+    return opening(progress, task=task, seed=seed, base=1.0, size=8, config=config)
 
 
 def test_without_a_curriculum_each_group_poses_the_next_task_as_configured() -> None:

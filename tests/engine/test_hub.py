@@ -86,7 +86,7 @@ def test_stops_cleanly_and_writes_what_it_knows(tmp_path: Path) -> None:
     assert row["time"] > 0
     status = json.loads((tmp_path / "status.json").read_text())
     assert status["version"] == 0
-    assert status["gate_room"] == (CONFIG.max_slip + 1) * CONFIG.batch.trajectories
+    assert status["gate_room"] == (CONFIG.max_slip + 1) * CONFIG.batch.groups
     assert [type(e.event) for e in read_events(tmp_path / "trajectories")] == [
         events.Incarnation,
         events.Published,
@@ -146,11 +146,11 @@ def test_kill_9_in_mid_stream_loses_nothing_and_doubles_nothing(tmp_path: Path, 
     assert {
         f"{t.attempt.group}.{t.attempt.attempt}" for t in (decode_trajectory(e.record) for e in received)
     } == made
-    assert len(made) == (CONFIG.max_slip + 1) * CONFIG.batch.trajectories
+    assert len(made) == (CONFIG.max_slip + 1) * CONFIG.batch.groups
 
 
 async def stream_through_kills(folder: Path, kills: int) -> None:
-    total = (CONFIG.max_slip + 1) * CONFIG.batch.trajectories
+    total = (CONFIG.max_slip + 1) * CONFIG.batch.groups
     with contextlib.ExitStack() as stack, (folder / "made").open("w") as made:
         process = stack.enter_context(hub_process(folder))
         learner = LearnerClient(

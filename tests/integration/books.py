@@ -30,6 +30,8 @@ class Books:
     quarantined: int = 0
     opened: list[int] = field(default_factory=list)
     posed: list[int] = field(default_factory=list)
+    sizes: list[int] = field(default_factory=list)
+    """Of the groups, where a curriculum chose them, or 0."""
     """The task of each."""
     rollbacks: list[int] = field(default_factory=list)
     steps: dict[int, int] = field(default_factory=dict)
@@ -87,8 +89,9 @@ class Books:
                 self.dropped.update(dict.fromkeys(identities, "given_up"))
             case events.Quarantined():
                 self.quarantined += 1
-            case events.GroupOpened(group=group, task=task):
+            case events.GroupOpened(group=group, task=task, size=size):
                 self.opened.append(group)
+                self.sizes.append(size)
                 self.posed.append(task)
             case events.Published(update=update):
                 self.steps[update.version.serial] = update.version.step
@@ -102,9 +105,14 @@ def read_books(folder: Path) -> Books:
     return books
 
 
+def sizes_of(books: Books, config: RunConfig) -> list[int]:
+    """Return how many episodes each group has."""
+    return [size or config.batch.group_size for size in books.sizes]
+
+
 def check_books(books: Books, config: RunConfig) -> None:
     """Nothing received is lost, nothing is trained twice, no task is skipped or repeated."""
-    trained, size = books.trained, config.batch.group_size
+    trained, sizes = books.trained, sizes_of(books, config)
     assert len(trained) == len(set(trained)), "a trajectory was trained twice"
     assert set(trained) <= books.made, "something was trained that never arrived"
     assert not set(trained) & set(books.dropped), "a dropped trajectory was trained"
@@ -116,8 +124,10 @@ def check_books(books: Books, config: RunConfig) -> None:
     assert len(slots) == len(trained), "an attempt was trained twice"
     for step, batch in books.batches.items():
         groups = Counter(books.received[identity].attempt.group for identity in batch)
-        whole = [size] * config.batch.groups
-        assert list(groups.values()) == whole, f"batch {step} is not of whole groups: {groups}"
+        assert len(groups) == config.batch.groups
+        assert groups == {group: sizes[group] for group in groups}, (
+            f"batch {step} is not of whole groups: {groups}"
+        )
     assert books.opened == list(range(len(books.opened))), "a task was skipped when groups were opened"
     # A curriculum passes tasks over that are far from its band, and goes back to none.
     assert books.posed == (sorted(set(books.posed)) if config.curriculum.enabled else books.opened)
@@ -147,11 +157,12 @@ def check_finished(folder: Path, config: RunConfig) -> Books:
     status = json.loads((folder / "status.json").read_text())["books"]
     kept = {books.received[identity].attempt.group for identity in books.buffered}
     filtered = sum(reason == "filtered" for reason in books.dropped.values())
-    owed = (len(books.opened) - len(groups)) * config.batch.group_size - len(books.buffered) - filtered
+    sizes = sizes_of(books, config)
+    owed = sum(sizes) - sum(sizes[group] for group in groups) - len(books.buffered) - filtered
     assert status["leased"] + status["waiting"] == owed, "an opened task is neither trained, kept nor owed"
     assert not groups & kept
     assert status["made"] == len(books.made) + books.quarantined
-    assert status["trained"] == len(books.trained) == config.steps * config.batch.trajectories
+    assert status["trained"] == len(books.trained)
     assert status["buffered"] == len(books.buffered)
     left_out = ("dropped_by_slip", "filtered", "given_up")
     assert sum(status[fate] for fate in left_out) == len(books.dropped)

@@ -103,6 +103,7 @@ CURRICULUM = (
     "curriculum.exploration.most_temperature=1.3",
     "curriculum.exploration.alike_high=0.0",
     "curriculum.exploration.alike_low=0.0",
+    "curriculum.exploration.least_group_size=2",
 )
 
 

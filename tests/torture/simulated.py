@@ -201,6 +201,8 @@ class Oracle:
         """Durable in the hub's log."""
         self.verdicts: dict[TrajectoryId, str] = {}
         self.attempts: dict[TrajectoryId, TaskAttempt] = {}
+        self.sizes: dict[int, int] = {}
+        """group -> the episodes it was opened with, as the log last said."""
         self.replaced: dict[int, set[int]] = {}
         """batch -> groups that were filtered while it was the next one."""
         self.sessions: dict[str, list[str]] = {}
@@ -216,6 +218,14 @@ class Oracle:
             raise Violation(f"{name}: session {session} was replaced by {known[-1]} and let in again")
         if session not in known:
             known.append(session)
+
+    def opened(self, event: events.GroupOpened) -> None:
+        """A group is opened: with as many episodes as are configured, or fewer for a curriculum."""
+        most, exploration = self.config.batch.group_size, self.config.curriculum.exploration
+        least = exploration.least_group_size if self.config.curriculum.enabled else most
+        self.sizes[event.group] = event.size or most
+        if not (least or most) <= self.sizes[event.group] <= most:
+            raise Violation(f"group {event.group} was opened with {event.size} episodes")
 
     def received(self, event: events.Received, record: Buffer, name: str, session: str) -> None:
         """A record goes into the log."""
@@ -244,10 +254,10 @@ class Oracle:
 
     def trained(self, line: list[list[Any]], batch: list[Any], incarnation: int) -> None:
         """A learner trains on a batch, after those of its line."""
-        size, step = self.config.batch.group_size, len(line)
+        step = len(line)
         attempts = [(x.attempt.group, x.attempt.attempt) for x in batch]
         groups = sorted({group for group, _ in attempts})
-        if attempts != [(group, n) for group in groups for n in range(size)]:
+        if attempts != [(group, n) for group in groups for n in range(self.sizes[group])]:
             raise Violation(f"batch {step} is not of whole groups in order: {attempts}")
         if len(groups) != self.config.batch.groups:
             raise Violation(f"batch {step} has {len(groups)} groups")
@@ -281,7 +291,7 @@ class Oracle:
     def filtered(self, event: events.Dropped, batch: int) -> None:
         """A group leaves the buffer because it tells nothing: whole, alike, and no more than may be."""
         groups = Counter(self.attempts[identity].group for identity in event.identities)
-        if list(groups.values()) != [self.config.batch.group_size]:
+        if len(groups) != 1 or groups != {group: self.sizes[group] for group in groups}:
             raise Violation(f"{event.identities} are filtered, and no whole group")
         if len({score_of(self.attempts[identity]) for identity in event.identities}) > 1:
             raise Violation(f"{event.identities} are filtered, and differ")
@@ -310,6 +320,8 @@ class MemoryJournal:
         """Add an event."""
         if type(event) is events.Received:
             self._oracle.received(event, record, *self.speaker)
+        elif type(event) is events.GroupOpened:
+            self._oracle.opened(event)
         elif type(event) is events.Incarnation:
             self._oracle.forks[event.number] = event.fork_step
         elif type(event) is events.Dropped and event.reason == "filtered":
@@ -401,8 +413,11 @@ def progress_of(config: RunConfig, said: Iterable[tuple[events.AnyEvent, Buffer]
             )
             for group, members in sorted(groups.items())
         ]  # fmt: skip
-        most = curriculum.notches(config.sampling.temperature, config.curriculum.exploration)
-        progress = curriculum.followed(progress, results, measured.get(step), config.curriculum, notches=most)
+        progress = curriculum.followed(
+            progress, results, measured.get(step), config.curriculum,
+            notches=curriculum.notches(config.sampling.temperature, config.curriculum.exploration),
+            most_size=config.batch.group_size,
+        )  # fmt: skip
     return progress
 
 

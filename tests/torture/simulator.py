@@ -78,7 +78,9 @@ CURRICULUM: Final = CurriculumConfig(
     retreat=0.2,
     memory=16,
     dynamic=DynamicConfig(refills=1.0),
-    exploration=ExplorationConfig(most_temperature=1.3, notch=0.1, alike_high=0.3, alike_low=0.1),
+    exploration=ExplorationConfig(
+        most_temperature=1.3, notch=0.1, alike_high=0.3, alike_low=0.1, least_group_size=2
+    ),
 )
 _NO_GROUP: Final = 10**6
 _SEEDS_APART: Final = 10**7
