@@ -26,6 +26,7 @@ from slipstream.errors import DamageError, FrameError
 from slipstream.flight_recorder import FLIGHT
 from slipstream.ingest import Entry
 from slipstream.leases import slot_of
+from slipstream.ledger_books import check_books
 from slipstream.ledger_snapshot import restored
 from slipstream.ledger_state import LedgerState
 from slipstream.patience import Patience
@@ -203,7 +204,7 @@ class Ledger:
 
     def check_books(self) -> None:
         """Raise StorageError when the books do not balance."""
-        self.state.check_books()
+        check_books(self.state, self._config)
 
     def take_reports(self) -> list[dict[str, Any]]:
         """Return the learner's rows since the last call, with the hub's books and the actors' counters."""

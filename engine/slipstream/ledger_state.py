@@ -15,14 +15,13 @@ covers is forgotten: its identities stay in `seen`, its trajectories in the coun
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Final
 
 from slipstream import events
 from slipstream.config import RunConfig
 from slipstream.course import Course
-from slipstream.errors import StorageError
 from slipstream.events import Slot
 from slipstream.history import START, extend
 from slipstream.leases import LeaseDesk
@@ -282,39 +281,6 @@ class LedgerState:
             "evaluation_leased": len(self.heldout.leased),
             **evaluation,
         }
-
-    def check_books(self) -> None:
-        """Raise StorageError when the books do not balance or contradict groups and batches."""
-        books = self.books()
-        trained = [identity for batch in self.batches.values() for identity in batch]
-        filtered = [identity for held in self.course.filtered.values() for identity in held]
-        slots = {self.items[identity].received.slot for identity in trained}
-        buffered = self.members(self.groups)
-        remembered = [*trained, *filtered, *buffered]
-        checks = {
-            "made = sum of fates": (books["made"], sum(books[fate] for fate in FATES)),
-            "remembered = in batches, groups and filtered": (len(self.items), len(remembered)),
-            "remembered once": (self.items.keys(), set(remembered)),
-            "trained = batches": (books["trained"], self.forgotten + len(trained)),
-            "trained = whole batches": (
-                len(trained),
-                sum(self._whole(held) for held in self.batches.values()),
-            ),
-            "attempts trained once": (len(trained), len(slots)),
-            "batches are consecutive": (sorted(self.batches), list(range(self.first_batch, self.steps))),
-            "buffered = groups": (books["buffered"], len(buffered)),
-            "owed = open attempts": (len(self.training), sum(map(len, self.groups.values())) - len(buffered)),
-        }
-        wrong = [f"{name}: {left} != {right}" for name, (left, right) in checks.items() if left != right]
-        if wrong:
-            raise StorageError(
-                f"the books do not balance ({'; '.join(wrong)}); keep the run folder and report this"
-            )
-
-    def _whole(self, batch: Sequence[TrajectoryId]) -> int:
-        """Return how many trajectories the groups of a batch have, or -1 for too many or too few groups."""
-        groups = {self.look(identity).attempt.group for identity in batch}
-        return sum(map(self.size_of, groups)) if len(groups) == self._config.batch.groups else -1
 
     def _unfilled(self, group: int) -> list[TrajectoryId | None]:
         return [None] * self.size_of(group)

@@ -146,11 +146,11 @@ def test_kill_9_in_mid_stream_loses_nothing_and_doubles_nothing(tmp_path: Path, 
     assert {
         f"{t.attempt.group}.{t.attempt.attempt}" for t in (decode_trajectory(e.record) for e in received)
     } == made
-    assert len(made) == (CONFIG.max_slip + 1) * CONFIG.batch.groups
+    assert len(made) == (CONFIG.max_slip + 1) * CONFIG.batch.trajectories
 
 
 async def stream_through_kills(folder: Path, kills: int) -> None:
-    total = (CONFIG.max_slip + 1) * CONFIG.batch.groups
+    total = (CONFIG.max_slip + 1) * CONFIG.batch.trajectories
     with contextlib.ExitStack() as stack, (folder / "made").open("w") as made:
         process = stack.enter_context(hub_process(folder))
         learner = LearnerClient(
