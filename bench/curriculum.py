@@ -83,9 +83,20 @@ class Plan:
         return [*self.overrides, *warm, f"seed={seed}"]
 
 
-def compare(plan: Plan, seeds: Sequence[int]) -> dict[str, Any]:
-    """Train both arms of each seed, print each run and return the figures."""
-    runs = [run for seed in seeds for run in pair(plan, seed)]
+def compare(plan: Plan, seeds: Sequence[int], output: Path | None) -> dict[str, Any]:
+    """Train both arms of each seed, print each run and return the figures, written after each seed."""
+    runs: list[Measured] = []
+    found = figures(plan, runs)
+    for seed in seeds:
+        runs += pair(plan, seed)
+        found = figures(plan, runs)
+        if output:
+            output.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    return found
+
+
+def figures(plan: Plan, runs: Sequence[Measured]) -> dict[str, Any]:
+    """Return what the runs of all seeds say."""
     arms = {arm: [run for run in runs if run.arm == arm] for arm in ARMS}
     ratios = [
         ours.made / other.made if ours.reached and other.reached else None
@@ -98,6 +109,7 @@ def compare(plan: Plan, seeds: Sequence[int]) -> dict[str, Any]:
         "overrides": plan.overrides,
         "target": plan.target,
         "window": plan.window,
+        "warm": plan.warm,
         "reached": {arm: sum(run.reached for run in found) for arm, found in arms.items()},
         "ratio_of_seeds": ratios,
         "ratio": statistics.median(known) if known else None,
@@ -209,14 +221,11 @@ def main() -> int:
             window=chosen.window, warm=chosen.warm, limit_s=chosen.limit, work=Path(work),
         )  # fmt: skip
         try:
-            found = compare(plan, seeds)
+            found = compare(plan, seeds, chosen.output)
         except (RunError, UserError) as error:
             sys.stderr.write(f"{error}\n")
             return 2
-    text = json.dumps(found, indent=1)
-    sys.stdout.write(text + "\n")
-    if chosen.output:
-        chosen.output.write_text(text + "\n", encoding="utf-8")
+    sys.stdout.write(json.dumps(found, indent=1) + "\n")
     return 0 if found["seeds_within"] >= 0.8 * chosen.seeds else 1
 
 
