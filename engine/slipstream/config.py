@@ -20,7 +20,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from slipstream.addresses import stays_on_machine
 from slipstream.config_base import Part
-from slipstream.config_curriculum import CurriculumConfig, StageConfig
+from slipstream.config_curriculum import CurriculumConfig, StageConfig, least_group_size
 from slipstream.config_curriculum import demands as demands_of_curriculum
 from slipstream.config_parts import (
     ActorConfig,
@@ -128,7 +128,8 @@ class RunConfig(Part):
         for holds, key, expected, got in _demands(self):
             if not holds:
                 raise ConfigurationError(f"{key} must be {expected}, got {got}")
-        check_outcome_dominates(self.rewards, self.objective, self.batch.group_size)
+        smallest = least_group_size(self.curriculum, self.batch)
+        check_outcome_dominates(self.rewards, self.objective, smallest)
         return self
 
 

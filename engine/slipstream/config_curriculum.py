@@ -120,6 +120,11 @@ def staged(environment: EnvironmentConfig, stage: StageConfig, number: int) -> E
         raise ConfigurationError(sentence(error.errors()[0], where, ())) from None
 
 
+def least_group_size(curriculum: CurriculumConfig, batch: BatchConfig) -> int:
+    """Return the episodes of the smallest groups of a run."""
+    return (curriculum.enabled and curriculum.exploration.least_group_size) or batch.group_size
+
+
 def demands(
     curriculum: CurriculumConfig,
     environment: EnvironmentConfig,

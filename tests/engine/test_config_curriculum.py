@@ -83,12 +83,31 @@ def test_what_no_stage_may_change_is_refused(environment: dict[str, object], mes
             ["curriculum.exploration.most_temperature=1.2", "objective.kl_coefficient=0"],
             "must be 0 unless objective.kl_coefficient is positive",
         ),
+        (
+            ["curriculum.exploration.least_group_size=1"],
+            "curriculum.exploration.least_group_size must be 0, or 2 to batch.group_size = 8, got 1",
+        ),
+        (["curriculum.exploration.least_group_size=9"], "or 2 to batch.group_size = 8, got 9"),
+        # Two rewards lie further apart, in standard deviations, than eight can.
+        (
+            [
+                "curriculum.exploration.least_group_size=2",
+                "objective.advantage=std",
+                "objective.std_floor=1.1",
+            ],
+            "objective.std_floor must be above 1.32, got 1.1",
+        ),
         (["curriculum.dynamic.refills=0.01"], "curriculum.dynamic.refills must be enough for a group more"),
         (["curriculum.dynamic.refill=1"], "unknown key curriculum.dynamic.refill; did you mean"),
     ],
 )
 def test_combinations_that_cannot_work(overrides: list[str], message: str) -> None:
     assert message in refusal(*overrides)
+
+
+def test_with_groups_of_eight_alone_that_floor_will_do() -> None:
+    config = load_config("research", [ON, "objective.advantage=std", "objective.std_floor=1.1"])
+    assert config.curriculum.exploration.least_group_size == 0
 
 
 def test_a_curriculum_that_is_off_is_not_checked_and_its_stages_are_read_back(tmp_path: Path) -> None:
