@@ -303,11 +303,25 @@ def judged_by_half_a_group() -> AbstractContextManager[object]:
     )
 
 
+def returned_at_full_size() -> AbstractContextManager[object]:
+    """A small group that a learner gives back is taken for one of the configured size."""
+
+    def make(give_back: Any) -> Any:
+        def full(self: Any, identities: Any) -> None:
+            self._unfilled = lambda _: [None] * self._config.batch.group_size
+            give_back(self, identities)
+            del self._unfilled
+
+        return full
+
+    return replaced(LedgerState, "_return", make)
+
+
 BUGS = [
     early_acknowledgement, no_dedupe, no_resend, epoch_not_fenced, replaced_process_let_in, rollback_ignored,
     unproven_accepted, credit_leak, lease_lost_on_restart, damage_acknowledged, finish_said_once,
     stop_said_once, overage_trained, no_crc, never_gives_up, task_skipped,
-    stage_not_rolled_back, filtered_counted_twice, judged_by_half_a_group,
+    stage_not_rolled_back, filtered_counted_twice, judged_by_half_a_group, returned_at_full_size,
 ]  # fmt: skip
 
 
