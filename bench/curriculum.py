@@ -9,6 +9,9 @@ when the mean of its last --window held-out evaluations reaches the target, or w
 *Trajectories to target* are those that were made until the evaluated weights were: filtered, dropped and
 failed ones count, for the actors have paid for them too. With `--warm S` the warm start stops at that
 success, which may lie below `warmup.min_success`: the limit is lowered, so that both arms run.
+
+Steps to target differ little between the arms: what a small group saves is trajectories per step. Fixed small
+groups, `curriculum.enabled=false batch.group_size=2`, are the control that tells this from their growth.
 """
 
 from __future__ import annotations
