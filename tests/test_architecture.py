@@ -455,7 +455,7 @@ PERMITTED_WAITS = {
         "ActorClient._read: self._channel.receive()",
         "ActorClient._guard: await work",
         # The core's timer raises when one of its waits has run out.
-        "ActorClient._until: self._changed.wait()",
+        "ActorClient._until: await changed",
         # Idle while the channel takes everything at once; what it does not take has a deadline.
         "ActorClient._write: self._stuck.wait()",
         # Tasks just cancelled.

@@ -43,7 +43,8 @@ class ActorClient:
         self._core = ActorCore(spool, run, name, session=secrets.token_hex(8), hub=self._hub,
                                limits=self._limits)  # fmt: skip
         self._inbox: asyncio.Queue[Grant | Weights | Stop | None] = asyncio.Queue()
-        self._changed = asyncio.Event()
+        self._waiting: list[tuple[Callable[[], bool], asyncio.Future[None]]] = []
+        """(what somebody waits for, what wakes it)."""
         self._failure: SlipstreamError | None = None
         self._welcome: Welcome | None = None
         self._unsent: tuple[str, list[Buffer]] | None = None
@@ -91,11 +92,16 @@ class ActorClient:
         if not self._core.has_room(trajectory, time.monotonic()):
             self._turn()
             await self._until(lambda: self._core.has_room(trajectory, time.monotonic()))
-        seq = await self._append_durably(trajectory)
-        self._turn()
+        self._raise_failure()
+        seq = self._core.append(trajectory)
+        if self._spool.must_sync:
+            await self._until_durable(seq)
+        else:
+            self._core.durable([seq])
+            self._turn()
         if not self._core.delivered(seq):
             await self._until(lambda: self._core.delivered(seq))
-        if seq % _TURN_EVERY == 0:
+        elif seq % _TURN_EVERY == 0:
             # Sending seldom waits: acknowledgements must get their turn among many.
             await asyncio.sleep(0)
 
@@ -141,28 +147,22 @@ class ActorClient:
         self._channel.close()
         self._spool.close()
 
-    async def _append_durably(self, trajectory: Trajectory) -> int:
-        """Write a trajectory to the spool; once it is safe there, it may go to the hub."""
-        self._raise_failure()
-        seq = self._core.append(trajectory)
-        if not self._spool.must_sync:
-            self._core.durable([seq])
-            return seq
+    async def _until_durable(self, seq: int) -> None:
+        """Wait until a record is safe on disk, and as far as credit goes on its way to the hub."""
         self._unsynced.append(seq)
         if self._syncing is None or self._syncing.done():
             self._syncing = asyncio.create_task(self._guard(self._sync()))
-        await within(self._until(lambda: self._core.is_durable(seq)), SYNC_S, self._core.who,
-                     f"trajectory {seq} to reach the disk of {self._spool.path}")  # fmt: skip
-        return seq
+        await self._until(lambda: self._core.is_durable(seq))
 
     async def _sync(self) -> None:
         """Make everything written durable; episodes that end during one fdatasync share the next."""
         while self._unsynced:
             seqs, self._unsynced = self._unsynced, []
-            await asyncio.to_thread(self._spool.sync)
+            await within(asyncio.to_thread(self._spool.sync), SYNC_S, self._core.who,
+                         f"{len(seqs)} trajectories to reach the disk of {self._spool.path}")  # fmt: skip
             self._core.durable(seqs)
             self._turn()
-            self._changed.set()
+            self._settle()
 
     def _raise_failure(self) -> None:
         if self._failure is not None:
@@ -172,9 +172,21 @@ class ActorClient:
         """Wait; the core knows for how long at most."""
         self._raise_failure()
         while not ready():
-            self._changed.clear()
-            await self._changed.wait()
+            changed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            self._waiting.append((ready, changed))
+            await changed
             self._raise_failure()
+
+    def _settle(self) -> None:
+        """Wake those whose wait is over: waking everybody would cost more than all their looks."""
+        waiting, self._waiting = self._waiting, []
+        for ready, changed in waiting:
+            if changed.done():
+                continue
+            if self._failure is not None or ready():
+                changed.set_result(None)
+            else:
+                self._waiting.append((ready, changed))
 
     def _turn(self) -> None:
         """Send what there is to send, hand events out, and see to it that the core wakes in time."""
@@ -211,7 +223,7 @@ class ActorClient:
             self._turn()
         except SlipstreamError as error:
             self._fail(error)
-        self._changed.set()
+        self._settle()
 
     def _remade(self) -> None:
         self._core.remade(time.monotonic())
@@ -225,7 +237,7 @@ class ActorClient:
         if self._failure is None:
             self._failure = error
             self._inbox.put_nowait(None)
-        self._changed.set()
+        self._settle()
 
     async def _guard(self, work: Coroutine[Any, Any, None]) -> None:
         try:
@@ -237,7 +249,7 @@ class ActorClient:
         while True:
             self._take(await self._channel.receive())
             self._turn()
-            self._changed.set()
+            self._settle()
 
     def _take(self, frames: Sequence[Buffer]) -> None:
         now = time.monotonic()
@@ -259,4 +271,4 @@ class ActorClient:
                              f"the {self._hub} to take {name}")  # fmt: skip
                 self._unsent = None
                 self._turn()
-                self._changed.set()
+                self._settle()

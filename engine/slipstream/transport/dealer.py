@@ -114,6 +114,8 @@ class DealerChannel:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._readable, self._writable = asyncio.Event(), asyncio.Event()
         self._failure: SlipstreamError | None = None
+        self._looks = False
+        """Whether a look at the socket is due in this turn of the loop."""
 
     def send_now(self, frames: Sequence[Buffer]) -> bool:
         """Hand one message over; returns False while no hub is connected."""
@@ -122,7 +124,7 @@ class DealerChannel:
         except zmq.Again:
             return False
         finally:
-            self._look()
+            self._look_soon()
         return True
 
     def receive_now(self) -> list[Buffer] | None:
@@ -132,7 +134,7 @@ class DealerChannel:
         except zmq.Again:
             return None
         finally:
-            self._look()
+            self._look_soon()
 
     async def send(self, frames: Sequence[Buffer]) -> None:
         """Hand one message over; waits while no hub is connected."""
@@ -164,12 +166,21 @@ class DealerChannel:
         if self._failure is not None:
             raise self._failure
 
+    def _look_soon(self) -> None:
+        """Look once for all calls of this turn of the loop: nobody runs before it ends."""
+        if not self._looks:
+            self._looks = True
+            asyncio.get_running_loop().call_soon(self._look)
+
     def _look(self) -> None:
         """Wake whoever the socket is ready for.
 
         Its descriptor tells of changes only, and any call on the socket may swallow one: so this runs when
-        the descriptor stirs, after each call, and before each wait.
+        the descriptor stirs, after each turn with such calls, and before each wait.
         """
+        self._looks = False
+        if self._socket.closed:
+            return
         events = int(self._socket.getsockopt(_EVENTS))
         if events & _IN:
             self._readable.set()
