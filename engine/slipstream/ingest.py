@@ -107,7 +107,7 @@ class IngestLog:
     def _add(self, event: Event, record: Buffer) -> int:
         position = self._segment << _OFFSET_BITS | self._size
         body = _ENCODER.encode(event)
-        buffers = pack(self._seq, [_U32.pack(len(body)) + body], record)
+        buffers = pack(self._seq, [_U32.pack(len(body)), body], record)
         size = sum(map(len, buffers))
         self._buffered += buffers
         self._offsets.append(self._size)

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+import google_crc32c
 import numpy as np
 
 from slipstream.errors import StorageError
@@ -64,11 +65,12 @@ def pack(seq: int, payload: Sequence[Buffer], checked: Buffer = b"") -> list[Buf
 
     `checked` are bytes that end in their own CRC-32C, as the caller knows: it is not computed again.
     """
-    check = crc32c([_SEQ.pack(seq) + b"".join(payload)])
+    before = b"".join(payload)
+    check = google_crc32c.value(_SEQ.pack(seq) + before)
     if not checked:
-        return [HEAD.pack(sum(map(len, payload)), check, seq), *payload]
+        return [HEAD.pack(len(before), check, seq) + before]
     check = crc32c_of_checked(checked, check)
-    return [HEAD.pack(sum(map(len, payload)) + len(checked), check, seq), *payload, checked]
+    return [HEAD.pack(len(before) + len(checked), check, seq) + before, checked]
 
 
 def scan(data: Buffer, *, ends_at_zeros: bool = False) -> Scan:

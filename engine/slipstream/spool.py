@@ -15,7 +15,6 @@ until it is opened again, by a process that recovers what the disk really holds.
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import mmap
 import os
@@ -45,6 +44,20 @@ class _Segment:
     live: int = 0
 
 
+class _Disk:
+    """Remembers the first failure within its `with` blocks."""
+
+    failure: StorageError | None = None
+
+    def __enter__(self) -> None:
+        """Begin to watch."""
+
+    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
+        """Take note."""
+        if self.failure is None and isinstance(error, StorageError):
+            self.failure = error
+
+
 class Spool:
     """The unacknowledged records of one actor.
 
@@ -66,7 +79,7 @@ class Spool:
         """seq -> (segment, offset, bytes) of a record's payload."""
         self.next_seq = 0
         self._unsynced: list[_Segment] = []
-        self._failure: StorageError | None = None
+        self._disk = _Disk()
         path.parent.mkdir(parents=True, exist_ok=True)
         self._lock = self._take_lock()
         self._segments = [_open(known) for known in _segment_paths(path)]
@@ -97,7 +110,7 @@ class Spool:
                 f"{self.path}: the spool holds {self._live_bytes} of {self._limit} bytes and cannot take "
                 f"{size} more; the hub acknowledges too slowly"
             )
-        with self._final():
+        with self._disk:
             segment = self._current = self._segment_for(size)
             write_at(segment.file, [*pack(seq, [], record), END], segment.size, segment.path)
         if self._durability == "power" and segment not in self._unsynced:
@@ -114,7 +127,7 @@ class Spool:
         self._refuse_after_failure()
         # Taken first: another thread may write meanwhile, and what it writes counts for the next sync.
         segments, self._unsynced = self._unsynced, []
-        with self._final():
+        with self._disk:
             for segment in segments:
                 sync(segment.file, segment.path)
 
@@ -137,7 +150,7 @@ class Spool:
             self._live_bytes -= HEAD.size + length
             segment.live -= 1
             if not segment.live and (segment is not self._current or segment.size >= _RESET_BYTES):
-                with self._final():
+                with self._disk:
                     write_at(segment.file, [END], 0, segment.path)
                 segment.size = 0
 
@@ -168,23 +181,14 @@ class Spool:
     def close(self) -> None:
         """Close the segments, and remove them when everything is acknowledged."""
         for segment in self._segments:
-            if not self._pending and self._failure is None:
+            if not self._pending and self._disk.failure is None:
                 segment.path.unlink(missing_ok=True)
             os.close(segment.file)
         os.close(self._lock)
 
-    @contextlib.contextmanager
-    def _final(self) -> Iterator[None]:
-        """Remember the first failure of the disk."""
-        try:
-            yield
-        except StorageError as error:
-            self._failure = error
-            raise
-
     def _refuse_after_failure(self) -> None:
-        if self._failure is not None:
-            raise StorageError(f"{self._failure}; until then the spool takes and gives nothing")
+        if self._disk.failure is not None:
+            raise StorageError(f"{self._disk.failure}; until then the spool takes and gives nothing")
 
     def _segment_for(self, size: int) -> _Segment:
         """Return a segment with room; a record larger than a segment gets one for itself."""

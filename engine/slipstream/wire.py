@@ -48,6 +48,7 @@ MAX_META_BYTES: Final = MAX_HEADER_BYTES + MAX_TOOL_CALL_BYTES + 256
 MAX_TOKENS: Final = 1 << 22
 _NEAR_SERIALS: Final = 32
 """So few serials are looked for one by one faster than by sorting."""
+_TOKEN_BYTES: Final = sum(dtype.itemsize for name, dtype in ARRAYS if name != "turn_rewards")
 _REWARDS: Final = [name for name, _ in ARRAYS].index("turn_rewards")
 
 
@@ -153,8 +154,7 @@ def inspect_trajectory(record: Buffer) -> Arrival:
 
 def most_bytes(trajectory: Trajectory) -> int:
     """Return a bound of the bytes of a trajectory's record."""
-    token_bytes = sum(dtype.itemsize for name, dtype in ARRAYS if name != "turn_rewards")
-    return MAX_META_BYTES + token_bytes * trajectory.token_ids.size + trajectory.turn_rewards.nbytes
+    return MAX_META_BYTES + _TOKEN_BYTES * trajectory.token_ids.size + trajectory.turn_rewards.nbytes
 
 
 def _checked_arrays(trajectory: Trajectory) -> list[NDArray[Any]]:
