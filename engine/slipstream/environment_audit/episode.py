@@ -74,6 +74,11 @@ class Episode:
         return self.outcome is not None and succeeded(self.scores)
 
     @property
+    def grounded(self) -> bool:
+        """Whether nothing beneath the environment failed: what a late process has cut tells nothing of it."""
+        return self.outcome is not Outcome.INFRASTRUCTURE_FAILURE
+
+    @property
     def name(self) -> str:
         """Which episode it is."""
         return f"{self.policy}, {self.split} task {self.attempt.task}, attempt {self.attempt.attempt}"

@@ -15,9 +15,9 @@ from typing import Any, Final, Literal
 from pydantic import Field
 
 from slipstream.config import EnvironmentConfig, Part, RewardConfig
-from slipstream.environments.factory import ORACLE, EnvironmentFactory, Script
+from slipstream.environments.factory import EnvironmentFactory
 from slipstream.environments.options import read_options
-from slipstream.environments.scripted import DO_NOTHING, EXPERT, HASTY, WITHOUT_RETRY, Habits
+from slipstream.environments.scripted import players
 from slipstream.environments.sql.players import QUERIES, analyse
 from slipstream.environments.sql.questions import KINDS, TRIES, Question, ask, equals
 from slipstream.environments.sql.worlds import Shop, build_shop
@@ -66,19 +66,11 @@ def factory(config: EnvironmentConfig, rewards: RewardConfig) -> EnvironmentFact
     options = read_options(SqlOptions, config)
     tasks = SqlTasks(options)
 
-    def script(habits: Habits, about: str) -> Script:
-        return Script(play=lambda task: analyse(task, habits), about=about)
-
     return EnvironmentFactory(
         tasks=tasks,
         make=lambda: SqlEnvironment(tasks, config, rewards),
         corpus=lambda: corpus(tasks),
-        scripts={
-            "do_nothing": script(DO_NOTHING, 'answers "unknown" at once'),
-            "without_retry": script(WITHOUT_RETRY, "reads the schema, gives up at the first error"),
-            ORACLE: script(EXPERT, "reads the schema and retries"),
-        },
-        careless=script(HASTY, "takes the first column that looks right, gives up at the first error"),
+        **players(analyse, does="reads the schema", hastily="takes the first column that looks right"),
         versions={"sqlite": sqlite3.sqlite_version},
     )
 
