@@ -40,10 +40,10 @@ def main(folder: Path, actor: str, cache: str, latency_s: float, live: int) -> N
     sys.stdout.write(json.dumps(asyncio.run(played(runner, episodes, live))) + "\n")
 
 
-async def played(runner: EpisodeRunner, episodes: list[Trajectory], live: int) -> dict[str, float]:
+async def played(runner: EpisodeRunner, episodes: list[Trajectory], live: int) -> dict[str, int]:
     """Play all episodes; an episode that is not as it was ends it."""
     places = asyncio.Semaphore(live)
-    told = {"episodes": len(episodes), "calls": 0, "real": 0, "tool_seconds": 0.0, "waited_seconds": 0.0}
+    told = {"episodes": len(episodes), "calls": 0, "real": 0}
 
     async def one(recorded: Trajectory) -> None:
         async with places:
@@ -54,8 +54,6 @@ async def played(runner: EpisodeRunner, episodes: list[Trajectory], live: int) -
             if call.name != "answer":
                 told["calls"] += 1
                 told["real"] += not call.cached
-                told["tool_seconds"] += call.latency_s * (not call.cached)
-                told["waited_seconds"] += call.latency_s
 
     async with asyncio.TaskGroup() as group:
         for recorded in episodes:

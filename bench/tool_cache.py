@@ -13,14 +13,14 @@ which they began; each must be equal to its record. That costs no policy, and co
 Then three short serial runs of the recipe from copies of that run's warm start, their tools with the same
 latency. They must agree in every token, log-probability, score and weight.
 
-Read from the trajectories of all episodes, held-out evaluations included: how many calls were real ones,
-the seconds in which tools worked, and the seconds that episodes waited for calls. Of equal calls at one time
-only the first is real, and the others wait for it: what tools work is less than what episodes wait, and in
-a cold run, where the attempts of a group ask alike at one time, they wait no less. Seeded failures take the
-same latency, whatever the cache holds; `without_failures` leaves them out on both sides, since no tool is
-called for them. Each task is posed to one group only: a cold cache saves what the attempts of a group have in
-common. On a busy machine a latency is longer than the tool took, since the episode's next turn waits for the
-processor: calls are exact, seconds are not.
+Read from the trajectories of all episodes, held-out evaluations included: how many calls were real ones, and,
+of the short runs, the seconds in which tools worked and those that episodes waited for calls. Of equal calls
+at one time only the first is real, and the others wait for it: what tools work is less than what episodes
+wait, and in a cold run, where the attempts of a group ask alike at one time, they wait no less. Seeded
+failures take the same latency, whatever the cache holds; `without_failures` leaves them out on both sides,
+since no tool is called for them. Each task is posed to one group only: a cold cache saves what the attempts
+of a group have in common. Seconds last until the episode's next turn has the processor, which on a busy
+machine is most of them: calls are exact.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ SHORT: Final = ("evaluation.every=4", "evaluation.tasks=128", "evaluation.final_
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Measured:
+class Calls:
     """The tool calls of one run; an answer looks nothing up and does not count."""
 
     arm: str
@@ -63,6 +63,12 @@ class Measured:
     calls: int
     real: int
     """Calls that no cache answered, seeded failures included."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measured(Calls):
+    """What the calls of a run took beside."""
+
     tool_seconds: float
     """Seconds in which tools worked: the latencies of the real calls."""
     waited_seconds: float
@@ -84,7 +90,6 @@ def main(arguments: Sequence[str]) -> int:
         run = chosen.run or whole_run(chosen.recipe, chosen.overrides, work)
         result = {
             "recipe": chosen.recipe,
-            "latency_s": chosen.latency,
             "cores": os.cpu_count(),
             "load": os.getloadavg()[0],
             "whole": play_again(run, chosen.latency, work),
@@ -110,7 +115,12 @@ def compare(chosen: argparse.Namespace, warm: Path, work: Path) -> dict[str, Any
     if len(digests) > 1:
         raise RunError("the runs are not equal: trajectories or weights differ")
     measured = [measured for measured, _ in arms]
-    return {"overrides": [*plan.overrides], "equal": digests.pop(), **compared(measured)}
+    return {
+        "overrides": [*plan.overrides],
+        "latency_s": plan.latency_s,
+        "equal": digests.pop(),
+        **compared(measured),
+    }
 
 
 def whole_run(recipe: str, overrides: Sequence[str], work: Path) -> Path:
@@ -125,11 +135,16 @@ def play_again(folder: Path, latency_s: float, work: Path) -> dict[str, Any]:
     config, shared = read_config(folder), str(work / "whole.sqlite")
     caches = {"off": "off", "cold": shared, "warm": shared}
     arms = [played(folder, arm, cache, latency_s, config.actor) for arm, cache in caches.items()]
-    settings = {"steps": config.steps, "actors": config.actor.count, "live": config.actor.concurrency}
+    settings = {
+        "latency_s": latency_s,
+        "steps": config.steps,
+        "actors": config.actor.count,
+        "live": config.actor.concurrency,
+    }
     return {**settings, **compared(arms)}
 
 
-def played(folder: Path, arm: str, cache: str, latency_s: float, actor: ActorConfig) -> Measured:
+def played(folder: Path, arm: str, cache: str, latency_s: float, actor: ActorConfig) -> Calls:
     """Play the episodes of each actor in a process of its own, all at one time."""
     players = [
         subprocess.Popen(
@@ -152,24 +167,26 @@ def played(folder: Path, arm: str, cache: str, latency_s: float, actor: ActorCon
             player.communicate()
     if None in told:
         raise RunError(f"{folder}: an episode is not as it was")
-    return Measured(arm=arm, **{name: sum(each[name] for each in told) for name in told[0]})
+    return Calls(arm=arm, **{name: sum(each[name] for each in told) for name in told[0]})
 
 
-def compared(arms: Sequence[Measured]) -> dict[str, Any]:
+def compared(arms: Sequence[Calls]) -> dict[str, Any]:
     """Return the arms and how many times less the caches took; what a warm one calls are the failures."""
     off, cold, warm = arms
-    cached, failures = (cold, warm), warm.real
+    failures = warm.real
 
-    def ratios(what: Callable[[Measured], float]) -> dict[str, float]:
-        return {each.arm: what(off) / what(each) for each in cached if what(each)}
+    def ratios(what: Callable[[Any], float]) -> dict[str, float]:
+        return {each.arm: what(off) / what(each) for each in (cold, warm) if what(each)}
 
-    return {
+    told = {
         "arms": [asdict(each) for each in arms],
         "real_calls_ratio": ratios(lambda each: each.real),
         "without_failures_ratio": ratios(lambda each: each.real - failures),
-        "tool_time_ratio": ratios(lambda each: each.tool_seconds),
-        "waited_ratio": ratios(lambda each: each.waited_seconds),
     }
+    if isinstance(off, Measured):
+        told["tool_time_ratio"] = ratios(lambda each: each.tool_seconds)
+        told["waited_ratio"] = ratios(lambda each: each.waited_seconds)
+    return told
 
 
 def train(plan: Plan, warm: Path, arm: str, cache: str) -> tuple[Measured, str]:
@@ -210,23 +227,21 @@ def report(result: dict[str, Any]) -> str:
     lines = []
     for part in ("whole", "short"):
         found = result[part]
-        lines.append(f"{result['recipe']}, {part}, {result['latency_s']} s a real call")
-        lines.append(
-            f"{'cache':<6} {'episodes':>9} {'calls':>7} {'real':>7} {'tools worked':>13} {'waited':>11}"
-        )
-        lines += [
-            f"{each['arm']:<6} {each['episodes']:>9,} {each['calls']:>7,} {each['real']:>7,} "
-            f"{each['tool_seconds']:>11,.1f} s {each['waited_seconds']:>9,.1f} s"
-            for each in found["arms"]
-        ]
+        lines.append(f"{result['recipe']}, {part}, {found['latency_s']} s a real call")
+        lines.append(f"{'cache':<6} {'episodes':>9} {'calls':>7} {'real':>7}")
+        for each in found["arms"]:
+            lines.append(f"{each['arm']:<6} {each['episodes']:>9,} {each['calls']:>7,} {each['real']:>7,}")
+            if "tool_seconds" in each:
+                worked, waited = each["tool_seconds"], each["waited_seconds"]
+                lines[-1] += f"   tools worked {worked:,.1f} s, episodes waited {waited:,.1f} s"
         for what, key in (
             ("fewer real calls", "real_calls_ratio"),
             ("without seeded failures", "without_failures_ratio"),
             ("less tool time", "tool_time_ratio"),
             ("less waiting", "waited_ratio"),
         ):
-            ratios = ", ".join(f"{arm} {ratio:.1f} times" for arm, ratio in found[key].items())
-            lines.append(f"{what}: {ratios}")
+            ratios = ", ".join(f"{arm} {ratio:.1f} times" for arm, ratio in found.get(key, {}).items())
+            lines += [f"{what}: {ratios}"] if ratios else []
     lines.append(f"aim: {AIM:g} times; trajectories are equal, and weights of the short runs")
     return "\n".join([*lines, ""])
 
