@@ -19,7 +19,7 @@ from pydantic import Field
 from slipstream.config import EnvironmentConfig, Part, RewardConfig
 from slipstream.environments.factory import EnvironmentFactory
 from slipstream.environments.options import read_options
-from slipstream.environments.scripted import players, research
+from slipstream.environments.scripted import research, usual_players
 from slipstream.environments.tool_episode import ANSWER, COMPLAINTS, FAULTS, Result, ToolEpisode, failed, tool
 from slipstream.interfaces import Observation, ToolSpec
 from slipstream.tools.cache import ToolCache, cache_of
@@ -79,7 +79,7 @@ def factory(config: EnvironmentConfig, rewards: RewardConfig) -> EnvironmentFact
         make=lambda: ResearchEnvironment(tasks, config, rewards, cache),
         close=cache.close,
         corpus=lambda: corpus(options),
-        **players(
+        **usual_players(
             lambda task, habits: research(task, options.hops, habits),
             does="reads on",
             hastily="believes the first document",

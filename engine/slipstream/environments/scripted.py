@@ -43,11 +43,11 @@ class Players(TypedDict):
     careless: Script
 
 
-def players(play: Callable[[Task, Habits], Play], *, does: str, hastily: str) -> Players:
+def usual_players(play: Callable[[Task, Habits], Play], *, does: str, hastily: str) -> Players:
     """Return the usual scripts of an environment that answers in the end, all of them one player's habits.
 
     does, hastily: what it does with care and without, as in "reads on". Example:
-    ``EnvironmentFactory(**players(compute, does="computes", hastily="computes something near"), ...)``.
+    ``EnvironmentFactory(**usual_players(compute, does="computes", hastily="computes something near"), ...)``.
     """
 
     def script(habits: Habits, about: str) -> Script:

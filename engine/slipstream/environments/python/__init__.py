@@ -14,7 +14,7 @@ from slipstream.config import EnvironmentConfig, Part, RewardConfig
 from slipstream.environments.factory import EnvironmentFactory, Play
 from slipstream.environments.options import read_options
 from slipstream.environments.python.puzzles import pose
-from slipstream.environments.scripted import GaveUp, Habits, insist, players
+from slipstream.environments.scripted import GaveUp, Habits, insist, usual_players
 from slipstream.environments.tool_episode import (
     ANSWER,
     COMPLAINTS,
@@ -63,7 +63,7 @@ def factory(config: EnvironmentConfig, rewards: RewardConfig) -> EnvironmentFact
         tasks=tasks,
         make=lambda: PythonEnvironment(interpreter, config, rewards),
         corpus=lambda: corpus(tasks),
-        **players(compute, does="computes", hastily="computes something near"),
+        **usual_players(compute, does="computes", hastily="computes something near"),
         versions={"pydantic-monty": version("pydantic-monty")},
         close=interpreter.close,
     )

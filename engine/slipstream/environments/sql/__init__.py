@@ -17,7 +17,7 @@ from pydantic import Field
 from slipstream.config import EnvironmentConfig, Part, RewardConfig
 from slipstream.environments.factory import EnvironmentFactory
 from slipstream.environments.options import read_options
-from slipstream.environments.scripted import players
+from slipstream.environments.scripted import usual_players
 from slipstream.environments.sql.players import QUERIES, analyse
 from slipstream.environments.sql.questions import KINDS, TRIES, Question, ask, equals
 from slipstream.environments.sql.worlds import Shop, build_shop
@@ -65,12 +65,11 @@ def factory(config: EnvironmentConfig, rewards: RewardConfig) -> EnvironmentFact
     """Return what makes the environment; raises ConfigurationError for its options."""
     options = read_options(SqlOptions, config)
     tasks = SqlTasks(options)
-
     return EnvironmentFactory(
         tasks=tasks,
         make=lambda: SqlEnvironment(tasks, config, rewards),
         corpus=lambda: corpus(tasks),
-        **players(analyse, does="reads the schema", hastily="takes the first column that looks right"),
+        **usual_players(analyse, does="reads the schema", hastily="takes the first column that looks right"),
         versions={"sqlite": sqlite3.sqlite_version},
     )
 
