@@ -36,8 +36,8 @@ CALL_S: Final = 20.0
 """Of one call; generating the largest game takes about a second."""
 END_S: Final = 5.0
 THREADS: Final = 4
-DRAWS: Final = 12
-"""Most ways that are drawn to find the best one."""
+DRAWS: Final = 16
+"""Of ways, to find the best one."""
 HEAP: Final = "-Xmx1g"
 
 log = logging.getLogger(__name__)
@@ -99,19 +99,27 @@ class Games:
         """Return commands that win a game, the same ones each time; waits for the JVM.
 
         In some games the way from room to room is drawn at random, and anew each time: without its loops it
-        is the straight one, or the best of several draws where there are more. Raises InfrastructureError.
+        is the straight one, or where there are several the best of so many draws, which are then all but
+        certain to hold it. Raises InfrastructureError.
         """
-        jvm, drawn = self._started(), list[tuple[str, ...]]()
+        jvm, drawn, ways = self._started(), set[tuple[str, ...]](), set[tuple[str, ...]]()
         with _failing_as_infrastructure(jvm):
             interface = self._interface(jvm)
-            while len(drawn) < DRAWS and (len(drawn) < 2 or drawn.count(min(drawn, key=_worth)) < 2):
+            for number in range(DRAWS):
+                if number == 2 and len(drawn) == 1:
+                    break  # nothing is drawn here
                 interface.generateNewGameJSON(seed, fold, True)
                 steps = interface.getGoldActionSequence()
                 path = tuple(str(command) for command in steps)
                 jvm.gateway.detach(steps)
-                drawn.append(self._straightened(interface, seed, fold, path))
+                if path not in drawn:
+                    drawn.add(path)
+                    ways.add(self._straightened(interface, seed, fold, path))
+            best = min(ways, key=_worth)
+            if len(drawn) > 1:
+                best = self._without_doors(interface, seed, fold, best)
         jvm.idle.append(interface)
-        return min(drawn, key=_worth)
+        return best
 
     def _straightened(self, interface: Any, seed: int, fold: str, path: tuple[str, ...]) -> tuple[str, ...]:
         """Return a path up to where it wins, without its loops as far as it then still wins."""
@@ -121,6 +129,15 @@ class Games:
             won = self._played(interface, seed, fold, shorter)[1]
             if won:
                 return shorter[:won]
+        return path
+
+    def _without_doors(self, interface: Any, seed: int, fold: str, path: tuple[str, ...]) -> tuple[str, ...]:
+        """Return a path without doors that it opens on its way and does not need: which ones is chance."""
+        moved = next((n for n, command in enumerate(path) if command.startswith("move ")), len(path))
+        for number in range(len(path) - 1, moved, -1):
+            shorter = path[:number] + path[number + 1 :]
+            if path[number].startswith("open door ") and self._played(interface, seed, fold, shorter)[1]:
+                path = shorter
         return path
 
     def _played(self, interface: Any, seed: int, fold: str, path: Sequence[str]) -> tuple[list[str], int]:
