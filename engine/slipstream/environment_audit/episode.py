@@ -75,8 +75,8 @@ class Episode:
 
     @property
     def grounded(self) -> bool:
-        """Whether nothing beneath the environment failed: what a late process has cut tells nothing of it."""
-        return self.outcome is not Outcome.INFRASTRUCTURE_FAILURE
+        """Whether nothing beneath the environment failed or was late: what that has cut tells nothing of it."""
+        return self.outcome not in (Outcome.INFRASTRUCTURE_FAILURE, Outcome.TIMED_OUT)
 
     @property
     def name(self) -> str:

@@ -61,7 +61,10 @@ async def determinism(stage: Stage, until: float) -> Verdict:
         )
     level = Level.FAIL if differing else Level.PASS
     if tried and not compared:
-        level, sentence = Level.WARN, "not compared: the ground failed in each pair of episodes"
+        level, sentence = (
+            Level.WARN,
+            "not compared: the ground failed, or time was over, in each pair of episodes",
+        )
     return Verdict(
         check="determinism",
         level=level,
@@ -245,7 +248,10 @@ async def resumable(stage: Stage, until: float) -> Verdict:
     elif trouble:
         level, sentence = Level.FAIL, trouble[0]
     elif tried and not count:
-        level, sentence = Level.WARN, "not compared: the ground failed in each pair of episodes"
+        level, sentence = (
+            Level.WARN,
+            "not compared: the ground failed, or time was over, in each pair of episodes",
+        )
     return Verdict(
         check="resumable",
         level=level,
