@@ -21,6 +21,7 @@ from slipstream.types import Score, Task, TaskAttempt
 
 ATTEMPTS: Final = 8
 TASKS: Final = 4
+UNCOMPARED: Final = "not compared: in each pair of episodes the ground failed or time was over"
 
 
 def cast(stage: Stage, factory: EnvironmentFactory) -> list[tuple[str, Player]]:
@@ -63,7 +64,7 @@ async def determinism(stage: Stage, until: float) -> Verdict:
     if tried and not compared:
         level, sentence = (
             Level.WARN,
-            "not compared: the ground failed, or time was over, in each pair of episodes",
+            "not compared: in each pair of episodes the ground failed or time was over",
         )
     return Verdict(
         check="determinism",
@@ -250,7 +251,7 @@ async def resumable(stage: Stage, until: float) -> Verdict:
     elif tried and not count:
         level, sentence = (
             Level.WARN,
-            "not compared: the ground failed, or time was over, in each pair of episodes",
+            "not compared: in each pair of episodes the ground failed or time was over",
         )
     return Verdict(
         check="resumable",
