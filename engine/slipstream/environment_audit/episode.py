@@ -75,7 +75,7 @@ class Episode:
 
     @property
     def grounded(self) -> bool:
-        """Whether nothing beneath the environment failed or was late: what that has cut tells nothing of it."""
+        """Whether nothing beneath it failed or was late: an episode that this has cut tells nothing of it."""
         return self.outcome not in (Outcome.INFRASTRUCTURE_FAILURE, Outcome.TIMED_OUT)
 
     @property
