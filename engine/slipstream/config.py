@@ -133,67 +133,18 @@ class RunConfig(Part):
         return self
 
 
-def _demands(config: RunConfig) -> Iterator[tuple[bool, str, str, object]]:
-    """Yield (holds, key, what is expected, what was given) for every rule between keys."""
-    batch, warmup, betas = config.batch, config.warmup, config.optim.betas
-    size, parts, hidden = batch.group_size, config.optim.minibatches, config.model.hidden_size
-    most, heads = config.environment.max_tokens, config.model.heads
-    expected = "at least 2 (a lone attempt has no baseline)"
-    yield size >= 2, "batch.group_size", expected, size
-    expected = f"a divisor of batch.groups = {batch.groups}"
-    yield batch.groups % parts == 0, "optim.minibatches", expected, parts
-    expected = f"enough for all actors together to hold a group of batch.group_size = {size}"
-    live = config.actor.count * config.actor.concurrency
-    yield live >= size, "actor.concurrency", expected, config.actor.concurrency
-    expected = f"below environment.max_tokens = {most}"
-    turn = config.sampling.max_tokens
-    yield turn < most, "sampling.max_tokens", expected, turn
-    expected = f"at least environment.max_tokens = {most}, the longest trajectory"
-    yield batch.token_budget >= most, "batch.token_budget", expected, batch.token_budget
-    low, high, aim = warmup.min_success, warmup.max_success, warmup.target_success
-    expected = f"between warmup.min_success = {low} and warmup.max_success = {high}"
-    yield low <= aim <= high, "warmup.target_success", expected, aim
-    expected = f"a multiple of 2 x model.heads = {2 * heads}"
-    yield hidden % (2 * heads) == 0, "model.hidden_size", expected, hidden
-    expected = "two numbers in [0, 1)"
-    yield all(0.0 <= beta < 1.0 for beta in betas), "optim.betas", expected, list(betas)
-    expected = "hermes, the only one that the small policy learns, unless model.path is set"
-    calls = config.model.call_format
-    yield calls == "hermes" or bool(config.model.path), "model.call_format", expected, calls
-    longest = config.environment.timeout_s
-    # A lease given again while its first episode still runs would be two episodes with one identity.
-    yield (
-        config.hub.lease_timeout_s > longest,
-        "hub.lease_timeout_s",
-        f"more than environment.timeout_s = {longest:g}",
-        config.hub.lease_timeout_s,
-    )
-    hub = config.hub
-    expected = (
-        "on this machine (tcp://127.0.0.1:PORT, ipc://PATH), unless hub.keys names a folder that `slipstream "
-        "keys` made, or hub.insecure = true lets anyone in"
-    )
-    yield (
-        stays_on_machine(hub.address) or bool(hub.keys) or hub.insecure,
-        "hub.address",
-        expected,
-        hub.address,
-    )
-    yield not (hub.insecure and hub.keys), "hub.insecure", "false where hub.keys is set", True
-    inference = config.inference
-    beyond = not stays_on_machine(f"tcp://{inference.host}:0")
-    expected = (
-        "on this machine, unless inference.insecure = true says that requests and their key may go "
-        "unencrypted through a network of your own"
-    )
-    yield not beyond or inference.insecure, "inference.host", expected, f'"{inference.host}"'
-    expected = "an address of this machine that actors reach"
-    yield inference.host not in {"", "0.0.0.0", "::"}, "inference.host", expected, f'"{inference.host}"'
+Demand = tuple[bool, str, str, object]
+"""Whether a rule between keys holds, the key, what is expected of it, what was given."""
+
+
+def _demands(config: RunConfig) -> Iterator[Demand]:
+    """Yield every rule between keys."""
+    yield from _demands_of_batches(config)
+    yield from _demands_of_the_policy(config)
+    yield from _demands_of_addresses(config)
     cache, sandbox = config.environment.tool_cache, config.environment.sandbox
     expected = '"off" in a sandbox, whose tools could leave false results to every other episode'
     yield cache == "off" or sandbox == "none", "environment.tool_cache", expected, f'"{cache}"'
-    device = re.fullmatch(r"auto|cpu|cuda(:\d+)?", config.device)
-    yield device is not None, "device", '"auto", "cpu", "cuda" or "cuda:N"', f'"{config.device}"'
     yield from demands_of_curriculum(
         config.curriculum,
         environment=config.environment,
@@ -202,6 +153,63 @@ def _demands(config: RunConfig) -> Iterator[tuple[bool, str, str, object]]:
         batch=config.batch,
         objective=config.objective,
     )
+
+
+def _demands_of_batches(config: RunConfig) -> Iterator[Demand]:
+    """Yield what groups, batches and episodes demand of each other."""
+    batch, parts, most = config.batch, config.optim.minibatches, config.environment.max_tokens
+    size, turn, longest = batch.group_size, config.sampling.max_tokens, config.environment.timeout_s
+    expected = "at least 2 (a lone attempt has no baseline)"
+    yield size >= 2, "batch.group_size", expected, size
+    expected = f"a divisor of batch.groups = {batch.groups}"
+    yield batch.groups % parts == 0, "optim.minibatches", expected, parts
+    expected = f"enough for all actors together to hold a group of batch.group_size = {size}"
+    live = config.actor.count * config.actor.concurrency
+    yield live >= size, "actor.concurrency", expected, config.actor.concurrency
+    expected = f"below environment.max_tokens = {most}"
+    yield turn < most, "sampling.max_tokens", expected, turn
+    expected = f"at least environment.max_tokens = {most}, the longest trajectory"
+    yield batch.token_budget >= most, "batch.token_budget", expected, batch.token_budget
+    # A lease given again while its first episode still runs would be two episodes with one identity.
+    lease, expected = config.hub.lease_timeout_s, f"more than environment.timeout_s = {longest:g}"
+    yield lease > longest, "hub.lease_timeout_s", expected, lease
+
+
+def _demands_of_the_policy(config: RunConfig) -> Iterator[Demand]:
+    """Yield what warm start, model, optimizer and device demand."""
+    warmup, model, betas = config.warmup, config.model, config.optim.betas
+    low, high, aim = warmup.min_success, warmup.max_success, warmup.target_success
+    expected = f"between warmup.min_success = {low} and warmup.max_success = {high}"
+    yield low <= aim <= high, "warmup.target_success", expected, aim
+    expected = f"a multiple of 2 x model.heads = {2 * model.heads}"
+    yield model.hidden_size % (2 * model.heads) == 0, "model.hidden_size", expected, model.hidden_size
+    expected = "two numbers in [0, 1)"
+    yield all(0.0 <= beta < 1.0 for beta in betas), "optim.betas", expected, list(betas)
+    expected = "hermes, the only one that the small policy learns, unless model.path is set"
+    calls = model.call_format
+    yield calls == "hermes" or bool(model.path), "model.call_format", expected, calls
+    device = re.fullmatch(r"auto|cpu|cuda(:\d+)?", config.device)
+    yield device is not None, "device", '"auto", "cpu", "cuda" or "cuda:N"', f'"{config.device}"'
+
+
+def _demands_of_addresses(config: RunConfig) -> Iterator[Demand]:
+    """Yield what must stay on this machine unless somebody said otherwise."""
+    hub, inference = config.hub, config.inference
+    expected = (
+        "on this machine (tcp://127.0.0.1:PORT, ipc://PATH), unless hub.keys names a folder that `slipstream "
+        "keys` made, or hub.insecure = true lets anyone in"
+    )
+    inside = stays_on_machine(hub.address) or bool(hub.keys) or hub.insecure
+    yield inside, "hub.address", expected, hub.address
+    yield not (hub.insecure and hub.keys), "hub.insecure", "false where hub.keys is set", True
+    beyond, host = not stays_on_machine(f"tcp://{inference.host}:0"), f'"{inference.host}"'
+    expected = (
+        "on this machine, unless inference.insecure = true says that requests and their key may go "
+        "unencrypted through a network of your own"
+    )
+    yield not beyond or inference.insecure, "inference.host", expected, host
+    expected = "an address of this machine that actors reach"
+    yield inference.host not in {"", "0.0.0.0", "::"}, "inference.host", expected, host
 
 
 def load_config(recipe: str | Path, overrides: Sequence[str] = ()) -> RunConfig:

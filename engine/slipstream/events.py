@@ -78,8 +78,11 @@ class Received(Event, frozen=True, kw_only=True, tag=True):
     serials: tuple[int, ...]
     """Distinct serials of its sampled tokens, ascending."""
     verdict: Literal["buffered", "evaluated", "duplicate", "failed_infrastructure", "unproven"]
-    """What became of it on arrival."""
+    """What became of it on arrival. One that a monitor screened is buffered as any other and fills its batch;
+    that it weighs nothing there is the learner's to count (`screened` in metrics.jsonl)."""
     stage: int = -1
+    beside: dict[str, float] = {}
+    """Of an evaluation: what its scores tell beside the reward, as `rewards.shown` names it."""
 
     @property
     def slot(self) -> Slot:

@@ -13,6 +13,7 @@ from slipstream.curriculum import REAL
 from slipstream.errors import FrameError
 from slipstream.ledger_state import LedgerState
 from slipstream.messages import Hello
+from slipstream.rewards import shown
 from slipstream.types import (
     Outcome,
     Split,
@@ -46,6 +47,7 @@ def describe(arrival: Arrival, verdict: Verdict) -> events.Received:
         serials=arrival.serials,
         verdict=verdict,
         stage=header.stage,
+        beside=shown([header.scores]) if header.evaluation >= 0 else {},
     )
 
 
@@ -170,8 +172,21 @@ def summarize(results: Collection[events.Received], *, serial: int, step: int) -
     metrics |= {
         f"outcome/{kind.value}": mean([result.outcome is kind for result in results]) for kind in Outcome
     }
+    metrics |= _beside(results)
     success = mean([result.success for result in results])
     solved = tuple((result.attempt.task, result.success) for result in results)
     return events.EvaluationDone(
         serial=serial, step=step, success=success, count=count, metrics=metrics, solved=solved
     )
+
+
+def _beside(results: Collection[events.Received]) -> dict[str, float]:
+    """Return means of what scores tell beside the reward, over those tasks that `rewards.shown` says."""
+    values: dict[str, list[float]] = {}
+    for result in results:
+        for name, value in result.beside.items():
+            values.setdefault(name, []).append(value)
+    of_all = {name for name in values if name == "screened" or name.startswith("invalid/")}
+    return {
+        name: sum(taken) / (len(results) if name in of_all else len(taken)) for name, taken in values.items()
+    }

@@ -79,6 +79,14 @@ def main(folder: Path, wanted: str, *, failed: bool) -> int:
 
 async def differences(runner: EpisodeRunner, recorded: Trajectory) -> list[Difference]:
     """Play the recorded messages again and return where the episode differs; closes the runner."""
+    try:
+        return (await played_again(runner, recorded))[1]
+    finally:
+        await runner.close()
+
+
+async def played_again(runner: EpisodeRunner, recorded: Trajectory) -> tuple[Trajectory, list[Difference]]:
+    """Return the episode that the recorded messages make now, and where it differs."""
     speaker = _Recorded(recorded, runner.chat.stop_token)
     lease = Lease(
         attempt=recorded.attempt,
@@ -87,12 +95,9 @@ async def differences(runner: EpisodeRunner, recorded: Trajectory) -> list[Diffe
         issue=recorded.issue,
         stage=recorded.stage,
     )
-    try:
-        got = await runner.run(lease, speaker, recorded.sampling)
-    finally:
-        await runner.close()
+    got = await runner.run(lease, speaker, recorded.sampling)
     assert isinstance(runner.chat, Chat)  # whose words the differences are told in
-    return list(_compare(recorded, got, runner.chat, goes_on=speaker.ran_out))
+    return got, list(_compare(recorded, got, runner.chat, goes_on=speaker.ran_out))
 
 
 class _Recorded:

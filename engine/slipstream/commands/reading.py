@@ -65,7 +65,8 @@ def _view(chosen: argparse.Namespace) -> int:
     from slipstream.viewing.export import export
 
     count = export(view, chosen.export, given, limit=chosen.limit)
-    sys.stdout.write(f"{chosen.export}: {count} of {view.index.count} episodes\n")
+    more = " (--limit takes more)" if count < view.index.count and not given else ""
+    sys.stdout.write(f"{chosen.export}: {count} of {view.index.count} episodes{more}\n")
     return 0
 
 

@@ -40,8 +40,9 @@ def _list(chosen: argparse.Namespace) -> int:
         raise ConfigurationError(f'env list takes no name, got "{chosen.name}"')
     width = max(map(len, SHIPPED))
     for name, shipped in SHIPPED.items():
-        needs = f" [{installation(shipped.extra)}]" if shipped.extra else ""
-        sys.stdout.write(f"{name:<{width}}  {shipped.about}{needs}\n")
+        sys.stdout.write(f"{name:<{width}}  {shipped.about}\n")
+        if shipped.extra:
+            sys.stdout.write(f"{'':<{width}}  needs: {installation(shipped.extra)}\n")
     return 0
 
 

@@ -74,6 +74,11 @@ class Episode:
         return self.outcome is not None and succeeded(self.scores)
 
     @property
+    def grounded(self) -> bool:
+        """Whether nothing beneath it failed or was late: an episode that this has cut tells nothing of it."""
+        return self.outcome not in (Outcome.INFRASTRUCTURE_FAILURE, Outcome.TIMED_OUT)
+
+    @property
     def name(self) -> str:
         """Which episode it is."""
         return f"{self.policy}, {self.split} task {self.attempt.task}, attempt {self.attempt.attempt}"

@@ -21,6 +21,7 @@ from slipstream.types import Score, Task, TaskAttempt
 
 ATTEMPTS: Final = 8
 TASKS: Final = 4
+UNCOMPARED: Final = "not compared: in each pair of episodes the ground failed or time was over"
 
 
 def cast(stage: Stage, factory: EnvironmentFactory) -> list[tuple[str, Player]]:
@@ -33,16 +34,19 @@ def cast(stage: Stage, factory: EnvironmentFactory) -> list[tuple[str, Player]]:
 async def determinism(stage: Stage, until: float) -> Verdict:
     """Does one attempt go the same way twice, in objects that share nothing?"""
     first, second = stage.factory(stage.failing), stage.factory(stage.failing, second=True)
-    compared, wanted = 0, 2 * len(cast(stage, first)) * max(1, stage.wanted // 2)
+    tried, compared, wanted = 0, 0, 2 * len(cast(stage, first)) * max(1, stage.wanted // 2)
     differing: list[tuple[Episode, Episode]] = []
     for number in range(max(1, stage.wanted // 2)):
         for (policy, script), (_, again) in zip(cast(stage, first), cast(stage, second), strict=True):
             for attempt in (0, 1):
-                if spent(stage, until, compared):
+                if spent(stage, until, tried):
                     continue
+                tried += 1
                 index = stage.index(number)
                 one = await stage.play(policy, script, index, attempt=attempt, factory=first)
                 other = await stage.play(policy, again, index, attempt=attempt, factory=second)
+                if not (one.grounded and other.grounded):
+                    continue
                 compared += 1
                 if one.difference(other):
                     differing.append((one, other))
@@ -56,9 +60,15 @@ async def determinism(stage: Stage, until: float) -> Verdict:
             f"{len(differing)} of {compared} episodes played twice differ, the first in its "
             f"{one.difference(other)} ({one.name}): draw everything from the attempt"
         )
+    level = Level.FAIL if differing else Level.PASS
+    if tried and not compared:
+        level, sentence = (
+            Level.WARN,
+            "not compared: in each pair of episodes the ground failed or time was over",
+        )
     return Verdict(
         check="determinism",
-        level=Level.FAIL if differing else Level.PASS,
+        level=level,
         sentence=sentence,
         early=early(compared, wanted),
         evidence=transcripts(differing[0]) if differing else (),
@@ -107,6 +117,8 @@ async def digests(stage: Stage, until: float) -> list[Digest]:
         for policy, script in cast(stage, factory):
             if not spent(stage, until):
                 episode = await stage.play(policy, script, stage.index(number), factory=factory)
+                if not episode.grounded:
+                    continue
                 found.append(
                     Digest(
                         name=episode.name,
@@ -201,11 +213,12 @@ async def resumable(stage: Stage, until: float) -> Verdict:
         )
     factory, trouble = stage.factory(stage.failing), list[str]()
     differing: list[tuple[Episode, Episode]] = []
-    count, wanted = 0, max(1, stage.wanted // 2)
+    tried, count, wanted = 0, 0, max(1, stage.wanted // 2)
     for number in range(wanted):
         for policy, script in cast(stage, factory):
-            if spent(stage, until, count) or not stage.repeats:
+            if spent(stage, until, tried) or not stage.repeats:
                 continue
+            tried += 1
             straight = await stage.play(policy, script, stage.index(number), factory=factory)
             moved = await stage.play(
                 f"{policy}, moved",
@@ -214,6 +227,8 @@ async def resumable(stage: Stage, until: float) -> Verdict:
                 factory=factory,
                 make=_mover(factory, trouble),
             )
+            if not (straight.grounded and moved.grounded):
+                continue
             count += 1
             if straight.difference(moved):
                 differing.append((straight, moved))
@@ -233,6 +248,11 @@ async def resumable(stage: Stage, until: float) -> Verdict:
         )
     elif trouble:
         level, sentence = Level.FAIL, trouble[0]
+    elif tried and not count:
+        level, sentence = (
+            Level.WARN,
+            "not compared: in each pair of episodes the ground failed or time was over",
+        )
     return Verdict(
         check="resumable",
         level=level,

@@ -17,9 +17,9 @@ from typing import Any
 from pydantic import Field
 
 from slipstream.config import EnvironmentConfig, Part, RewardConfig
-from slipstream.environments.factory import ORACLE, EnvironmentFactory, Script
+from slipstream.environments.factory import EnvironmentFactory
 from slipstream.environments.options import read_options
-from slipstream.environments.scripted import DO_NOTHING, EXPERT, HASTY, WITHOUT_RETRY, Habits, research
+from slipstream.environments.scripted import research, usual_players
 from slipstream.environments.tool_episode import ANSWER, COMPLAINTS, FAULTS, Result, ToolEpisode, failed, tool
 from slipstream.interfaces import Observation, ToolSpec
 from slipstream.tools.cache import ToolCache, cache_of
@@ -74,20 +74,16 @@ def factory(config: EnvironmentConfig, rewards: RewardConfig) -> EnvironmentFact
     options = read_options(ResearchOptions, config)
     tasks, cache = ResearchTasks(options), cache_of(config)
 
-    def script(habits: Habits, about: str) -> Script:
-        return Script(play=lambda task: research(task, options.hops, habits), about=about)
-
     return EnvironmentFactory(
         tasks=tasks,
         make=lambda: ResearchEnvironment(tasks, config, rewards, cache),
         close=cache.close,
         corpus=lambda: corpus(options),
-        scripts={
-            "do_nothing": script(DO_NOTHING, 'answers "unknown" at once'),
-            "without_retry": script(WITHOUT_RETRY, "reads on, gives up at the first error"),
-            ORACLE: script(EXPERT, "reads on and retries"),
-        },
-        careless=script(HASTY, "believes the first document, gives up at the first error"),
+        **usual_players(
+            lambda task, habits: research(task, options.hops, habits),
+            does="reads on",
+            hastily="believes the first document",
+        ),
     )
 
 

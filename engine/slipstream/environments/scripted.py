@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
+from typing import TypedDict
 
+from slipstream.environments.factory import ORACLE, Play, Script
 from slipstream.tools.hermes import format_call
 from slipstream.types import Task
 
@@ -32,6 +34,33 @@ EXPERT = Habits(retries=True, reads_on=True)
 WITHOUT_RETRY = Habits(retries=False, reads_on=True)
 HASTY = Habits(retries=False, reads_on=False)
 DO_NOTHING = Habits(retries=False, reads_on=False, acts=False)
+
+
+class Players(TypedDict):
+    """Members of an `EnvironmentFactory`."""
+
+    scripts: dict[str, Script]
+    careless: Script
+
+
+def usual_players(play: Callable[[Task, Habits], Play], *, does: str, hastily: str) -> Players:
+    """Return the usual scripts of an environment that answers in the end, all of them one player's habits.
+
+    does, hastily: what it does with care and without, as in "reads on". Example:
+    ``EnvironmentFactory(**usual_players(compute, does="computes", hastily="computes something near"), ...)``.
+    """
+
+    def script(habits: Habits, about: str) -> Script:
+        return Script(play=lambda task: play(task, habits), about=about)
+
+    return {
+        "scripts": {
+            "do_nothing": script(DO_NOTHING, 'answers "unknown" at once'),
+            "without_retry": script(WITHOUT_RETRY, f"{does}, gives up at the first error"),
+            ORACLE: script(EXPERT, f"{does} and retries"),
+        },
+        "careless": script(HASTY, f"{hastily}, gives up at the first error"),
+    }
 
 
 def research(task: Task, hops: int, habits: Habits) -> Generator[str, str, None]:

@@ -36,6 +36,10 @@ LEAST_ROWS = 8
 # Tokens of one forward pass; longer rebuilds are spread over several passes so that memory stays bounded.
 PASS_TOKENS = 8192
 
+# Of the event loop between two passes: in the first tools end, in the second those go on that called them, in
+# the third those that waited for the same result. None of them then sits a pass out, which is in the fourth.
+_ROUNDS = 4
+
 
 @dataclass(slots=True)
 class _Request:
@@ -167,7 +171,8 @@ class EmbeddedBackend:
                 self._work.clear()
                 await self._work.wait()
             self._step()
-            await asyncio.sleep(0)
+            for _ in range(_ROUNDS):
+                await asyncio.sleep(0)
 
     @torch.no_grad()
     def _step(self) -> None:

@@ -9,6 +9,10 @@ snapshot its hash, or what names it. A result that is plain data is kept; an err
 is, nor what a seeded failure says, since that is no result. The file is in WAL mode: readers never wait,
 a process that is killed leaves it whole. A file that is locked, full or damaged costs its use, never an
 episode: the tool is called.
+
+Of equal calls at one time one is made, whichever process makes it, and the others wait for it: in its own
+process until it hands the result over, in another one for the end of its claim (`tools.claims`), looked for
+after 5 ms and then each eighth of the time waited for it so far. A call that fails is made by the next one.
 """
 
 from __future__ import annotations
@@ -17,6 +21,7 @@ import asyncio
 import hashlib
 import logging
 import sqlite3
+import time
 import weakref
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable
@@ -28,11 +33,16 @@ import msgspec
 from slipstream.config import EnvironmentConfig
 from slipstream.errors import ConfigurationError
 from slipstream.integrity import crc32c
+from slipstream.tools.claims import Claims
 
 FILE: Final = "tool_cache.sqlite"
 """Its name in a run folder."""
 FOLLOW_S: Final = 600.0
 """So long an equal call waits for the first one; then it calls the tool itself."""
+_FIRST_LOOK_S: Final = 0.005
+_LONGEST_PAUSE_S: Final = 0.1
+_PAUSE: Final = 1 / 8
+"""Between two looks at another process' claim, of the time waited so far."""
 _LEAST_EVICTED: Final = 1 / 16
 """Share of the entries that go at once when the file is full."""
 _MOST_WAITING: Final = 4096
@@ -48,6 +58,31 @@ _PLAIN: Final = (str, int, float, bool, bytes, type(None))
 log = logging.getLogger(__name__)
 
 
+class _Flight:
+    """A call that is being made in this process, and who waits for it.
+
+    Each has a future of its own: handed over at once, where a wait for a common one takes two rounds of the
+    event loop more, and each round may hold a pass of the policy.
+    """
+
+    def __init__(self) -> None:
+        self._waiting: list[asyncio.Future[bytes | None]] = []
+
+    async def landed(self) -> bytes | None:
+        """Return its result, None when it has none; raises TimeoutError after FOLLOW_S."""
+        future: asyncio.Future[bytes | None] = asyncio.get_running_loop().create_future()
+        self._waiting.append(future)
+        async with asyncio.timeout(FOLLOW_S):
+            return await future
+
+    def land(self, value: bytes | None) -> None:
+        """Hand the result over."""
+        for future in self._waiting:
+            if not future.done():
+                future.set_result(value)
+        self._waiting.clear()
+
+
 class ToolCache:
     """The results of one environment's tools.
 
@@ -61,13 +96,16 @@ class ToolCache:
         """
         self.hits = self.misses = 0
         self._environment, self._path, self._limit = environment, path, limit_bytes
-        self._flights: dict[bytes, asyncio.Future[bytes]] = {}
+        self._flights: dict[bytes, _Flight] = {}
         self._waiting: OrderedDict[bytes, bytes] = OrderedDict()
         """Results that are not yet in the file."""
         self._written = 0
         self._file: sqlite3.Connection | None = None
+        self._claims: Claims | None = None
         if path is not None:
             self._file = self._opened(path)
+        if self._file is not None and path is not None:
+            self._claims = Claims(path.with_name(f"{path.name}-calls"))
 
     async def call(
         self, name: str, version: str, arguments: Any, state: Any, compute: Callable[[], Awaitable[Any]]
@@ -80,20 +118,17 @@ class ToolCache:
         key = None if self._path is None else _key(self._environment, name, version, arguments, state)
         if key is None:
             return await compute(), False
-        while (value := self._read(key)) is None and key in self._flights:
-            flight = self._flights[key]
-            # Waits for the first call, which is not cancelled with those that follow it.
-            await asyncio.wait({flight}, timeout=FOLLOW_S)
-            if not flight.done():
+        while (value := self._read(key)) is None and (flight := self._flights.get(key)) is not None:
+            try:
+                value = await flight.landed()
+            except TimeoutError:
                 return await compute(), False
-            if not flight.cancelled():
-                value = flight.result()
+            if value is not None:
                 break
         if value is not None:
             self.hits += 1
             return msgspec.msgpack.decode(value), True
-        self.misses += 1
-        return await self._computed(key, compute), False
+        return await self._led(key, compute)
 
     def close(self) -> None:
         """Write what still waits, if the file lets it, and close it."""
@@ -102,20 +137,39 @@ class ToolCache:
         if self._file is not None:
             self._file.close()
             self._file = None
+        if self._claims is not None:
+            self._claims.close()
 
-    async def _computed(self, key: bytes, compute: Callable[[], Awaitable[Any]]) -> Any:
-        flight = self._flights[key] = asyncio.get_running_loop().create_future()
+    async def _led(self, key: bytes, compute: Callable[[], Awaitable[Any]]) -> tuple[Any, bool]:
+        """Make a call for all of this process that wait for it, unless another process is making it."""
+        flight = self._flights[key] = _Flight()
+        claimed, value = False, None
         try:
+            claimed, value = await self._claimed(key)
+            if value is not None:
+                self.hits += 1
+                return msgspec.msgpack.decode(value), True
+            self.misses += 1
             result = await compute()
             if _is_plain(result):
                 value = msgspec.msgpack.encode(result)
-                flight.set_result(value)
                 self._keep(key, value)
-            return result
+            return result, False
         finally:
-            if not flight.done():
-                flight.cancel()
+            if claimed and self._claims is not None:
+                self._claims.drop(key)
             del self._flights[key]
+            flight.land(value)
+
+    async def _claimed(self, key: bytes) -> tuple[bool, bytes | None]:
+        """Return whether the claim on a call is this process' own, and the result if it is there by now."""
+        began = time.monotonic()
+        while not (claimed := self._claims is None or self._claims.take(key)):
+            if (waited := time.monotonic() - began) > FOLLOW_S:
+                return False, None
+            await asyncio.sleep(min(max(_FIRST_LOOK_S, waited * _PAUSE), _LONGEST_PAUSE_S))
+        # Another process has written it, if it had a result, before it let the claim go.
+        return claimed, self._read(key)
 
     def _read(self, key: bytes) -> bytes | None:
         if key in self._waiting:
@@ -213,6 +267,9 @@ class ToolCache:
             self._file.close()
         self._file = None
         self._waiting.clear()
+        if self._claims is not None:
+            self._claims.close()
+            self._claims = None
 
 
 def cache_of(config: EnvironmentConfig) -> ToolCache:

@@ -13,12 +13,13 @@ import asyncio
 import json
 import logging
 import os
+import re
 import selectors
 import shutil
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import lru_cache
@@ -35,6 +36,8 @@ CALL_S: Final = 20.0
 """Of one call; generating the largest game takes about a second."""
 END_S: Final = 5.0
 THREADS: Final = 4
+DRAWS: Final = 16
+"""Of ways, to find the best one."""
 HEAP: Final = "-Xmx1g"
 
 log = logging.getLogger(__name__)
@@ -73,7 +76,6 @@ class Games:
         self._name, self._parameters = name, parameters
         self._threads = ThreadPoolExecutor(max_workers=THREADS, thread_name_prefix="games")
         self._lock = threading.Lock()
-        # The way to a coin is drawn anew each time it is asked for.
         self.gold = lru_cache(maxsize=4096)(self._gold)
         self._jvm: Jvm | None = None
 
@@ -94,16 +96,60 @@ class Games:
         game.jvm.idle.append(game.interface)
 
     def _gold(self, seed: int, fold: str) -> tuple[str, ...]:
-        """Return commands that win a game; waits for the JVM. Raises InfrastructureError."""
-        jvm = self._started()
+        """Return commands that win a game, the same ones each time; waits for the JVM.
+
+        In some games the way from room to room is drawn at random, and anew each time: without its loops it
+        is the straight one, or where there are several the best of so many draws, which are then all but
+        certain to hold it. Raises InfrastructureError.
+        """
+        jvm, drawn, ways = self._started(), set[tuple[str, ...]](), set[tuple[str, ...]]()
         with _failing_as_infrastructure(jvm):
             interface = self._interface(jvm)
-            interface.generateNewGameJSON(seed, fold, True)
-            steps = interface.getGoldActionSequence()
-            path = tuple(str(command) for command in steps)
-            jvm.gateway.detach(steps)
+            for number in range(DRAWS):
+                if number == 2 and len(drawn) == 1:
+                    break  # nothing is drawn here
+                interface.generateNewGameJSON(seed, fold, True)
+                steps = interface.getGoldActionSequence()
+                path = tuple(str(command) for command in steps)
+                jvm.gateway.detach(steps)
+                if path not in drawn:
+                    drawn.add(path)
+                    ways.add(self._straightened(interface, seed, fold, path))
+            best = min(ways, key=_worth)
+            if len(drawn) > 1:
+                best = self._without_doors(interface, seed, fold, best)
         jvm.idle.append(interface)
+        return best
+
+    def _straightened(self, interface: Any, seed: int, fold: str, path: tuple[str, ...]) -> tuple[str, ...]:
+        """Return a path up to where it wins, without its loops as far as it then still wins."""
+        rooms = self._played(interface, seed, fold, path)[0]
+        for doors in (True, False):
+            shorter = _without_loops(path, rooms, doors=doors)
+            won = self._played(interface, seed, fold, shorter)[1]
+            if won:
+                return shorter[:won]
         return path
+
+    def _without_doors(self, interface: Any, seed: int, fold: str, path: tuple[str, ...]) -> tuple[str, ...]:
+        """Return a path without doors that it opens on its way and does not need: which ones is chance."""
+        moved = next((n for n, command in enumerate(path) if command.startswith("move ")), len(path))
+        for number in range(len(path) - 1, moved, -1):
+            shorter = path[:number] + path[number + 1 :]
+            if path[number].startswith("open door ") and self._played(interface, seed, fold, shorter)[1]:
+                path = shorter
+        return path
+
+    def _played(self, interface: Any, seed: int, fold: str, path: Sequence[str]) -> tuple[list[str], int]:
+        """Return the rooms before each command and at the end, "" where none is told, and where it is won."""
+        account = _decoded(interface.generateNewGameJSON(seed, fold, False))
+        rooms = [_room(account)]
+        for number, command in enumerate(path, start=1):
+            account = _decoded(interface.stepJSON(command))
+            rooms.append(_room(account) or rooms[-1])
+            if account["tasksuccess"]:
+                return rooms, number
+        return rooms, 0
 
     def close(self) -> None:
         """End the JVM."""
@@ -217,6 +263,36 @@ def _failing_as_infrastructure(jvm: Jvm) -> Iterator[None]:
         jvm.broken = True
         log.warning("java: %s: %s", type(error).__name__, error)
         raise InfrastructureError(f"java: {type(error).__name__} {str(error)[:200]}") from error
+
+
+def _without_loops(path: Sequence[str], rooms: Sequence[str], *, doors: bool) -> tuple[str, ...]:
+    """Return a path without ways that lead back to where they began.
+
+    rooms: before each command and, as far as they are known, behind the last one; doors: whether a way on
+    which doors were opened may go too.
+    """
+    kept: list[str] = []
+    before: list[str] = []
+    for command, room, after in zip(path, rooms, rooms[1:], strict=False):
+        kept.append(command)
+        before.append(room)
+        start = len(kept)
+        while start and kept[start - 1].startswith(("move ", "open door ") if doors else "move "):
+            start -= 1
+            if after and before[start] == after and kept[start].startswith("move "):
+                del kept[start:], before[start:]
+                break
+    return (*kept, *path[len(rooms) - 1 :])
+
+
+def _room(account: dict[str, Any]) -> str:
+    """Return where an account says one is, or ""."""
+    found = re.search(r"You are in (?:the |a |an )?([\w ]+)", str(account["observation"]))
+    return found[1] if found else ""
+
+
+def _worth(path: tuple[str, ...]) -> tuple[int, tuple[str, ...]]:
+    return len(path), path
 
 
 def _decoded(text: str) -> dict[str, Any]:

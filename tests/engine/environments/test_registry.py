@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from slipstream import extras
+from slipstream import cli, extras
 from slipstream.config import EnvironmentConfig, RewardConfig, load_config
 from slipstream.environments import SHIPPED, environment_factory
 from slipstream.errors import ConfigurationError
@@ -88,3 +88,11 @@ def test_keys_that_moved_say_where_to() -> None:
 
 def test_every_shipped_environment_says_what_it_is() -> None:
     assert all(shipped.about.endswith(".") for shipped in SHIPPED.values())
+
+
+def test_the_list_says_what_each_is_and_what_it_needs(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["env", "list"]) == 0
+    told = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in told if not line.startswith(" ")] == list(SHIPPED)
+    assert "needs: pip install 'slipstream[bfcl]' && pip install --no-deps bfcl-eval==2026.3.23" in told[3]
+    assert max(map(len, told)) <= 110

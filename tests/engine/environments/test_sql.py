@@ -52,6 +52,13 @@ def test_questions_hold_no_answers_and_are_the_same_for_ever() -> None:
 GOLDEN = ("How many units of the Brass Mirror have gone to people who live in Seoul?", 105)
 
 
+def test_a_shop_is_asked_no_question_twice() -> None:
+    tasks = SqlTasks(Options(questions=("residence",)))
+    for number in range(40):
+        asked = {tasks.task(Split.HELDOUT, index).question for index in range(8 * number, 8 * number + 8)}
+        assert len(asked) == 8
+
+
 def test_schemas_differ_and_splits_share_no_shop() -> None:
     tasks = SqlTasks(Options())
     shops = [tasks.shop(split, number) for split in Split for number in range(30)]

@@ -73,6 +73,13 @@ def test_games_repeat_and_go_on_from_any_state(coin: EnvironmentFactory) -> None
     failing.close()
 
 
+def test_the_way_through_a_game_is_the_same_each_time_it_is_asked_for() -> None:
+    games = java_games.Games("coin", "")
+    for seed in (24, 29, 36):
+        assert games._gold(seed, "train") == games._gold(seed, "train")
+    games.close()
+
+
 def test_folds_are_the_splits(coin: EnvironmentFactory) -> None:
     for split, (fold, first) in FOLDS.items():
         data = [coin.tasks.task(split, index).data for index in (0, SEEDS - 1, SEEDS)]

@@ -146,6 +146,27 @@ def test_a_rollout_does_not_depend_on_its_neighbours(make_model: ModelMaker) -> 
         assert among.logprobs.tobytes() == alone.logprobs.tobytes()
 
 
+def test_between_two_passes_a_tool_ends_its_episode_goes_on_and_whoever_waits_for_the_same(
+    make_model: ModelMaker,
+) -> None:
+    """Three rounds of the event loop; a pass in each would keep them waiting for three."""
+    backend = backend_of(make_model(hidden_size=HIDDEN))
+
+    async def tokens_of_rounds() -> list[int]:
+        one = asyncio.ensure_future(
+            backend.generate(np.array([5, 6], np.int32), Sampling(max_tokens=64), rollout_id=1)
+        )
+        await drawn(backend, 1)
+        counts = []
+        for _ in range(8):
+            counts.append(backend.tokens_generated)
+            await asyncio.sleep(0)
+        one.cancel()
+        return counts
+
+    assert serve(backend, tokens_of_rounds) == [1, 1, 1, 1, 2, 2, 2, 2]
+
+
 def test_a_borrowed_beginning_changes_nothing(make_model: ModelMaker) -> None:
     """Rollouts of one prompt, at once and after one another, feed it once and draw what they draw alone."""
     prompt = np.array([5, 9, 4, 11, 30, 6, 8], np.int32)

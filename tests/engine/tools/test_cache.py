@@ -196,6 +196,104 @@ def test_when_the_first_call_ends_without_a_result_the_next_one_works(cache: Too
     assert {value for value, _ in results[1:]} == {"one"}
 
 
+def test_who_waits_for_an_equal_call_goes_on_one_round_of_the_loop_after_it(cache: ToolCache) -> None:
+    """In each round the policy may have a pass."""
+
+    async def rounds_of_each() -> list[int]:
+        gate, rounds, ended = asyncio.Event(), 0, []
+
+        async def slow() -> str:
+            await gate.wait()
+            return "one"
+
+        async def call() -> None:
+            await cache.call("look", "1", "Ada", 7, slow)
+            ended.append(rounds)
+
+        async with asyncio.TaskGroup() as calls:
+            for _ in range(4):
+                calls.create_task(call())
+            for _ in range(8):
+                await asyncio.sleep(0)
+            gate.set()
+            for _ in range(8):
+                rounds += 1
+                await asyncio.sleep(0)
+        return ended
+
+    first, *others = asyncio.run(rounds_of_each())
+    assert others == [first + 1] * 3
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_equal_calls_of_two_processes_are_one(cache: ToolCache, tmp_path: Path, fails: bool) -> None:
+    """Two open files stand for two processes; when the first call fails the other one works."""
+
+    async def both() -> list[Any]:
+        gate, calls = asyncio.Event(), 0
+
+        async def slow() -> str:
+            nonlocal calls
+            calls += 1
+            if calls == 1:
+                await gate.wait()
+                if fails:
+                    raise InfrastructureError("gone")
+            return f"call {calls}"
+
+        with closing(ToolCache("world", tmp_path / FILE)) as other:
+            waiting = [
+                asyncio.create_task(one.call("look", "1", "Ada", 7, slow)) for one in (cache, other, other)
+            ]
+            for _ in range(8):
+                await asyncio.sleep(0)
+            assert calls == 1
+            gate.set()
+            return await asyncio.gather(*waiting, return_exceptions=True)
+
+    first, *others = asyncio.run(both())
+    if fails:
+        assert isinstance(first, InfrastructureError)
+        assert others == [("call 2", False), ("call 2", True)]
+    else:
+        assert [first, *others] == [("call 1", False), ("call 1", True), ("call 1", True)]
+
+
+HOLDER = """
+import asyncio, sys
+from pathlib import Path
+from slipstream.tools.cache import ToolCache
+cache = ToolCache("world", Path(sys.argv[1]))
+async def compute():
+    print("called", flush=True)
+    await asyncio.Event().wait()
+asyncio.run(cache.call("look", "1", "Ada", 7, compute))
+"""
+
+
+def test_a_process_that_is_killed_in_a_call_leaves_it_to_the_next(cache: ToolCache, tmp_path: Path) -> None:
+    async def followed(holder: subprocess.Popen[bytes]) -> tuple[Any, bool]:
+        waiting = asyncio.create_task(cache.call("look", "1", "Ada", 7, Tool("mine")))
+        done, _ = await asyncio.wait({waiting}, timeout=0.05)
+        assert not done, "the other process is at it"
+        holder.send_signal(signal.SIGKILL)
+        return await waiting
+
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(tmp_path / FILE)], stdout=subprocess.PIPE
+    ) as holder:
+        assert holder.stdout is not None and holder.stdout.readline() == b"called\n"
+        assert asyncio.run(followed(holder)) == ("mine", False)
+
+
+def test_without_claims_each_process_calls(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / f"{FILE}-calls").mkdir()
+    with closing(ToolCache("world", tmp_path / FILE)) as cache:
+        assert called(cache, Tool("one")) == ("one", False)
+        assert called(cache, Tool("never")) == ("one", True)
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+
+
 def test_processes_share_the_file(cache: ToolCache, tmp_path: Path) -> None:
     called(cache, Tool("one"))
     with closing(ToolCache("world", tmp_path / FILE)) as other:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import time
@@ -15,6 +16,7 @@ from made_runs import RunMaker, call, episode, small_run
 
 from slipstream import cli
 from slipstream.chat import Chat
+from slipstream.viewing.filters import ORDERS
 
 pytestmark = pytest.mark.skipif(browser() is None, reason="needs a Chromium (Debian's package chromium)")
 
@@ -69,6 +71,32 @@ def shown(page: Chromium, address: str, place: str, element: str) -> None:
     assert page.complaints() == []
     origin = address.split("/out.html")[0]
     assert [url for url in page.requests() if not url.startswith((origin, "about:", "data:"))] == []
+
+
+FILTERED = (
+    {}, {"kind": "train"}, {"kind": "evaluation"}, {"outcome": "success"}, {"outcome": "failure"},
+    {"outcome": "truncated"}, {"fate": "trained"}, {"tool": "search"}, {"tool": "none"}, {"status": "error"},
+    {"low": "0.2"}, {"high": "0"}, {"low": "-0.5", "high": "0.5"}, {"step": "1"}, {"serial": "0"},
+    {"serial": "1", "kind": "evaluation"}, {"text": "oslo"},
+    *({"sort": sort, "up": up} for sort in ORDERS for up in ("0", "1")),
+)  # fmt: skip
+"""Filters and orders, each kind of them."""
+
+
+def test_a_file_filters_and_sorts_as_a_server_does(chromium: Chromium, served: str, folder: Path) -> None:
+    """The rules stand in filters.py and in source.js: these are the cases on which both must agree."""
+    asked = f"""Promise.all({json.dumps(FILTERED)}.map(async (given) => {{
+      let told;
+      do told = await source.groups(given); while (told.search && !told.search.over);
+      return [told.total, told.episodes, told.groups.map((rows) => rows.map((row) => [row.id, row.fits]))];
+    }}))"""
+    answers = []
+    for address in (served, f"file://{folder / 'out.html'}"):
+        shown(chromium, address, "groups", ".group")
+        answers.append(chromium.value(asked))
+    for given, by_server, by_file in zip(FILTERED, *answers, strict=True):
+        assert by_server == by_file, given
+    assert len({repr(answer) for answer in answers[0]}) > 8, "the cases tell rules from each other"
 
 
 def texts(page: Chromium, selector: str) -> list[str]:

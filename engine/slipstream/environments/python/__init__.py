@@ -11,10 +11,10 @@ from typing import Any, Final, Literal
 from pydantic import Field
 
 from slipstream.config import EnvironmentConfig, Part, RewardConfig
-from slipstream.environments.factory import ORACLE, EnvironmentFactory, Play, Script
+from slipstream.environments.factory import EnvironmentFactory, Play
 from slipstream.environments.options import read_options
 from slipstream.environments.python.puzzles import pose
-from slipstream.environments.scripted import DO_NOTHING, EXPERT, HASTY, WITHOUT_RETRY, GaveUp, Habits, insist
+from slipstream.environments.scripted import GaveUp, Habits, insist, usual_players
 from slipstream.environments.tool_episode import (
     ANSWER,
     COMPLAINTS,
@@ -59,19 +59,11 @@ def factory(config: EnvironmentConfig, rewards: RewardConfig) -> EnvironmentFact
     tasks = PythonTasks(options)
     interpreter = Interpreter(seconds=options.seconds, wait_s=config.timeout_s)
 
-    def script(habits: Habits, about: str) -> Script:
-        return Script(play=lambda task: compute(task, habits), about=about)
-
     return EnvironmentFactory(
         tasks=tasks,
         make=lambda: PythonEnvironment(interpreter, config, rewards),
         corpus=lambda: corpus(tasks),
-        scripts={
-            "do_nothing": script(DO_NOTHING, 'answers "unknown" at once'),
-            "without_retry": script(WITHOUT_RETRY, "computes, gives up at the first error"),
-            ORACLE: script(EXPERT, "computes and retries"),
-        },
-        careless=script(HASTY, "computes something near, gives up at the first error"),
+        **usual_players(compute, does="computes", hastily="computes something near"),
         versions={"pydantic-monty": version("pydantic-monty")},
         close=interpreter.close,
     )

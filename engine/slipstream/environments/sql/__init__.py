@@ -15,11 +15,11 @@ from typing import Any, Final, Literal
 from pydantic import Field
 
 from slipstream.config import EnvironmentConfig, Part, RewardConfig
-from slipstream.environments.factory import ORACLE, EnvironmentFactory, Script
+from slipstream.environments.factory import EnvironmentFactory
 from slipstream.environments.options import read_options
-from slipstream.environments.scripted import DO_NOTHING, EXPERT, HASTY, WITHOUT_RETRY, Habits
+from slipstream.environments.scripted import usual_players
 from slipstream.environments.sql.players import QUERIES, analyse
-from slipstream.environments.sql.questions import KINDS, ask, equals
+from slipstream.environments.sql.questions import KINDS, TRIES, Question, ask, equals
 from slipstream.environments.sql.worlds import Shop, build_shop
 from slipstream.environments.tool_episode import (
     ANSWER,
@@ -44,13 +44,13 @@ TOOLS: Final = (
     tool("query", "Run one SELECT statement of SQLite", "sql"),
     ANSWER,
 )
-Question = Literal["residence", "price", "average", "spent", "sold", "favourite", "top"]
+QuestionKind = Literal["residence", "price", "average", "spent", "sold", "favourite", "top"]
 
 
 class SqlOptions(Part):
     """What is asked, and of how large a shop."""
 
-    questions: tuple[Question, ...] = Field(
+    questions: tuple[QuestionKind, ...] = Field(
         default=("residence", "price", "average", "spent", "sold", "favourite", "top"), min_length=1
     )
     """Kinds of questions: two that look a value up, one that aggregates, four that join, two of them rank."""
@@ -65,20 +65,11 @@ def factory(config: EnvironmentConfig, rewards: RewardConfig) -> EnvironmentFact
     """Return what makes the environment; raises ConfigurationError for its options."""
     options = read_options(SqlOptions, config)
     tasks = SqlTasks(options)
-
-    def script(habits: Habits, about: str) -> Script:
-        return Script(play=lambda task: analyse(task, habits), about=about)
-
     return EnvironmentFactory(
         tasks=tasks,
         make=lambda: SqlEnvironment(tasks, config, rewards),
         corpus=lambda: corpus(tasks),
-        scripts={
-            "do_nothing": script(DO_NOTHING, 'answers "unknown" at once'),
-            "without_retry": script(WITHOUT_RETRY, "reads the schema, gives up at the first error"),
-            ORACLE: script(EXPERT, "reads the schema and retries"),
-        },
-        careless=script(HASTY, "takes the first column that looks right, gives up at the first error"),
+        **usual_players(analyse, does="reads the schema", hastily="takes the first column that looks right"),
         versions={"sqlite": sqlite3.sqlite_version},
     )
 
@@ -90,16 +81,28 @@ class SqlTasks:
         self.options = options
         self.shop = lru_cache(maxsize=256)(self._shop)
         self.database = lru_cache(maxsize=256)(self._database)
+        self.questions = lru_cache(maxsize=256)(self._questions)
         # A group poses one task many times.
         self.task = lru_cache(maxsize=4096)(self._task)
 
     def _task(self, split: Split, index: int) -> Task:
         """Return the task at `index`; shops never cross splits."""
-        number = index // TASKS_PER_SHOP
-        draw = random.Random(f"question {split} {index}")
-        kind, text, about, answer = ask(self.shop(split, number), self.options.questions, draw)
+        number, place = divmod(index, TASKS_PER_SHOP)
+        kind, text, about, answer = self.questions(split, number)[place]
         data = {"answer": answer, "shop": number, "kind": kind, "about": about}
         return Task(split=split, index=index, question=text, data=data)
+
+    def _questions(self, split: Split, number: int) -> list[Question]:
+        """Return what is asked of a shop; no question twice, as far as chance goes."""
+        asked: list[Question] = []
+        for place in range(TASKS_PER_SHOP):
+            draw = random.Random(f"question {split} {number * TASKS_PER_SHOP + place}")
+            for _ in range(TRIES):
+                question = ask(self.shop(split, number), self.options.questions, draw)
+                if question not in asked:
+                    break
+            asked.append(question)
+        return asked
 
     def _shop(self, split: Split, number: int) -> Shop:
         sizes = self.options

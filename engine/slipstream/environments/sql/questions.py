@@ -19,6 +19,8 @@ from slipstream.environments.sql.worlds import CATEGORIES, Shop
 Answer = str | int | float | tuple[str, ...]
 Asked = tuple[dict[str, str], Answer | None]
 """What a question is about, and its answer; None where there is no single one."""
+Question = tuple[str, str, dict[str, str], Answer]
+"""Its kind, its words, what it is about, and its answer."""
 TOP: Final = 3
 CENT: Final = 0.01 + 1e-9
 """Tolerance of amounts that were rounded to two decimals."""
@@ -110,8 +112,8 @@ KINDS: Final[Mapping[str, Kind]] = {
 }
 
 
-def ask(shop: Shop, kinds: tuple[str, ...], draw: random.Random) -> tuple[str, str, dict[str, str], Answer]:
-    """Return a question's kind, its text, what it is about, and its answer."""
+def ask(shop: Shop, kinds: tuple[str, ...], draw: random.Random) -> Question:
+    """Return a question that has one answer."""
     for _ in range(TRIES):
         kind = draw.choice(kinds)
         about, answer = KINDS[kind].ask(shop, draw)

@@ -36,7 +36,7 @@ function fileSource(data) {
     return episode.words;
   }
 
-  // As filters.py does it.
+  // As filters.py does it; a test compares them.
   function fits(row, given) {
     const wants = (name) => given[name] !== undefined && given[name] !== "";
     if (wants("kind") && (row.evaluation >= 0) !== (given.kind === "evaluation")) return false;
@@ -71,8 +71,10 @@ function fileSource(data) {
       const chosen = [...groups.values()].map((rows) => rows.map((row) => ({ ...row, fits: fits(row, given) })))
         .filter((rows) => rows.some((row) => row.fits));
       const sort = given.sort || "newest", sign = given.up === "1" ? 1 : -1;
+      // Of equals the first to arrive comes first.
+      const arrived = (rows) => Math.min(...rows.map((row) => row.order));
       const sorted = chosen.map((rows) => [worth(rows.filter((row) => row.fits), sort), rows])
-        .sort((one, other) => sign * (one[0] - other[0])).map(([, rows]) => rows);
+        .sort((one, other) => sign * (one[0] - other[0]) || arrived(one[1]) - arrived(other[1])).map(([, rows]) => rows);
       const page = Number(given.page || 0);
       const episodes = chosen.reduce((sum, rows) => sum + rows.filter((row) => row.fits).length, 0);
       return { total: sorted.length, episodes, page, size, search: null,

@@ -7,14 +7,13 @@ import gc
 import logging
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import worlds
 from groups import alive, gone
+from opened import made
 
 from slipstream.config import EnvironmentConfig, RewardConfig
 from slipstream.environments import EnvironmentFactory, environment_factory
@@ -51,15 +50,6 @@ def sums_of(tasks: Path, **given: Any) -> EnvironmentConfig:
 def guess_of(**given: Any) -> EnvironmentConfig:
     action = {"action": "guess:Guess", "top": 4}
     return config_of("openenv", **{"entry": "guess:GuessEnvironment", "arguments": action, **given})
-
-
-@contextmanager
-def made(config: EnvironmentConfig) -> Iterator[EnvironmentFactory]:
-    factory = environment_factory(config, RewardConfig())
-    try:
-        yield factory
-    finally:
-        factory.close()
 
 
 async def began(factory: EnvironmentFactory, number: int = 0) -> BridgedEnvironment:

@@ -7,14 +7,14 @@ import gc
 import json
 import logging
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import worlds
 from groups import alive, gone
+from opened import made
 
 from slipstream.config import EnvironmentConfig, RewardConfig
 from slipstream.environments import EnvironmentFactory, environment_factory
@@ -44,15 +44,6 @@ def config_of(capitals: Path, *, call_timeout_s: float = 10.0, **options: Any) -
         options=given,
         limits={"call_timeout_s": call_timeout_s},
     )
-
-
-@contextmanager
-def made(config: EnvironmentConfig) -> Iterator[EnvironmentFactory]:
-    factory = environment_factory(config, RewardConfig())
-    try:
-        yield factory
-    finally:
-        factory.close()
 
 
 async def began(factory: EnvironmentFactory, number: int = 0) -> McpEnvironment:
