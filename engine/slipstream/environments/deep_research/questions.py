@@ -21,18 +21,23 @@ from functools import lru_cache
 from itertools import pairwise
 from typing import Final
 
-from slipstream.environments.deep_research.passages import LISTED, Library, library, words
+from slipstream.environments.deep_research.passages import Library, library, words
 from slipstream.errors import ConfigurationError
 from slipstream.types import Split, Task
 
-MOST_CLUES: Final = 4000
-MOST_TASKS: Final = 4096
-"""Of all splits together."""
-MOST_OF_AN_ANSWER: Final = 0.01
-"""Largest share of the questions of a split that one word answers, if there are as many other answers."""
+MOST_CLUES: Final = 8000
+MOST_TASKS: Final = 16384
+"""Of all splits together, before the balance."""
+MOST_WAYS: Final = 16
+"""Clues that may follow one clue in different chains."""
+MOST_OF_A_WORD: Final = 0.01
+"""Largest share of the questions of a split whose gap one word fills, if there are as many other words."""
+NUMBERS: Final = 89
+"""Two-digit numbers that a task gives to the passages its searches list; a prime."""
 SHARES: Final = ((60, Split.TRAIN), (80, Split.HELDOUT), (100, Split.FRESH))
 """Up to which percent of the last passages a split has."""
-_CLUE: Final = re.compile(r"(?<![\w\"'`*-])(?=([A-Za-z]\w*) ([A-Za-z]\w*) ([A-Za-z]\w{3,}) )")
+_CLUE: Final = re.compile(r"(?<![\w\"'`*-])(?=([A-Za-z]\w*) ([A-Za-z]\w*) ([A-Za-z]\w*) )")
+_ANSWER: Final = re.compile(r"[A-Za-z]\w{3,}")
 _COMMON: Final = frozenset(
     [
         "that",
@@ -76,7 +81,7 @@ _COMMON: Final = frozenset(
         "like",
     ]
 )
-"""Words too common to be asked for."""
+"""Words too common to be an answer."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,16 +122,15 @@ class DeepResearchTasks:
         return len(self._chains[split])
 
     def _task(self, split: Split, index: int) -> Task:
-        """Return the task at `index`; passages carry other numbers in each."""
+        """Return the task at `index`; what searches list is numbered otherwise in each."""
         chains = self._chains[split]
         chain = chains[index % len(chains)]
         draw = random.Random(f"deep research {split} {index}")
-        modulus = _prime_from(len(self.library.passages))
         data = {
             "answer": chain[-1].leads_to,
             "passages": [clue.passage for clue in chain],
             "clues": [[chain[0].first, chain[0].second], *([clue.second] for clue in chain[1:])],
-            "numbering": [draw.randrange(1, modulus), draw.randrange(modulus), modulus],
+            "numbering": [draw.randrange(1, NUMBERS), draw.randrange(NUMBERS)],
         }
         return Task(split=split, index=index, question=question_of(chain), data=data)
 
@@ -159,7 +163,7 @@ def _clues(shelf: Library) -> list[Clue]:
     for number in order:
         for match in _CLUE.finditer(shelf.passages[number]):
             first, second, after = match.groups()
-            if counts[first.casefold(), second.casefold()] != 1 or after.casefold() in _COMMON:
+            if counts[first.casefold(), second.casefold()] != 1:
                 continue
             listed = shelf.search(f"{first} {second}")
             if number in listed:
@@ -176,23 +180,24 @@ def _chains(clues: Sequence[Clue], hops: int) -> list[Chain]:
     by_first: defaultdict[str, list[Clue]] = defaultdict(list)
     for clue in clues:
         by_first[clue.first.casefold()].append(clue)
+    draw = random.Random("deep research chains")
     chains: list[Chain] = [(clue,) for clue in clues]
     for _ in range(hops - 1):
-        chains = [
-            (*chain, clue)
-            for chain in chains
-            for clue in by_first[chain[-1].leads_to.casefold()]
-            if clue.passage not in {known.passage for known in chain}
-        ]
-        random.Random("deep research chains").shuffle(chains)
-        del chains[8 * MOST_TASKS :]
+        longer: list[Chain] = []
+        for chain in chains:
+            known = {clue.passage for clue in chain}
+            ways = [clue for clue in by_first[chain[-1].leads_to.casefold()] if clue.passage not in known]
+            longer += [(*chain, clue) for clue in draw.sample(ways, min(len(ways), MOST_WAYS))]
+        draw.shuffle(longer)
+        chains = longer[: 2 * MOST_TASKS]
     return [chain for chain in chains if _is_fair(chain)][:MOST_TASKS]
 
 
 def _is_fair(chain: Chain) -> bool:
-    """Tell whether there is something to confuse, and the answer stands nowhere in the question."""
-    near_misses = sum(clue.listed - 1 for clue in chain)
-    return near_misses >= len(chain) and chain[-1].leads_to.casefold() not in words(question_of(chain))
+    """Tell whether there is something to confuse, and what is asked for says something and is not told."""
+    near_misses, answer = sum(clue.listed - 1 for clue in chain), chain[-1].leads_to.casefold()
+    says_something = _ANSWER.fullmatch(answer) is not None and answer not in _COMMON
+    return near_misses >= len(chain) and says_something and answer not in words(question_of(chain))
 
 
 def _split_of(passage: str) -> Split:
@@ -201,21 +206,14 @@ def _split_of(passage: str) -> Split:
 
 
 def _balanced(chains: Sequence[Chain]) -> list[Chain]:
-    """Return the chains without those whose answer is asked for too often, in an order of their own."""
-    answers: Counter[str] = Counter()
-    most = max(2, int(MOST_OF_AN_ANSWER * len(chains)))
+    """Return the chains in an order of their own, without those with a gap that one word fills too often."""
+    filled: Counter[tuple[int, str]] = Counter()
+    most = max(2, int(MOST_OF_A_WORD * len(chains)))
     kept: list[Chain] = []
     for chain in chains:
-        answer = chain[-1].leads_to.casefold()
-        answers[answer] += 1
-        if answers[answer] <= most:
+        gaps = [(hop, clue.leads_to.casefold()) for hop, clue in enumerate(chain)]
+        if all(filled[gap] < most for gap in gaps):
+            filled.update(gaps)
             kept.append(chain)
     random.Random("deep research order").shuffle(kept)
     return kept
-
-
-def _prime_from(least: int) -> int:
-    number = max(least, LISTED, 3)
-    while any(number % divisor == 0 for divisor in range(2, int(number**0.5) + 1)):
-        number += 1
-    return number
