@@ -12,15 +12,19 @@ from typing import Any
 
 import pytest
 
+from slipstream.chat import CALL_TOKENS
 from slipstream.config import EnvironmentConfig, RewardConfig, load_config
 from slipstream.environments import EnvironmentFactory, Script, environment_factory
 from slipstream.environments.deep_research import DeepResearchEnvironment
 from slipstream.environments.deep_research.passages import LISTED, LONGEST, TOPICS, library, words
 from slipstream.environments.deep_research.questions import DeepResearchTasks
+from slipstream.episodes import EpisodeRunner
 from slipstream.errors import ConfigurationError
 from slipstream.interfaces import AssistantMessage, Resumable, Transition
+from slipstream.model import first_policy
 from slipstream.tools.hermes import parse_call
 from slipstream.types import Split, Task, TaskAttempt, ToolStatus, succeeded
+from slipstream.warmup import baselines
 
 HOPS = (1, 2, 3)
 
@@ -86,7 +90,7 @@ def test_every_question_has_one_answer_and_near_misses(hops: int) -> None:
     spelled = [words(text) for text in tasks.library.passages]
     places = Counter(pair for text in spelled for pair in pairwise(text))
     for split in Split:
-        for index in range(0, tasks.count(split), 7):
+        for index in range(0, tasks.count(split), 13):
             task = tasks.task(split, index)
             first, second = task.data["clues"][0]
             near_misses = 0
@@ -168,12 +172,13 @@ def test_tools(made: EnvironmentFactory) -> None:
     task = made.tasks.task(Split.TRAIN, 0)
     asyncio.run(environment.reset(task, attempt(task)))
     query = " ".join(task.data["clues"][0])
-    assert step(environment, "check", document="10").observation in {
-        "error: search first",
-        "error: no such document",
+    unlisted = [str(number) for number in range(10, 100)]
+    assert {step(environment, "open", document=each).observation for each in unlisted} == {
+        "error: no such document"
     }
     listed = step(environment, "search", query=query).observation.split("\n")
     assert listed == sorted(listed, key=int) and 1 <= len(listed) <= LISTED
+    assert all(len(each) == 2 for each in listed)
     verdicts = [step(environment, "check", document=each).observation for each in listed]
     assert verdicts.count("holds") == 1 and set(verdicts) <= {"holds", "does not hold"}
     right = listed[verdicts.index("holds")]
@@ -190,6 +195,27 @@ def test_tools(made: EnvironmentFactory) -> None:
     step(environment, "note", text="one\n two")
     assert step(environment, "note", text="three").observation == "one two; three"
     assert environment.state()["notes"] == ["one two", "three"]
+
+
+def test_a_passage_keeps_the_number_of_its_first_listing(made: EnvironmentFactory) -> None:
+    """Whatever is searched for in between; no two passages share one, beyond two digits neither."""
+    environment = made.make()
+    assert isinstance(environment, DeepResearchEnvironment)
+    task = made.tasks.task(Split.TRAIN, 1)
+    asyncio.run(environment.reset(task, attempt(task)))
+    texts: dict[str, str] = {}
+    queries = [
+        "the statement",
+        "a class",
+        *sorted({word for text in library(TOPICS).passages for word in words(text)})[::40],
+    ]
+    for query in [*queries, *queries[:2]]:
+        listed = step(environment, "search", query=query).observation.split("\n")
+        for number in listed if listed != ["no results"] else []:
+            text = step(environment, "open", document=number).observation
+            assert texts.setdefault(number, text) == text
+    assert len(set(texts.values())) == len(texts) > 100
+    assert {len(number) for number in texts} == {2, 3}
 
 
 def test_a_check_through_the_cache_knows_the_last_search(tmp_path: Path) -> None:
@@ -238,7 +264,15 @@ def test_an_empty_folder_is_one_sentence(tmp_path: Path) -> None:
         factory_of({"corpus": str(tmp_path)})
 
 
-def test_the_recipe_fits_its_limits() -> None:
-    config = load_config("deep-research")
-    assert config.environment.name == "deep-research"
-    assert environment_factory(config.environment, config.rewards).careless is not None
+def test_the_script_of_the_recipe_solves_its_tasks_within_its_limits() -> None:
+    """With the tokens of the recipe's tokenizer, where nothing is cut off."""
+    config = load_config("deep-research", ["evaluation.final_tasks=80"])
+    factory = environment_factory(config.environment, config.rewards)
+    policy = first_policy(config, factory.corpus())
+    runner = EpisodeRunner(
+        factory=factory, chat=policy.chat, environment=config.environment, rewards=config.rewards
+    )
+    found = {name: told["success"] for name, told in baselines(runner, config).items()}
+    assert found["oracle"] == 1.0 and found["do_nothing"] == 0.0
+    assert 0.5 < float(found["without_retry"]) < 0.9
+    assert len(policy.tokenizer) <= config.model.vocabulary + len(CALL_TOKENS)
