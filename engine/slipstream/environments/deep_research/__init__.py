@@ -63,12 +63,14 @@ class DeepResearchOptions(Part):
     """"python-topics", which comes with Python, or a folder of text (.txt, .rst, .md, WordNet's data)."""
     hops: int = Field(default=2, ge=1, le=4)
     """Passages to find, one after the other."""
+    uses: int = Field(default=1, ge=1)
+    """Passages that hold each word asked by or for, at least: common words are easier to copy."""
 
 
 def factory(config: EnvironmentConfig, rewards: RewardConfig) -> EnvironmentFactory:
     """Return what makes the environment; raises ConfigurationError for its options and its text."""
     options = read_options(DeepResearchOptions, config)
-    tasks, cache = DeepResearchTasks(options.corpus, options.hops), cache_of(config)
+    tasks, cache = DeepResearchTasks(options.corpus, options.hops, options.uses), cache_of(config)
 
     def script(habits: Habits, about: str) -> Script:
         return Script(play=lambda task: play(task, habits), about=about)

@@ -103,17 +103,21 @@ Chain = tuple[Clue, ...]
 
 
 class DeepResearchTasks:
-    """The questions of one library with so many hops; raises ConfigurationError when there are too few."""
+    """The questions of one library with so many hops; raises ConfigurationError when there are too few.
 
-    def __init__(self, corpus: str, hops: int) -> None:
+    uses: passages that hold each word of a clue, and what it leads to, at least.
+    """
+
+    def __init__(self, corpus: str, hops: int, uses: int = 1) -> None:
         self.library: Library = library(corpus)
         self.hops = hops
-        self._chains = _split_chains(corpus, hops)
+        self._chains = _split_chains(corpus, hops, uses)
         few = [split for split, chains in self._chains.items() if not chains]
         if few:
             raise ConfigurationError(
                 f"environment.options.corpus: {corpus!r} has too little text for questions of {hops} hops "
-                f"({few[0]} has none); give more text or fewer hops"
+                f"whose words {uses} passages hold ({few[0]} has none); give more text, fewer hops or "
+                "environment.options.uses = 1"
             )
         self.task = lru_cache(maxsize=4096)(self._task)
 
@@ -143,20 +147,22 @@ def question_of(chain: Chain) -> str:
 
 
 @lru_cache(maxsize=8)
-def _split_chains(corpus: str, hops: int) -> Mapping[Split, Sequence[Chain]]:
+def _split_chains(corpus: str, hops: int, uses: int) -> Mapping[Split, Sequence[Chain]]:
     shelf = library(corpus)
-    clues = _clues(shelf)
+    clues = _clues(shelf, uses)
     chains: dict[Split, list[Chain]] = {split: [] for split in Split}
     for chain in _chains(clues, hops):
         chains[_split_of(shelf.passages[chain[-1].passage])].append(chain)
     return {split: _balanced(found) for split, found in chains.items()}
 
 
-def _clues(shelf: Library) -> list[Clue]:
+def _clues(shelf: Library, uses: int) -> list[Clue]:
     """Return clues in an order of their own, each checked with a real search."""
     counts: Counter[tuple[str, str]] = Counter()
+    used: Counter[str] = Counter()
     for text in shelf.passages:
         counts.update(pairwise(words(text)))
+        used.update(set(words(text)))
     order = list(range(len(shelf.passages)))
     random.Random("deep research clues").shuffle(order)
     found: list[Clue] = []
@@ -164,6 +170,8 @@ def _clues(shelf: Library) -> list[Clue]:
         for match in _CLUE.finditer(shelf.passages[number]):
             first, second, after = match.groups()
             if counts[first.casefold(), second.casefold()] != 1:
+                continue
+            if min(used[word.casefold()] for word in (first, second, after)) < uses:
                 continue
             listed = shelf.search(f"{first} {second}")
             if number in listed:
