@@ -60,7 +60,7 @@ class DeepResearchOptions(Part):
     """What is read, and how far."""
 
     corpus: str = Field(default=TOPICS, min_length=1)
-    """"python-topics", which comes with Python, or a folder of text (.txt, .rst, .md, WordNet's data)."""
+    """"python-topics" or "python-help", which come with Python, or a folder of text (passages.py)."""
     hops: int = Field(default=2, ge=1, le=4)
     """Passages to find, one after the other."""
     uses: int = Field(default=1, ge=1)

@@ -5,8 +5,9 @@ what they lead to. A question chains clues: what the first leads to is half of t
 
     Find the last word: "terminates the _", then "_ loop _".
 
-Each hop lists, beside its passage, near misses: passages that hold both words somewhere. Splits share no
-last passage.
+Hops list, beside their passage, near misses: passages that hold both words somewhere. Splits share no last
+passage. Questions of evaluations have as many near misses as hops or more and end at a word that says
+something; those for training are all that the text gives, so that reading is easier to learn than they are.
 """
 
 from __future__ import annotations
@@ -21,12 +22,12 @@ from functools import lru_cache
 from itertools import pairwise
 from typing import Final
 
-from slipstream.environments.deep_research.passages import Library, library, words
+from slipstream.environments.deep_research.passages import LISTED, Library, library, words
 from slipstream.errors import ConfigurationError
 from slipstream.types import Split, Task
 
-MOST_CLUES: Final = 8000
-MOST_TASKS: Final = 16384
+MOST_CLUES: Final = 16384
+MOST_TASKS: Final = 32768
 """Of all splits together, before the balance."""
 MOST_WAYS: Final = 16
 """Clues that may follow one clue in different chains."""
@@ -81,7 +82,7 @@ _COMMON: Final = frozenset(
         "like",
     ]
 )
-"""Words too common to be an answer."""
+"""Words too common to be an answer in an evaluation."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -151,7 +152,7 @@ def _split_chains(corpus: str, hops: int, uses: int) -> Mapping[Split, Sequence[
     shelf = library(corpus)
     clues = _clues(shelf, uses)
     chains: dict[Split, list[Chain]] = {split: [] for split in Split}
-    for chain in _chains(clues, hops):
+    for chain in _chains(clues, hops, shelf):
         chains[_split_of(shelf.passages[chain[-1].passage])].append(chain)
     return {split: _balanced(found) for split, found in chains.items()}
 
@@ -159,19 +160,21 @@ def _split_chains(corpus: str, hops: int, uses: int) -> Mapping[Split, Sequence[
 def _clues(shelf: Library, uses: int) -> list[Clue]:
     """Return clues in an order of their own, each checked with a real search."""
     counts: Counter[tuple[str, str]] = Counter()
-    used: Counter[str] = Counter()
-    for text in shelf.passages:
+    places: defaultdict[str, set[int]] = defaultdict(set)
+    for number, text in enumerate(shelf.passages):
         counts.update(pairwise(words(text)))
-        used.update(set(words(text)))
+        for word in words(text):
+            places[word].add(number)
     order = list(range(len(shelf.passages)))
     random.Random("deep research clues").shuffle(order)
     found: list[Clue] = []
     for number in order:
         for match in _CLUE.finditer(shelf.passages[number]):
             first, second, after = match.groups()
-            if counts[first.casefold(), second.casefold()] != 1:
+            before, word, behind = (places[word.casefold()] for word in match.groups())
+            if counts[first.casefold(), second.casefold()] != 1 or len(before & word) > LISTED:
                 continue
-            if min(used[word.casefold()] for word in (first, second, after)) < uses:
+            if min(map(len, (before, word, behind))) < uses:
                 continue
             listed = shelf.search(f"{first} {second}")
             if number in listed:
@@ -183,29 +186,38 @@ def _clues(shelf: Library, uses: int) -> list[Clue]:
     return found
 
 
-def _chains(clues: Sequence[Clue], hops: int) -> list[Chain]:
-    """Return chains of clues over different passages, with as many near misses as hops or more."""
+def _chains(clues: Sequence[Clue], hops: int, shelf: Library) -> list[Chain]:
+    """Return chains of clues over different passages."""
     by_first: defaultdict[str, list[Clue]] = defaultdict(list)
     for clue in clues:
         by_first[clue.first.casefold()].append(clue)
     draw = random.Random("deep research chains")
-    chains: list[Chain] = [(clue,) for clue in clues]
-    for _ in range(hops - 1):
+    chains: list[Chain] = [()]
+    for hop in range(hops):
+        last = hop == hops - 1
         longer: list[Chain] = []
         for chain in chains:
             known = {clue.passage for clue in chain}
-            ways = [clue for clue in by_first[chain[-1].leads_to.casefold()] if clue.passage not in known]
-            longer += [(*chain, clue) for clue in draw.sample(ways, min(len(ways), MOST_WAYS))]
+            following = by_first[chain[-1].leads_to.casefold()] if chain else clues
+            ways = [clue for clue in following if clue.passage not in known]
+            if last:
+                ways = [clue for clue in ways if _may_end(chain, clue, shelf)]
+            most = min(len(ways), MOST_WAYS) if chain else len(ways)
+            longer += [(*chain, clue) for clue in draw.sample(ways, most)]
         draw.shuffle(longer)
-        chains = longer[: 2 * MOST_TASKS]
-    return [chain for chain in chains if _is_fair(chain)][:MOST_TASKS]
+        chains = longer[:MOST_TASKS]
+    return chains
 
 
-def _is_fair(chain: Chain) -> bool:
-    """Tell whether there is something to confuse, and what is asked for says something and is not told."""
-    near_misses, answer = sum(clue.listed - 1 for clue in chain), chain[-1].leads_to.casefold()
+def _may_end(chain: Chain, clue: Clue, shelf: Library) -> bool:
+    """Tell whether a question may end so: the answer is not told, and evaluations are fair."""
+    whole, answer = (*chain, clue), clue.leads_to.casefold()
+    if answer in words(question_of(whole)):
+        return False
+    if _split_of(shelf.passages[clue.passage]) is Split.TRAIN:
+        return True
     says_something = _ANSWER.fullmatch(answer) is not None and answer not in _COMMON
-    return near_misses >= len(chain) and says_something and answer not in words(question_of(chain))
+    return says_something and sum(each.listed - 1 for each in whole) >= len(whole)
 
 
 def _split_of(passage: str) -> Split:
