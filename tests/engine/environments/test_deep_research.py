@@ -15,7 +15,7 @@ import pytest
 from slipstream.chat import CALL_TOKENS
 from slipstream.config import EnvironmentConfig, RewardConfig, load_config
 from slipstream.environments import EnvironmentFactory, Script, environment_factory
-from slipstream.environments.deep_research import DeepResearchEnvironment
+from slipstream.environments.deep_research import DeepResearchEnvironment, passages
 from slipstream.environments.deep_research.passages import LISTED, LONGEST, TOPICS, library, words
 from slipstream.environments.deep_research.questions import DeepResearchTasks
 from slipstream.episodes import EpisodeRunner
@@ -83,6 +83,18 @@ def test_the_text_is_pythons_own() -> None:
     assert library(TOPICS) is shelf and re.fullmatch(r"[0-9a-f]{16}", shelf.digest)
 
 
+def test_docstrings_are_read_and_nothing_is_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of modules and functions; nothing that others installed, and nothing of broken files."""
+    (tmp_path / "site-packages").mkdir()
+    body = 'raise SystemExit\ndef f():\n    """Return what {} has counted so far."""\n'
+    (tmp_path / "whole.py").write_text('"""The module begins with prose of its own."""\n' + body.format("it"))
+    (tmp_path / "broken.py").write_text("def (:\n" + body.format("nobody"))
+    (tmp_path / "site-packages" / "other.py").write_text(body.format("somebody"))
+    monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
+    read = [" ".join(text.split()) for text in passages._docstrings() if text]
+    assert read == ["The module begins with prose of its own.", "Return what it has counted so far."]
+
+
 @pytest.mark.parametrize("hops", HOPS)
 def test_every_question_has_one_answer_and_near_misses(hops: int) -> None:
     """Checked by reading all passages: each pair of neighbours is in one place, and leads on from there."""
@@ -104,8 +116,18 @@ def test_every_question_has_one_answer_and_near_misses(hops: int) -> None:
                 pairs = list(pairwise(text))
                 first = text[pairs.index((first.casefold(), second.casefold())) + 2]
             assert first == task.data["answer"].casefold()
-            assert near_misses >= hops
+            assert near_misses >= (0 if split is Split.TRAIN else hops)
             assert first not in words(task.question)
+
+
+def test_questions_of_common_words() -> None:
+    tasks = DeepResearchTasks(TOPICS, 2, uses=5)
+    holding = Counter(word for text in tasks.library.passages for word in set(words(text)))
+    for split in Split:
+        for index in range(0, tasks.count(split), 17):
+            task = tasks.task(split, index)
+            asked = [*(word for clue in task.data["clues"] for word in clue), task.data["answer"]]
+            assert min(holding[word.casefold()] for word in asked) >= 5
 
 
 @pytest.mark.parametrize("hops", HOPS)
@@ -113,6 +135,7 @@ def test_splits_share_no_task_and_no_last_passage(hops: int) -> None:
     tasks = DeepResearchTasks(TOPICS, hops)
     posed = {split: [tasks.task(split, i) for i in range(tasks.count(split))] for split in Split}
     assert all(len(found) >= 60 for found in posed.values())
+    assert len(posed[Split.TRAIN]) > 4 * len(posed[Split.HELDOUT]), "reading is to be learned, not answers"
     questions = {split: {task.question for task in found} for split, found in posed.items()}
     last = {split: {task.data["passages"][-1] for task in found} for split, found in posed.items()}
     for one, other in combinations(Split, 2):
@@ -247,7 +270,7 @@ def test_a_folder_of_ones_own(tmp_path: Path) -> None:
     [
         (
             {"corpus": "/no/folder"},
-            "expected 'python-topics' or an existing folder, got '/no/folder'",
+            "expected 'python-topics', 'python-help' or an existing folder, got '/no/folder'",
         ),
         ({"hops": 9}, "environment.options: hops"),
         ({"corpsu": "x"}, "has no option corpsu; did you mean corpus"),
