@@ -35,6 +35,8 @@ MOST_OF_A_WORD: Final = 0.01
 """Largest share of the questions of a split whose gap one word fills, if there are as many other words."""
 NUMBERS: Final = 89
 """Two-digit numbers that a task gives to the passages its searches list; a prime."""
+BALANCED_AGAIN: Final = 2
+"""What is left out once makes the rest fewer, and so a word's share of it larger."""
 SHARES: Final = ((60, Split.TRAIN), (80, Split.HELDOUT), (100, Split.FRESH))
 """Up to which percent of the last passages a split has."""
 _CLUE: Final = re.compile(r"(?<![\w\"'`*-])(?=([A-Za-z]\w*) ([A-Za-z]\w*) ([A-Za-z]\w*) )")
@@ -227,13 +229,15 @@ def _split_of(passage: str) -> Split:
 
 def _balanced(chains: Sequence[Chain]) -> list[Chain]:
     """Return the chains in an order of their own, without those with a gap that one word fills too often."""
-    filled: Counter[tuple[int, str]] = Counter()
-    most = max(2, int(MOST_OF_A_WORD * len(chains)))
-    kept: list[Chain] = []
-    for chain in chains:
-        gaps = [(hop, clue.leads_to.casefold()) for hop, clue in enumerate(chain)]
-        if all(filled[gap] < most for gap in gaps):
-            filled.update(gaps)
-            kept.append(chain)
+    kept = list(chains)
+    for _ in range(BALANCED_AGAIN):
+        filled: Counter[tuple[int, str]] = Counter()
+        most = max(2, int(MOST_OF_A_WORD * len(kept)))
+        before, kept = kept, []
+        for chain in before:
+            gaps = [(hop, clue.leads_to.casefold()) for hop, clue in enumerate(chain)]
+            if all(filled[gap] < most for gap in gaps):
+                filled.update(gaps)
+                kept.append(chain)
     random.Random("deep research order").shuffle(kept)
     return kept
