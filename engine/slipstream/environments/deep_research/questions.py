@@ -173,10 +173,10 @@ def _clues(shelf: Library, uses: int) -> list[Clue]:
     for number in order:
         for match in _CLUE.finditer(shelf.passages[number]):
             first, second, after = match.groups()
-            before, word, behind = (places[word.casefold()] for word in match.groups())
-            if counts[first.casefold(), second.casefold()] != 1 or len(before & word) > LISTED:
+            holding = [places[word.casefold()] for word in match.groups()]
+            if counts[first.casefold(), second.casefold()] != 1:
                 continue
-            if min(map(len, (before, word, behind))) < uses:
+            if len(holding[0] & holding[1]) > LISTED or min(map(len, holding)) < uses:
                 continue
             listed = shelf.search(f"{first} {second}")
             if number in listed:
