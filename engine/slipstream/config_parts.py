@@ -50,6 +50,8 @@ class ModelConfig(Part):
     """With a multiple of 64 a token's bits do not depend on what is computed beside it."""
     layers: int = Field(default=2, ge=1)
     heads: int = Field(default=3, ge=1)
+    vocabulary: int = Field(default=2048, ge=512, le=65536)
+    """Most entries of the tokenizer that is trained for it; the text of small environments needs fewer."""
     dtype: Literal["auto", "float32", "bfloat16"] = "float32"
     """Of weights and activations, the optimizer keeps float32; "auto": bfloat16 on a GPU, else float32."""
     call_format: Literal["hermes", "qwen3.5", "llama3"] = "hermes"

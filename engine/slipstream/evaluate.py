@@ -23,7 +23,7 @@ from slipstream.episodes import EpisodeRunner
 from slipstream.errors import ConfigurationError
 from slipstream.inference.trial import held_trial
 from slipstream.metrics import wilson_interval
-from slipstream.model import VOCABULARY, choose_device, load_policy
+from slipstream.model import choose_device, load_policy
 from slipstream.policy_step import describe
 from slipstream.redaction import Redactor
 from slipstream.rewards import components, reward
@@ -169,7 +169,7 @@ def _tokenizer_only(config: RunConfig, corpus: Iterable[str]) -> Chat:
     if config.model.path:
         tokenizer, calls = load_tokenizer(Path(config.model.path)), CALL_FORMATS[config.model.call_format]
         return Chat(tokenizer, explain_calls=True, calls=calls)
-    return Chat(train_tokenizer(corpus, vocabulary=VOCABULARY))
+    return Chat(train_tokenizer(corpus, vocabulary=config.model.vocabulary))
 
 
 def _readable(trajectory: Trajectory, chat: Chat, title: str, config: RunConfig) -> str:

@@ -29,8 +29,6 @@ from slipstream.errors import CheckpointError, ConfigurationError
 from slipstream_kernels import linear_logprob
 
 WEIGHTS = "model.safetensors"
-VOCABULARY = 2048
-"""Most entries of a tokenizer trained here; the text of small environments needs fewer."""
 CHECKED_TOKENS = 16
 
 
@@ -71,7 +69,7 @@ def first_policy(config: RunConfig, corpus: Iterable[str]) -> Policy:
         policy = load_policy(Path(config.model.path), config=config.model, device=device)
         check_decoder(policy.model, name=config.model.path, max_tokens=config.environment.max_tokens)
         return policy
-    tokenizer = train_tokenizer(corpus, vocabulary=VOCABULARY)
+    tokenizer = train_tokenizer(corpus, vocabulary=config.model.vocabulary)
     chat = Chat(tokenizer)
     model = build_model(
         config.model,

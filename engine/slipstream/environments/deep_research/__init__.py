@@ -28,7 +28,7 @@ from slipstream.environments.deep_research.players import (
     Habits,
     play,
 )
-from slipstream.environments.deep_research.questions import DeepResearchTasks
+from slipstream.environments.deep_research.questions import NUMBERS, DeepResearchTasks
 from slipstream.environments.factory import ORACLE, EnvironmentFactory, Script
 from slipstream.environments.options import read_options
 from slipstream.environments.tool_episode import ANSWER, COMPLAINTS, FAULTS, Result, ToolEpisode, failed, tool
@@ -37,7 +37,7 @@ from slipstream.tools.cache import ToolCache, cache_of
 from slipstream.tools.hermes import format_call
 from slipstream.types import Score, ScoreKind, Split
 
-VERSION: Final = "1"
+VERSION: Final = "2"
 """Of the pure tools."""
 FIRST_IDENTIFIER: Final = 10
 MOST_NOTES: Final = 32
@@ -60,15 +60,17 @@ class DeepResearchOptions(Part):
     """What is read, and how far."""
 
     corpus: str = Field(default=TOPICS, min_length=1)
-    """"python-topics", which comes with Python, or a folder of text (.txt, .rst, .md, WordNet's data)."""
+    """"python-topics" or "python-help", which come with Python, or a folder of text (passages.py)."""
     hops: int = Field(default=2, ge=1, le=4)
     """Passages to find, one after the other."""
+    uses: int = Field(default=1, ge=1)
+    """Passages that hold each word asked by or for, at least: common words are easier to copy."""
 
 
 def factory(config: EnvironmentConfig, rewards: RewardConfig) -> EnvironmentFactory:
     """Return what makes the environment; raises ConfigurationError for its options and its text."""
     options = read_options(DeepResearchOptions, config)
-    tasks, cache = DeepResearchTasks(options.corpus, options.hops), cache_of(config)
+    tasks, cache = DeepResearchTasks(options.corpus, options.hops, options.uses), cache_of(config)
 
     def script(habits: Habits, about: str) -> Script:
         return Script(play=lambda task: play(task, habits), about=about)
@@ -105,6 +107,8 @@ class DeepResearchEnvironment(ToolEpisode):
         super().__init__(config, rewards, cache)
         self._tasks, self._library = tasks, tasks.library
         self._opened: set[int] = set()
+        self._listed: list[int] = []
+        """Passages that searches have listed, in the order in which they got their numbers."""
         self._searched: list[str] = []
         """Words of the last search."""
         self._notes: list[str] = []
@@ -116,8 +120,9 @@ class DeepResearchEnvironment(ToolEpisode):
             self._notes = [*self._notes, " ".join(argument.split())][-MOST_NOTES:]
             return Result(text="; ".join(self._notes))
         if name == "search":
-            listed = sorted(self._shown(number) for number in self._library.search(argument))
-            return Result(text="\n".join(map(str, listed)) or NO_RESULTS)
+            known, found = self._known(argument)
+            shown = sorted(self._identifier(known.index(number)) for number in found)
+            return Result(text="\n".join(map(str, shown)) or NO_RESULTS)
         number = self._number(argument)
         if number is None:
             return failed("no such document")
@@ -132,14 +137,15 @@ class DeepResearchEnvironment(ToolEpisode):
         """Note what was searched for and which passages were read."""
         if name == "search":
             self._searched = words(arguments["query"])
+            self._listed, _ = self._known(arguments["query"])
         number = self._number(arguments["document"]) if name == "open" else None
         if number is not None:
             self._opened.add(number)
 
     def world(self, name: str) -> Any:
-        """Return what names the text and the task's numbering of it, and for a check the last search."""
+        """Return what names the text, the numbers that passages carry, and for a check the last search."""
         searched = self._searched if name == "check" else []
-        return [self._library.digest, self._task.data["numbering"], searched]
+        return [self._library.digest, self._task.data["numbering"], self._listed, searched]
 
     def right(self) -> bool:
         """Tell whether the answer is the word in the last gap."""
@@ -153,32 +159,33 @@ class DeepResearchEnvironment(ToolEpisode):
 
     def memory(self) -> dict[str, Any]:
         """Return what was read, searched for and noted."""
-        return {"opened": sorted(self._opened), "searched": self._searched, "notes": self._notes}
+        return {
+            "opened": sorted(self._opened),
+            "listed": self._listed,
+            "searched": self._searched,
+            "notes": self._notes,
+        }
 
     def remember(self, memory: dict[str, Any]) -> None:
         """Take up what was read, searched for and noted."""
         self._opened = set(memory["opened"])
+        self._listed = list(memory["listed"])
         self._searched, self._notes = list(memory["searched"]), list(memory["notes"])
 
-    def _shown(self, number: int) -> int:
-        """Return the number that a passage carries in this task: none can be learned by heart."""
-        factor, shift, modulus = self._numbering()
-        return FIRST_IDENTIFIER + (number * factor + shift) % modulus
+    def _known(self, query: str) -> tuple[list[int], list[int]]:
+        """Return the passages that have a number once this search has listed its own, and those it lists."""
+        found = self._library.search(query)
+        return [*self._listed, *(number for number in found if number not in self._listed)], found
 
-    def _numbering(self) -> tuple[int, int, int]:
-        factor, shift, modulus = self._task.data["numbering"]
-        return factor, shift, modulus
+    def _identifier(self, place: int) -> int:
+        """Return the number of what was listed at a place: two digits while they last, none known before."""
+        factor, shift = self._task.data["numbering"]
+        return FIRST_IDENTIFIER + ((place * factor + shift) % NUMBERS if place < NUMBERS else place)
 
     def _number(self, identifier: str) -> int | None:
-        """Return the passage that carries a number in this task, or None."""
-        if not (identifier.isascii() and identifier.isdecimal() and len(identifier) < 12):
-            return None
-        factor, shift, modulus = self._numbering()
-        place = int(identifier) - FIRST_IDENTIFIER
-        if not 0 <= place < modulus:
-            return None
-        number: int = (place - shift) * pow(factor, -1, modulus) % modulus
-        return number if number < len(self._library.passages) else None
+        """Return the listed passage that carries a number, or None."""
+        shown = {str(self._identifier(place)): number for place, number in enumerate(self._listed)}
+        return shown.get(identifier)
 
 
 def _side_by_side(searched: Sequence[str], text: Sequence[str]) -> bool:
@@ -192,15 +199,16 @@ def corpus(tasks: DeepResearchTasks) -> Iterator[str]:
     yield "Tools: search(query), open(document), check(document), note(text), answer(text)"
     yield from (*FAULTS, "error: no such document", "error: search first", *COMPLAINTS)
     yield from (HOLDS, DOES_NOT_HOLD, NO_RESULTS, format_call("answer", {"text": "unknown "}))
-    draw, most = random.Random("deep research corpus"), len(tasks.library.passages)
+    draw = random.Random("deep research corpus")
     for text in tasks.library.passages:
-        numbers = [str(FIRST_IDENTIFIER + draw.randrange(most)) for _ in range(2)]
+        numbers = [str(FIRST_IDENTIFIER + draw.randrange(NUMBERS)) for _ in range(2)]
         yield text
         yield "\n".join(numbers)
         yield from (format_call(name, {"document": numbers[0]}) for name in ("open", "check"))
     for index in range(tasks.count(Split.TRAIN)):
         task = tasks.task(Split.TRAIN, index)
         yield task.question
-        yield format_call("search", {"query": f"{' '.join(task.data['clues'][0])} "})
-        yield format_call("note", {"text": f"{task.data['answer']} "})
+        clue = f"{' '.join(task.data['clues'][0])} "
+        yield format_call("search", {"query": clue})
+        yield format_call("note", {"text": f"{clue}{task.data['answer']} "})
         yield format_call("answer", {"text": f"{task.data['answer']} "})

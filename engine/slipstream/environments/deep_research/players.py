@@ -27,7 +27,7 @@ class Habits:
     checks: bool
     """Reads only a passage that holds the words side by side; otherwise the first one listed."""
     notes: bool = False
-    """Notes each word found on the way."""
+    """Notes what each passage says: both words and the one behind them."""
     acts: bool = True
     """Uses tools at all."""
 
@@ -35,7 +35,7 @@ class Habits:
 EXPERT = Habits(retries=True, checks=True, notes=True)
 WITHOUT_RETRY = Habits(retries=False, checks=True)
 WITHOUT_CHECK = Habits(retries=True, checks=False)
-HASTY = Habits(retries=False, checks=False)
+HASTY = Habits(retries=False, checks=False, notes=True)
 DO_NOTHING = Habits(retries=False, checks=False, acts=False)
 
 
@@ -49,8 +49,6 @@ def play(task: Task, habits: Habits) -> Play:
         for hop, clue in enumerate(clues):
             if hop:
                 second = clue[0]
-                if habits.notes:
-                    yield from _insist("note", "text", f"{found} ", habits)
             found = yield from _followed(found, second, habits)
     except _GaveUp:
         found = "unknown"
@@ -71,7 +69,10 @@ def _followed(first: str, second: str, habits: Habits) -> Generator[str, str, st
             if verdict != HOLDS:
                 continue
         text = yield from _insist("open", "document", document, habits)
-        return _word_behind(text, first, second)
+        found = _word_behind(text, first, second)
+        if habits.notes:
+            yield from _insist("note", "text", f"{first} {second} {found} ", habits)
+        return found
     raise _GaveUp
 
 

@@ -5,8 +5,9 @@ what they lead to. A question chains clues: what the first leads to is half of t
 
     Find the last word: "terminates the _", then "_ loop _".
 
-Each hop lists, beside its passage, near misses: passages that hold both words somewhere. Splits share no
-last passage.
+Hops list, beside their passage, near misses: passages that hold both words somewhere. Splits share no last
+passage. Questions of evaluations have as many near misses as hops or more and end at a word that says
+something; those for training are all that the text gives, so that reading is easier to learn than they are.
 """
 
 from __future__ import annotations
@@ -25,14 +26,21 @@ from slipstream.environments.deep_research.passages import LISTED, Library, libr
 from slipstream.errors import ConfigurationError
 from slipstream.types import Split, Task
 
-MOST_CLUES: Final = 4000
-MOST_TASKS: Final = 4096
-"""Of all splits together."""
-MOST_OF_AN_ANSWER: Final = 0.01
-"""Largest share of the questions of a split that one word answers, if there are as many other answers."""
+MOST_CLUES: Final = 16384
+MOST_TASKS: Final = 32768
+"""Of all splits together, before the balance."""
+MOST_WAYS: Final = 16
+"""Clues that may follow one clue in different chains."""
+MOST_OF_A_WORD: Final = 0.01
+"""Largest share of the questions of a split whose gap one word fills, if there are as many other words."""
+NUMBERS: Final = 89
+"""Two-digit numbers that a task gives to the passages its searches list; a prime."""
+BALANCED_AGAIN: Final = 2
+"""What is left out once makes the rest fewer, and so a word's share of it larger."""
 SHARES: Final = ((60, Split.TRAIN), (80, Split.HELDOUT), (100, Split.FRESH))
 """Up to which percent of the last passages a split has."""
-_CLUE: Final = re.compile(r"(?<![\w\"'`*-])(?=([A-Za-z]\w*) ([A-Za-z]\w*) ([A-Za-z]\w{3,}) )")
+_CLUE: Final = re.compile(r"(?<![\w\"'`*-])(?=([A-Za-z]\w*) ([A-Za-z]\w*) ([A-Za-z]\w*) )")
+_ANSWER: Final = re.compile(r"[A-Za-z]\w{3,}")
 _COMMON: Final = frozenset(
     [
         "that",
@@ -76,7 +84,7 @@ _COMMON: Final = frozenset(
         "like",
     ]
 )
-"""Words too common to be asked for."""
+"""Words too common to be an answer in an evaluation."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,17 +106,21 @@ Chain = tuple[Clue, ...]
 
 
 class DeepResearchTasks:
-    """The questions of one library with so many hops; raises ConfigurationError when there are too few."""
+    """The questions of one library with so many hops; raises ConfigurationError when there are too few.
 
-    def __init__(self, corpus: str, hops: int) -> None:
+    uses: passages that hold each word of a clue, and what it leads to, at least.
+    """
+
+    def __init__(self, corpus: str, hops: int, uses: int = 1) -> None:
         self.library: Library = library(corpus)
         self.hops = hops
-        self._chains = _split_chains(corpus, hops)
+        self._chains = _split_chains(corpus, hops, uses)
         few = [split for split, chains in self._chains.items() if not chains]
         if few:
             raise ConfigurationError(
                 f"environment.options.corpus: {corpus!r} has too little text for questions of {hops} hops "
-                f"({few[0]} has none); give more text or fewer hops"
+                f"whose words {uses} passages hold ({few[0]} has none); give more text, fewer hops or "
+                "environment.options.uses = 1"
             )
         self.task = lru_cache(maxsize=4096)(self._task)
 
@@ -117,16 +129,15 @@ class DeepResearchTasks:
         return len(self._chains[split])
 
     def _task(self, split: Split, index: int) -> Task:
-        """Return the task at `index`; passages carry other numbers in each."""
+        """Return the task at `index`; what searches list is numbered otherwise in each."""
         chains = self._chains[split]
         chain = chains[index % len(chains)]
         draw = random.Random(f"deep research {split} {index}")
-        modulus = _prime_from(len(self.library.passages))
         data = {
             "answer": chain[-1].leads_to,
             "passages": [clue.passage for clue in chain],
             "clues": [[chain[0].first, chain[0].second], *([clue.second] for clue in chain[1:])],
-            "numbering": [draw.randrange(1, modulus), draw.randrange(modulus), modulus],
+            "numbering": [draw.randrange(1, NUMBERS), draw.randrange(NUMBERS)],
         }
         return Task(split=split, index=index, question=question_of(chain), data=data)
 
@@ -139,27 +150,33 @@ def question_of(chain: Chain) -> str:
 
 
 @lru_cache(maxsize=8)
-def _split_chains(corpus: str, hops: int) -> Mapping[Split, Sequence[Chain]]:
+def _split_chains(corpus: str, hops: int, uses: int) -> Mapping[Split, Sequence[Chain]]:
     shelf = library(corpus)
-    clues = _clues(shelf)
+    clues = _clues(shelf, uses)
     chains: dict[Split, list[Chain]] = {split: [] for split in Split}
-    for chain in _chains(clues, hops):
+    for chain in _chains(clues, hops, shelf):
         chains[_split_of(shelf.passages[chain[-1].passage])].append(chain)
     return {split: _balanced(found) for split, found in chains.items()}
 
 
-def _clues(shelf: Library) -> list[Clue]:
+def _clues(shelf: Library, uses: int) -> list[Clue]:
     """Return clues in an order of their own, each checked with a real search."""
     counts: Counter[tuple[str, str]] = Counter()
-    for text in shelf.passages:
+    places: defaultdict[str, set[int]] = defaultdict(set)
+    for number, text in enumerate(shelf.passages):
         counts.update(pairwise(words(text)))
+        for word in words(text):
+            places[word].add(number)
     order = list(range(len(shelf.passages)))
     random.Random("deep research clues").shuffle(order)
     found: list[Clue] = []
     for number in order:
         for match in _CLUE.finditer(shelf.passages[number]):
             first, second, after = match.groups()
-            if counts[first.casefold(), second.casefold()] != 1 or after.casefold() in _COMMON:
+            holding = [places[word.casefold()] for word in match.groups()]
+            if counts[first.casefold(), second.casefold()] != 1:
+                continue
+            if len(holding[0] & holding[1]) > LISTED or min(map(len, holding)) < uses:
                 continue
             listed = shelf.search(f"{first} {second}")
             if number in listed:
@@ -171,28 +188,38 @@ def _clues(shelf: Library) -> list[Clue]:
     return found
 
 
-def _chains(clues: Sequence[Clue], hops: int) -> list[Chain]:
-    """Return chains of clues over different passages, with as many near misses as hops or more."""
+def _chains(clues: Sequence[Clue], hops: int, shelf: Library) -> list[Chain]:
+    """Return chains of clues over different passages."""
     by_first: defaultdict[str, list[Clue]] = defaultdict(list)
     for clue in clues:
         by_first[clue.first.casefold()].append(clue)
-    chains: list[Chain] = [(clue,) for clue in clues]
-    for _ in range(hops - 1):
-        chains = [
-            (*chain, clue)
-            for chain in chains
-            for clue in by_first[chain[-1].leads_to.casefold()]
-            if clue.passage not in {known.passage for known in chain}
-        ]
-        random.Random("deep research chains").shuffle(chains)
-        del chains[8 * MOST_TASKS :]
-    return [chain for chain in chains if _is_fair(chain)][:MOST_TASKS]
+    draw = random.Random("deep research chains")
+    chains: list[Chain] = [()]
+    for hop in range(hops):
+        last = hop == hops - 1
+        longer: list[Chain] = []
+        for chain in chains:
+            known = {clue.passage for clue in chain}
+            following = by_first[chain[-1].leads_to.casefold()] if chain else clues
+            ways = [clue for clue in following if clue.passage not in known]
+            if last:
+                ways = [clue for clue in ways if _may_end(chain, clue, shelf)]
+            most = min(len(ways), MOST_WAYS) if chain else len(ways)
+            longer += [(*chain, clue) for clue in draw.sample(ways, most)]
+        draw.shuffle(longer)
+        chains = longer[:MOST_TASKS]
+    return chains
 
 
-def _is_fair(chain: Chain) -> bool:
-    """Tell whether there is something to confuse, and the answer stands nowhere in the question."""
-    near_misses = sum(clue.listed - 1 for clue in chain)
-    return near_misses >= len(chain) and chain[-1].leads_to.casefold() not in words(question_of(chain))
+def _may_end(chain: Chain, clue: Clue, shelf: Library) -> bool:
+    """Tell whether a question may end so: the answer is not told, and evaluations are fair."""
+    whole, answer = (*chain, clue), clue.leads_to.casefold()
+    if answer in words(question_of(whole)):
+        return False
+    if _split_of(shelf.passages[clue.passage]) is Split.TRAIN:
+        return True
+    says_something = _ANSWER.fullmatch(answer) is not None and answer not in _COMMON
+    return says_something and sum(each.listed - 1 for each in whole) >= len(whole)
 
 
 def _split_of(passage: str) -> Split:
@@ -201,21 +228,16 @@ def _split_of(passage: str) -> Split:
 
 
 def _balanced(chains: Sequence[Chain]) -> list[Chain]:
-    """Return the chains without those whose answer is asked for too often, in an order of their own."""
-    answers: Counter[str] = Counter()
-    most = max(2, int(MOST_OF_AN_ANSWER * len(chains)))
-    kept: list[Chain] = []
-    for chain in chains:
-        answer = chain[-1].leads_to.casefold()
-        answers[answer] += 1
-        if answers[answer] <= most:
-            kept.append(chain)
+    """Return the chains in an order of their own, without those with a gap that one word fills too often."""
+    kept = list(chains)
+    for _ in range(BALANCED_AGAIN):
+        filled: Counter[tuple[int, str]] = Counter()
+        most = max(2, int(MOST_OF_A_WORD * len(kept)))
+        before, kept = kept, []
+        for chain in before:
+            gaps = [(hop, clue.leads_to.casefold()) for hop, clue in enumerate(chain)]
+            if all(filled[gap] < most for gap in gaps):
+                filled.update(gaps)
+                kept.append(chain)
     random.Random("deep research order").shuffle(kept)
     return kept
-
-
-def _prime_from(least: int) -> int:
-    number = max(least, LISTED, 3)
-    while any(number % divisor == 0 for divisor in range(2, int(number**0.5) + 1)):
-        number += 1
-    return number
