@@ -11,7 +11,8 @@ policy said, by as many processes as the run had actors, with as many live episo
 which they began; each must be equal to its record. That costs no policy, and counts what a whole run calls.
 
 Then three short serial runs of the recipe from copies of that run's warm start, their tools with the same
-latency. They must agree in every token, log-probability, score and weight.
+latency. They must agree in every weight, and in every token, log-probability and score of what was trained
+or evaluated.
 
 Read from the trajectories of all episodes, held-out evaluations included: how many calls were real ones, and,
 of the short runs, the seconds in which tools worked and those that episodes waited for calls. Of equal calls
@@ -44,6 +45,8 @@ from _training_runs import PROGRAM, Plan, RunError, command
 from slipstream.checkpoint import load_latest
 from slipstream.config import ActorConfig
 from slipstream.errors import UserError
+from slipstream.events import Trained
+from slipstream.ingest import read_events
 from slipstream.recorded import stored
 from slipstream.run_folder import read_config, write_config
 from slipstream.types import Trajectory
@@ -196,7 +199,7 @@ def train(plan: Plan, warm: Path, arm: str, cache: str) -> tuple[Measured, str]:
     write_config(folder, plan.config(1, latency, f"environment.tool_cache={cache}"))
     shutil.copytree(warm, folder / "checkpoints" / "warmup")
     command([*PROGRAM, "train", "--output", str(folder), "--resume", "--serial"])
-    episodes = [decode_trajectory(one.record) for one in stored(folder)]
+    episodes = used(folder)
     calls = [call for one in episodes for call in one.tool_calls if call.name != "answer"]
     real = [call for call in calls if not call.cached]
     measured = Measured(
@@ -208,6 +211,19 @@ def train(plan: Plan, warm: Path, arm: str, cache: str) -> tuple[Measured, str]:
         waited_seconds=sum(call.latency_s for call in calls),
     )
     return measured, digest(episodes, load_latest(folder / "checkpoints").path / "model.safetensors")
+
+
+def used(folder: Path) -> list[Trajectory]:
+    """Return the episodes that were trained or evaluated; what else runs as a run ends is a matter of time."""
+    log = folder / "trajectories"
+    trained = {
+        identity
+        for entry in read_events(log)
+        if isinstance(entry.event, Trained)
+        for identity in entry.event.identities
+    }
+    episodes = [decode_trajectory(one.record) for one in stored(folder)]
+    return [one for one in episodes if one.evaluation or one.identity in trained]
 
 
 def digest(episodes: Sequence[Trajectory], weights: Path) -> str:
