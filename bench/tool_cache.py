@@ -214,7 +214,7 @@ def train(plan: Plan, warm: Path, arm: str, cache: str) -> tuple[Measured, str]:
 
 
 def used(folder: Path) -> list[Trajectory]:
-    """Return the episodes that were trained or evaluated; what else runs as a run ends is a matter of time."""
+    """Return the episodes that were trained or evaluated; what else runs at the end is a matter of time."""
     log = folder / "trajectories"
     trained = {
         identity
@@ -223,7 +223,7 @@ def used(folder: Path) -> list[Trajectory]:
         for identity in entry.event.identities
     }
     episodes = [decode_trajectory(one.record) for one in stored(folder)]
-    return [one for one in episodes if one.evaluation or one.identity in trained]
+    return [one for one in episodes if one.evaluation >= 0 or one.identity in trained]
 
 
 def digest(episodes: Sequence[Trajectory], weights: Path) -> str:
