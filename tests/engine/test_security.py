@@ -23,6 +23,7 @@ from slipstream.errors import AddressError, ConfigurationError, RefusedError
 from slipstream.ingest import IngestLog
 from slipstream.keys import AllowList, client_keys, hub_keys, make_keys
 from slipstream.ledger import Ledger
+from slipstream.process import Memory
 from slipstream.spool import Spool
 from slipstream.transport.client import ActorClient, LearnerClient
 from slipstream.transport.guard import ConnectionGuard, Limits
@@ -342,6 +343,30 @@ def test_what_a_connection_sent_and_nobody_read_is_dropped_when_it_is_cut() -> N
         assert guard.cut == 1
         with pytest.raises(OSError):
             ours.recv(1)
+
+
+def test_memory_that_strangers_fill_is_looked_at_before_the_next_round(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    resident = 100 << 20
+    monkeypatch.setattr(
+        "slipstream.process.MemoryGauge.read", lambda _: Memory(resident=resident, shared=0, data=resident)
+    )
+    with (
+        socket.create_server(("127.0.0.1", 0)) as server,
+        socket.create_connection(server.getsockname()) as theirs,
+        server.accept()[0] as ours,
+    ):
+        guard = ConnectionGuard(Limits(stranger_memory_bytes=200 << 20), clock=lambda: 0.0)
+        guard.accepted(ours.fileno())
+        guard.look()
+        theirs.sendall(bytes(100_000))
+        assert ours.recv(1, socket.MSG_PEEK) == b"\0"
+        guard.look()
+        assert guard.cut == 0, "the next round is not due, and memory is low"
+        resident = 201 << 20
+        guard.look()
+        assert guard.cut == 1
 
 
 def test_a_unix_path_has_one_holder_in_a_private_folder(tmp_path: Path) -> None:

@@ -18,8 +18,8 @@ to 32 times as much (64 bytes for an empty frame of two); libzmq then ends it as
 frees its unfinished message. Unix domain sockets have no such counter: there the folder keeps strangers out.
 
 What counts is how soon: a stranger fills a gigabyte in a second. So while one is there, memory is looked at
-every few milliseconds, and neither that nor asking the kernel about each connection hands the interpreter's
-lock to a busy thread, which might keep it for milliseconds each time.
+every few milliseconds, and asking the kernel about each of a thousand connections does not hand the
+interpreter's lock to a busy thread, which might keep it for milliseconds each time.
 """
 
 from __future__ import annotations
