@@ -11,12 +11,14 @@ key-value heads, D head size, P tokens of all segments one after another.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import embedding, scaled_dot_product_attention
 from transformers import PreTrainedModel
 from transformers.modeling_utils import AttentionInterface
@@ -27,6 +29,9 @@ LEAST_SPAN = 4
 """Matrix products of 1 to 3 rows round otherwise than those of more (measured with MKL): with this many
 queries a token's bits depend neither on the span it is fed in nor on who attends beside it. Rows that
 decode, one token each, are a kind of their own."""
+
+GPU_BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+"""Not cuDNN's, which PyTorch prefers on Hopper: it plans for each new shape, and here shapes seldom recur."""
 
 SPAN_FACTOR = 4
 """Spans padded together differ by less than this factor."""
@@ -82,15 +87,16 @@ class RowGroup:
         """Return the [B, S, H, D] output; without a mask, attention is causal from position 0."""
         if self.shape[1] == 1 and mask is not None:
             return _attend_once(query_BSHD[:, 0], key_BKLD, value_BKLD, mask[:, 0], scale)[:, None]
-        attended = scaled_dot_product_attention(
-            query_BSHD.transpose(1, 2),
-            key_BKLD,
-            value_BKLD,
-            attn_mask=mask,
-            is_causal=mask is None,
-            scale=scale,
-            enable_gqa=query_BSHD.shape[2] != key_BKLD.shape[1],
-        )
+        with sdpa_kernel(GPU_BACKENDS) if query_BSHD.is_cuda else nullcontext():
+            attended = scaled_dot_product_attention(
+                query_BSHD.transpose(1, 2),
+                key_BKLD,
+                value_BKLD,
+                attn_mask=mask,
+                is_causal=mask is None,
+                scale=scale,
+                enable_gqa=query_BSHD.shape[2] != key_BKLD.shape[1],
+            )
         return attended.transpose(1, 2)
 
 
