@@ -15,11 +15,14 @@ import torch
 from torch import Tensor
 
 from slipstream_kernels import reference
-from slipstream_kernels.checks import check_cu_seqlens, check_range, check_shape
+from slipstream_kernels.checks import check_cu_seqlens, check_device, check_range, check_shape
 from slipstream_kernels.dispatch import Backend, choose
 from slipstream_kernels.errors import NativeError
 from slipstream_kernels.native_advantage import Estimator, Factors, estimate
 from slipstream_kernels.segment_scan import IMPLEMENTED, segment_scan
+
+_ONE_PASS = (Backend.NATIVE, Backend.CUDA)
+"""What goes through the tokens once; the others build their steps around segment_scan, as turns do."""
 
 
 @torch.no_grad()
@@ -52,10 +55,10 @@ def gae(
     op = "gae"
     _check_factors(op, discount=discount, gae_lambda=gae_lambda)
     chosen = choose(op, backend, implemented=IMPLEMENTED, device=mask_N.device.type)
-    if chosen is Backend.NATIVE and turns_N is None:
+    if chosen in _ONE_PASS and turns_N is None:
         tensors = _Tensors(values_N=values_N, rewards_N=rewards_N, mask_N=mask_N, cu_seqlens=cu_seqlens)
         factors = Factors(discount=discount, trace_lambda=gae_lambda)
-        return tensors.estimate(op, Estimator.GAE, factors, bootstrap_S)
+        return tensors.estimate(op, chosen, Estimator.GAE, factors, bootstrap_S)
     steps = _Steps.of(op, mask_N, cu_seqlens, turns_N)
     value, reward = steps.take(op, "values_N", values_N), steps.total(op, "rewards_N", rewards_N)
     delta = reward + discount * steps.following(op, value, bootstrap_S) - value
@@ -88,10 +91,10 @@ def td_lambda(
     op = "td_lambda"
     _check_factors(op, discount=discount, trace_lambda=trace_lambda)
     chosen = choose(op, backend, implemented=IMPLEMENTED, device=mask_N.device.type)
-    if chosen is Backend.NATIVE:
+    if chosen in _ONE_PASS:
         tensors = _Tensors(values_N=values_N, rewards_N=rewards_N, mask_N=mask_N, cu_seqlens=cu_seqlens)
         factors = Factors(discount=discount, trace_lambda=trace_lambda)
-        return tensors.estimate(op, Estimator.TD_LAMBDA, factors, bootstrap_S)[1]
+        return tensors.estimate(op, chosen, Estimator.TD_LAMBDA, factors, bootstrap_S)[1]
     steps = _Steps.of(op, mask_N, cu_seqlens)
     value, reward = steps.take(op, "values_N", values_N), steps.take(op, "rewards_N", rewards_N)
     after = steps.following(op, value, bootstrap_S)
@@ -137,14 +140,16 @@ def vtrace(
     check_range(op, "rho_cap", rho_cap, 0.0, math.inf)
     check_range(op, "trace_cap", trace_cap, 0.0, math.inf)
     chosen = choose(op, backend, implemented=IMPLEMENTED, device=mask_N.device.type)
-    if chosen is Backend.NATIVE:
-        check_shape(op, "log_ratio_N", log_ratio_N, (mask_N.numel(),))
-        ratio_N = log_ratio_N.float().clamp(max=reference.MAX_LOG_RATIO).exp()
+    if chosen in _ONE_PASS:
         tensors = _Tensors(
-            values_N=values_N, rewards_N=rewards_N, mask_N=mask_N, cu_seqlens=cu_seqlens, ratio_N=ratio_N
+            values_N=values_N,
+            rewards_N=rewards_N,
+            mask_N=mask_N,
+            cu_seqlens=cu_seqlens,
+            log_ratio_N=log_ratio_N,
         )
         factors = Factors(discount=discount, trace_lambda=gae_lambda, rho_cap=rho_cap, trace_cap=trace_cap)
-        return tensors.estimate(op, Estimator.VTRACE, factors, bootstrap_S)
+        return tensors.estimate(op, chosen, Estimator.VTRACE, factors, bootstrap_S)
     steps = _Steps.of(op, mask_N, cu_seqlens)
     value, reward = steps.take(op, "values_N", values_N), steps.take(op, "rewards_N", rewards_N)
     ratio = steps.take(op, "log_ratio_N", log_ratio_N).clamp(max=reference.MAX_LOG_RATIO).exp()
@@ -173,9 +178,9 @@ def discounted_return(
     op = "discounted_return"
     _check_factors(op, discount=discount)
     chosen = choose(op, backend, implemented=IMPLEMENTED, device=mask_N.device.type)
-    if chosen is Backend.NATIVE:
+    if chosen in _ONE_PASS:
         tensors = _Tensors(rewards_N=rewards_N, mask_N=mask_N, cu_seqlens=cu_seqlens)
-        return tensors.estimate(op, Estimator.RETURN, Factors(discount=discount), bootstrap_S)[1]
+        return tensors.estimate(op, chosen, Estimator.RETURN, Factors(discount=discount), bootstrap_S)[1]
     steps = _Steps.of(op, mask_N, cu_seqlens)
     reward = steps.take(op, "rewards_N", rewards_N)
     reward = reward + discount * steps.following(op, torch.zeros_like(reward), bootstrap_S)
@@ -184,35 +189,39 @@ def discounted_return(
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class _Tensors:
-    """What the native pass over tokens reads."""
+    """What the one pass over tokens reads."""
 
     values_N: Tensor | None = None
     rewards_N: Tensor
     mask_N: Tensor
     cu_seqlens: Tensor
-    ratio_N: Tensor | None = None
+    log_ratio_N: Tensor | None = None
 
     def estimate(
-        self, op: str, estimator: Estimator, factors: Factors, bootstrap_S: Tensor | None
+        self, op: str, chosen: Backend, estimator: Estimator, factors: Factors, bootstrap_S: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """Return [N] advantages, or targets again where an estimator has none, and [N] targets."""
-        tokens = self.mask_N.numel()
-        for name in ("mask_N", "values_N", "rewards_N"):
+        tokens, device = self.mask_N.numel(), self.mask_N.device
+        for name in ("mask_N", "log_ratio_N", "values_N", "rewards_N"):
             if (tensor := getattr(self, name)) is not None:
                 check_shape(op, name, tensor, (tokens,))
+                check_device(op, name, tensor, device)
         bounds = check_cu_seqlens(op, self.cu_seqlens, tokens, values=False)
+        check_device(op, "cu_seqlens", bounds, device)
         if bootstrap_S is not None:
             check_shape(op, "bootstrap_S", bootstrap_S, (bounds.numel() - 1,))
+            check_device(op, "bootstrap_S", bootstrap_S, device)
         try:
             advantage_N, target_N = estimate(
                 estimator,
                 factors,
                 values_N=self.values_N,
                 rewards_N=self.rewards_N,
-                ratio_N=self.ratio_N,
+                log_ratio_N=self.log_ratio_N,
                 bootstrap_S=bootstrap_S,
                 mask_N=self.mask_N,
                 cu_seqlens=bounds,
+                cuda=chosen is Backend.CUDA,
             )
         except NativeError:
             check_cu_seqlens(op, self.cu_seqlens, tokens)

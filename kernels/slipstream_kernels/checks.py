@@ -17,6 +17,12 @@ def check_shape(op: str, name: str, tensor: Tensor, shape: tuple[int, ...]) -> N
         raise ShapeError(f"{op}: {name} must have shape {list(shape)}, got {list(tensor.shape)}")
 
 
+def check_device(op: str, name: str, tensor: Tensor, device: torch.device) -> None:
+    """Raise ShapeError unless `tensor` lies on `device`: kernels take its address as one there."""
+    if tensor.device != device:
+        raise ShapeError(f"{op}: {name} must be on {device} like the other tensors, got {tensor.device}")
+
+
 def plain(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """Return a tensor in this type, contiguous: itself where it already is, sooner than PyTorch says so."""
     if tensor.dtype is dtype and tensor.is_contiguous():

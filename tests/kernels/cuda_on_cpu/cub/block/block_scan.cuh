@@ -7,7 +7,9 @@
 
 namespace cub {
 
-template <typename T, int kThreads>
+enum BlockScanAlgorithm { BLOCK_SCAN_RAKING, BLOCK_SCAN_WARP_SCANS };
+
+template <typename T, int kThreads, BlockScanAlgorithm = BLOCK_SCAN_RAKING>
 class BlockScan {
   public:
     struct TempStorage {
