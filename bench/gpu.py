@@ -266,7 +266,7 @@ def proofs(device: str, rehearse: bool, ops: Sequence[str]) -> Iterator[Item]:
     for case in correctness.cases(device):
         if ops and case.op not in ops:
             continue
-        if rehearse and (case.op not in REHEARSED_OPS or case.shape.startswith(("wide", "long"))):
+        if rehearse and (case.op not in (ops or REHEARSED_OPS) or case.shape.startswith(("wide", "long"))):
             continue
         yield f"correctness of {case.key}", partial(judged, case)
 
