@@ -59,17 +59,18 @@ __global__ void __launch_bounds__(kThreads)
               bool vectors, Affine* tiles, float* output) {
     __shared__ Shared shared;
     const int64_t tile_first = static_cast<int64_t>(blockIdx.x) * kTile;
+    // Thread 0 has the last tokens, so that a scan over threads runs backwards over tokens.
+    const int mine = (kThreads - 1 - static_cast<int>(threadIdx.x)) * kItems;
+    const int64_t first = tile_first + mine;
+    // Loads before the search, which waits for memory several times.
+    float a[kItems], b[kItems];
+    load_tokens<kItems>(decay, first, tokens, vectors, a);
+    load_tokens<kItems>(input, first, tokens, vectors, b);
     for (int i = threadIdx.x; i < kTile / 32; i += kThreads) shared.ends[i] = 0;
     __syncthreads();
     visit_ends<kThreads>(cu_seqlens, segments, tile_first, min(tile_first + kTile, tokens),
                          [&](int token, int64_t) { atomicOr(&shared.ends[token / 32], 1u << (token % 32)); });
     __syncthreads();
-    // Thread 0 has the last tokens, so that a scan over threads runs backwards over tokens.
-    const int mine = (kThreads - 1 - static_cast<int>(threadIdx.x)) * kItems;
-    const int64_t first = tile_first + mine;
-    float a[kItems], b[kItems];
-    load_tokens<kItems>(decay, first, tokens, vectors, a);
-    load_tokens<kItems>(input, first, tokens, vectors, b);
     const unsigned ends = shared.ends[mine / 32] >> (mine % 32);
     Affine total = {1.0f, 0.0f};
 #pragma unroll

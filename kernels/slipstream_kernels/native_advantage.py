@@ -112,19 +112,20 @@ def estimate(
 
 
 def _queue(steps: _Steps, settings: _Settings, advantage_N: Tensor | None, target_N: Tensor) -> None:
-    tokens, device = target_N.numel(), target_N.device
-    with torch.cuda.device(device):
-        workspace = None
-        if tokens > CUDA_TILE:
-            size_bytes = _TILE_BYTES * -(-tokens // CUDA_TILE)
-            workspace = torch.empty(size_bytes, dtype=torch.uint8, device=device)
-        native_cuda.call(
-            "slipstream_cuda_estimate_f32",
-            *(ctypes.byref(steps), ctypes.byref(settings)),
-            *((None, 0) if workspace is None else (workspace.data_ptr(), workspace.numel())),
-            *(None if advantage_N is None else advantage_N.data_ptr(), target_N.data_ptr()),
-            torch.cuda.current_stream(device).cuda_stream,
-        )
+    device = target_N.device
+    if torch.cuda.current_device() != device.index:
+        with torch.cuda.device(device):
+            return _queue(steps, settings, advantage_N, target_N)
+    size_bytes = _TILE_BYTES * -(-steps.tokens // CUDA_TILE) if steps.tokens > CUDA_TILE else 0
+    workspace = torch.empty(size_bytes, dtype=torch.uint8, device=device) if size_bytes else None
+    native_cuda.call(
+        "slipstream_cuda_estimate_f32",
+        *(ctypes.byref(steps), ctypes.byref(settings)),
+        *(None if workspace is None else workspace.data_ptr(), size_bytes),
+        *(None if advantage_N is None else advantage_N.data_ptr(), target_N.data_ptr()),
+        torch.cuda.current_stream().cuda_stream,
+    )
+    return None
 
 
 @cache
