@@ -76,7 +76,7 @@ def estimate(
     Raises NativeError, on the CPU also for bounds that are none.
     """
     if log_ratio_N is not None and not cuda:
-        log_ratio_N = log_ratio_N.float().clamp(max=reference.MAX_LOG_RATIO).exp()
+        log_ratio_N = log_ratio_N.detach().float().clamp(max=reference.MAX_LOG_RATIO).exp()
     given = [
         None if tensor is None else plain(tensor, torch.float32)
         for tensor in (values_N, rewards_N, log_ratio_N, bootstrap_S)
