@@ -1,12 +1,14 @@
 """Everything of the kernels that needs a GPU, in one command of less than nine minutes.
 
-    python bench/gpu.py [--output FOLDER] [--deadline SECONDS] [--op NAME]... [--part PART] [--rehearse]
+    python bench/gpu.py [--output FOLDER] [--deadline SECONDS] [--op NAME]... [--backend NAME]...
+                        [--part PART] [--rehearse]
 
 First every op and backend against float64, then the benchmark at the sizes a GPU trains, in one folder:
 correctness.md, table.md, figures.md, ratios.svg, and the rows as JSON lines, written one by one. A process of
 its own does the work: one that crashes or hangs costs the item it was at, and the next one goes on behind it.
 At the deadline what is there is what there is. Needs torch, Triton and NumPy only. --part takes one of the
-two, or `tiles`, which tries the candidates for the tiles of the heads instead (tiles.md). --rehearse runs the
+two, or `tiles`, which tries the candidates for the tiles of the heads instead (tiles.md). --backend leaves
+out the others, and eager PyTorch and the peers with them, which take most of the time. --rehearse runs the
 same on the CPU at tiny shapes.
 
 Exit codes: 0; 1 when a result is wrong or an item crashed; 2 without a CUDA device.
@@ -77,6 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, default=OUTPUT, help=f"folder; default {OUTPUT}")
     parser.add_argument("--deadline", type=float, default=DEADLINE_S, help="seconds until it is cut off")
     parser.add_argument("--op", action="append", default=[], help="only this op; may be repeated")
+    parser.add_argument("--backend", action="append", default=[], help="only this one; may be repeated")
     parser.add_argument("--part", choices=PARTS, help="only this one; tiles: candidates for the heads' tiles")
     parser.add_argument("--rehearse", action="store_true", help="on the CPU, at tiny shapes")
     parser.add_argument("--from-item", type=int, help=argparse.SUPPRESS)
@@ -87,6 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stderr.write("gpu.py: torch sees no CUDA device here; --rehearse runs the same on the CPU\n")
         return NO_DEVICE
     options = [f"--op={op}" for op in chosen.op] + ["--rehearse"] * chosen.rehearse
+    options += [f"--backend={backend}" for backend in chosen.backend]
     options += [f"--part={chosen.part}"] * (chosen.part is not None)
     run = Run(folder=chosen.output, ends_at=time.monotonic() + chosen.deadline, options=tuple(options))
     item: int | None = 0
@@ -241,9 +245,9 @@ def items(chosen: argparse.Namespace) -> Iterator[Item]:
     place = Place(device=device, scale=scale, dtype=training_dtype(device))
     yield "environment and ceilings", partial(environment, place)
     if chosen.part in (None, CORRECTNESS):
-        yield from proofs(device, chosen.rehearse, chosen.op)
+        yield from proofs(device, chosen.rehearse, chosen.op, chosen.backend)
     if chosen.part in (None, BENCHMARK):
-        yield from timings(place, chosen.rehearse, chosen.op)
+        yield from timings(place, chosen.rehearse, chosen.op, chosen.backend)
     if chosen.part == TILES:
         yield from trials(device, chosen.rehearse)
 
@@ -259,19 +263,25 @@ def trials(device: str, rehearse: bool) -> Iterator[Item]:
         yield f"tile {candidate.name}", partial(work, candidate)
 
 
-def proofs(device: str, rehearse: bool, ops: Sequence[str]) -> Iterator[Item]:
+def only(case: Any, backends: Sequence[str]) -> Any:
+    """Return the case with these variants, or with all."""
+    return replace(case, variants=tuple(v for v in case.variants if not backends or v.name in backends))
+
+
+def proofs(device: str, rehearse: bool, ops: Sequence[str], backends: Sequence[str]) -> Iterator[Item]:
     """Yield each comparison with float64."""
-    from kernels_suite import correctness
+    from kernels_suite import accuracy, correctness
 
     for case in correctness.cases(device):
         if ops and case.op not in ops:
             continue
-        if rehearse and (case.op not in REHEARSED_OPS or case.shape.startswith(("wide", "long"))):
+        if rehearse and (case.op not in (ops or REHEARSED_OPS) or case.shape.startswith(("wide", "long"))):
             continue
-        yield f"correctness of {case.key}", partial(judged, case)
+        wanted = [*backends, case.eager] if backends and accuracy.follows_eager(case) else backends
+        yield f"correctness of {case.key}", partial(judged, only(case, wanted))
 
 
-def timings(place: Any, rehearse: bool, ops: Sequence[str]) -> Iterator[Item]:
+def timings(place: Any, rehearse: bool, ops: Sequence[str], backends: Sequence[str]) -> Iterator[Item]:
     """Yield each case that is timed."""
     from kernels_suite import machine
     from kernels_suite.measure import GPU, SMOKE, Setting
@@ -290,7 +300,8 @@ def timings(place: Any, rehearse: bool, ops: Sequence[str]) -> Iterator[Item]:
     for op in ops or (REHEARSED_OPS if rehearse else sorted(CASES, key=lambda op: op == "linear_kl")):
         for number, case in enumerate(CASES[op](place)):
             # The reference proves results above; at these sizes it would take most of the time.
-            timed = tuple(v for v in case.variants if v.name != Backend.REFERENCE or v.name == case.eager)
+            chosen = only(case, backends).variants
+            timed = tuple(v for v in chosen if v.name != Backend.REFERENCE or v.name == case.eager)
             yield f"benchmark of {case.key}", partial(measured, replace(case, variants=timed), setting)
             if number and rehearse:
                 break

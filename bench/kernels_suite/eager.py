@@ -108,6 +108,20 @@ def vtrace_loop(
     return packed(advantages, cu_seqlens), packed(targets, cu_seqlens)
 
 
+def td_lambda_loop(
+    values_N: Tensor,
+    rewards_N: Tensor,
+    mask_N: Tensor,
+    cu_seqlens: Tensor,
+    *,
+    discount: float,
+    trace_lambda: float,
+) -> Tensor:
+    """Return [N] lambda-returns of the tokens in the mask: the targets of GAE."""
+    factors = {"discount": discount, "gae_lambda": trace_lambda}
+    return vtrace_loop(values_N, rewards_N, mask_N, cu_seqlens, **factors)[1]
+
+
 def token_loop_gae(
     values_N: Tensor,
     rewards_N: Tensor,

@@ -19,6 +19,7 @@ CASES: Final[dict[str, Callable[[Place], Iterator[Case]]]] = {
     "policy_loss": tokens.policy_loss_cases,
     "gae": tokens.gae_cases,
     "vtrace": tokens.vtrace_cases,
+    "td_lambda": tokens.td_lambda_cases,
     "discounted_return": tokens.discounted_return_cases,
     "segment_scan": tokens.segment_scan_cases,
     "group_advantage": tokens.group_advantage_cases,

@@ -13,7 +13,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from kernels_suite import eager
+from kernels_suite import eager, edges
 from kernels_suite.head_outputs import wide
 from kernels_suite.heads import DRIFT
 from kernels_suite.plan import Case, Exact, Inputs, Outputs, Place, Scale, Variant, ours
@@ -49,6 +49,7 @@ def policy_loss_cases(place: Place) -> Iterator[Case]:
 
 def gae_cases(place: Place) -> Iterator[Case]:
     """Yield gae without and with observation holes, and its overhead."""
+    yield from _edges(place, "gae")
     for name, tokens, segments in SHAPES[place.scale]:
         yield _scan_case(place, "gae", name, tokens, segments, 0.0)
         yield _scan_case(place, "gae", f"{name}, 30 % holes", tokens, segments, HOLES)
@@ -57,20 +58,35 @@ def gae_cases(place: Place) -> Iterator[Case]:
 
 def vtrace_cases(place: Place) -> Iterator[Case]:
     """Yield vtrace with observation holes."""
+    yield from _edges(place, "vtrace")
     for name, tokens, segments in SHAPES[place.scale]:
         yield _scan_case(place, "vtrace", f"{name}, 30 % holes", tokens, segments, HOLES)
 
 
+def td_lambda_cases(place: Place) -> Iterator[Case]:
+    """Yield td_lambda with observation holes."""
+    yield from _edges(place, "td_lambda")
+    for name, tokens, segments in SHAPES[place.scale]:
+        yield _scan_case(place, "td_lambda", f"{name}, 30 % holes", tokens, segments, HOLES)
+
+
 def discounted_return_cases(place: Place) -> Iterator[Case]:
     """Yield discounted_return with observation holes."""
+    yield from _edges(place, "discounted_return")
     for name, tokens, segments in SHAPES[place.scale]:
         yield _scan_case(place, "discounted_return", f"{name}, 30 % holes", tokens, segments, HOLES)
 
 
 def segment_scan_cases(place: Place) -> Iterator[Case]:
     """Yield the scan that the estimators share."""
+    yield from _edges(place, "segment_scan")
     for name, tokens, segments in SHAPES[place.scale]:
         yield _scan_case(place, "segment_scan", name, tokens, segments, 0.0)
+
+
+def _edges(place: Place, op: str) -> Iterator[Case]:
+    if place.scale is Scale.CHECK:
+        yield from edges.cases(place, op)
 
 
 def make(place: Place, tokens: int, segments: int, holes: float, gradient: bool, seed: int) -> Inputs:
@@ -183,6 +199,9 @@ def _estimator(op: str) -> tuple[tuple[str, ...], dict[str, float], Callable[...
             return ("values_N", "rewards_N", "mask_N"), FACTORS, eager.vtrace_loop
         case "vtrace":
             return ("values_N", "rewards_N", "mask_N"), FACTORS, eager.vtrace_loop
+        case "td_lambda":
+            factors = {"discount": DISCOUNT, "trace_lambda": GAE_LAMBDA}
+            return ("values_N", "rewards_N", "mask_N"), factors, eager.td_lambda_loop
         case "discounted_return":
             return ("rewards_N", "mask_N"), {"discount": DISCOUNT}, eager.return_loop
         case _:
@@ -191,7 +210,7 @@ def _estimator(op: str) -> tuple[tuple[str, ...], dict[str, float], Callable[...
 
 def _mask_saving(op: str) -> float:
     """Return the bytes by which a mask is smaller than a float, less those of a further column."""
-    return {"gae": 3.0, "vtrace": -1.0, "discounted_return": 3.0}.get(op, 0.0)
+    return {"gae": 3.0, "vtrace": -1.0, "td_lambda": 3.0, "discounted_return": 3.0}.get(op, 0.0)
 
 
 def _named(out: Tensor | tuple[Tensor, Tensor]) -> Outputs:

@@ -5,7 +5,7 @@
 
 #include <cub/block/block_scan.cuh>
 
-#include "launch.cuh"
+#include "segment_tiles.cuh"
 
 using namespace slipstream;
 
@@ -37,40 +37,6 @@ struct Shared {
     unsigned ends[kTile / 32];
 };
 
-// Marks the tokens of the tile that are last in their segment.
-__device__ void mark_ends(const int64_t* cu_seqlens, int64_t segments, int64_t first, int64_t last, unsigned* ends) {
-    for (int i = threadIdx.x; i < kTile / 32; i += kThreads) ends[i] = 0;
-    // How many segments end at or before `first`: all threads probe, and the range shrinks 256 times a round.
-    int64_t low = 0, left = segments;
-    while (left > 0) {
-        const int64_t step = (left + kThreads - 1) / kThreads;
-        const int64_t probe = (threadIdx.x + 1) * step;
-        const int passed = __syncthreads_count(probe <= left && cu_seqlens[low + probe] <= first);
-        low += passed * step;
-        left = min(step - 1, left - passed * step);
-    }
-    __syncthreads();
-    for (int64_t s = low + threadIdx.x; s < segments && cu_seqlens[s + 1] <= last; s += kThreads) {
-        const int token = static_cast<int>(cu_seqlens[s + 1] - 1 - first);
-        atomicOr(&ends[token / 32], 1u << (token % 32));
-    }
-    __syncthreads();
-}
-
-// Loads this thread's tokens, in order; tokens past the end are 0, which no other token sees.
-__device__ __forceinline__ void load(const float* from, int64_t first, int64_t tokens, bool vectors, float* values) {
-    if (vectors && first + kItems <= tokens) {
-#pragma unroll
-        for (int i = 0; i < kItems; i += 4) {
-            const float4 four = *reinterpret_cast<const float4*>(from + first + i);
-            values[i] = four.x, values[i + 1] = four.y, values[i + 2] = four.z, values[i + 3] = four.w;
-        }
-        return;
-    }
-#pragma unroll
-    for (int i = 0; i < kItems; ++i) values[i] = first + i < tokens ? from[first + i] : 0.0f;
-}
-
 // What all tiles after `tile` give, nearest tiles first; done as soon as a segment has ended.
 __device__ float carry_into(const Affine* tiles, int64_t tile, int64_t count,
                             typename BlockScan::TempStorage& storage) {
@@ -93,13 +59,18 @@ __global__ void __launch_bounds__(kThreads)
               bool vectors, Affine* tiles, float* output) {
     __shared__ Shared shared;
     const int64_t tile_first = static_cast<int64_t>(blockIdx.x) * kTile;
-    mark_ends(cu_seqlens, segments, tile_first, min(tile_first + kTile, tokens), shared.ends);
     // Thread 0 has the last tokens, so that a scan over threads runs backwards over tokens.
     const int mine = (kThreads - 1 - static_cast<int>(threadIdx.x)) * kItems;
     const int64_t first = tile_first + mine;
+    // Loads before the search, which waits for memory several times.
     float a[kItems], b[kItems];
-    load(decay, first, tokens, vectors, a);
-    load(input, first, tokens, vectors, b);
+    load_tokens<kItems>(decay, first, tokens, vectors, a);
+    load_tokens<kItems>(input, first, tokens, vectors, b);
+    for (int i = threadIdx.x; i < kTile / 32; i += kThreads) shared.ends[i] = 0;
+    __syncthreads();
+    visit_ends<kThreads>(cu_seqlens, segments, tile_first, min(tile_first + kTile, tokens),
+                         [&](int token, int64_t) { atomicOr(&shared.ends[token / 32], 1u << (token % 32)); });
+    __syncthreads();
     const unsigned ends = shared.ends[mine / 32] >> (mine % 32);
     Affine total = {1.0f, 0.0f};
 #pragma unroll
@@ -121,17 +92,7 @@ __global__ void __launch_bounds__(kThreads)
         value = a[i] == 0.0f ? b[i] : fmaf(a[i], value, b[i]);
         b[i] = value;
     }
-    if (vectors && first + kItems <= tokens) {
-#pragma unroll
-        for (int i = 0; i < kItems; i += 4) {
-            *reinterpret_cast<float4*>(output + first + i) = make_float4(b[i], b[i + 1], b[i + 2], b[i + 3]);
-        }
-        return;
-    }
-#pragma unroll
-    for (int i = 0; i < kItems; ++i) {
-        if (first + i < tokens) output[first + i] = b[i];
-    }
+    store_tokens<kItems>(output, first, tokens, vectors, b);
 }
 
 }  // namespace

@@ -73,7 +73,7 @@ typedef struct {
     int64_t segments, tokens;
 } slipstream_steps;
 
-// decay: discount times lambda. trace, rest: lambda and 1 - lambda.
+// decay: discount times lambda, which is 1 for RETURN. trace, rest: lambda and 1 - lambda.
 typedef struct {
     int32_t kind;
     float discount, decay, trace, rest, rho_cap, trace_cap;
@@ -305,6 +305,15 @@ SLIPSTREAM_EXPORT int32_t slipstream_cuda_segment_scan_f32(const float* decay, c
                                                            const int64_t* cu_seqlens, int64_t segments, int64_t tokens,
                                                            void* workspace, int64_t workspace_bytes, float* output,
                                                            void* stream);
+
+// slipstream_estimate_f32 in two launches (one up to 2,048 tokens), in float32, with errors as in the scan; bounds that
+// are none give values of no use. steps->ratio holds log-ratios here: ratio = exp(min(log_ratio, 20)). `steps` and
+// `estimator` lie in the host's memory and are read before it returns. workspace: 4-byte aligned, at least
+// 20 * ceil(tokens / 2048) bytes, else SLIPSTREAM_TOO_SMALL; null will do up to 2,048 tokens.
+SLIPSTREAM_EXPORT int32_t slipstream_cuda_estimate_f32(const slipstream_steps* steps,
+                                                       const slipstream_estimator* estimator, void* workspace,
+                                                       int64_t workspace_bytes, float* advantage, float* target,
+                                                       void* stream);
 
 // slipstream_checksum64; checksum: one number on the device.
 SLIPSTREAM_EXPORT int32_t slipstream_cuda_checksum64(const void* data, int64_t size_bytes, uint64_t* checksum,

@@ -15,14 +15,16 @@ import torch
 from torch import Tensor
 
 from slipstream_kernels import reference
-from slipstream_kernels.checks import check_cu_seqlens, check_range, check_shape
+from slipstream_kernels.checks import check_cu_seqlens, check_device, check_range, check_shape
 from slipstream_kernels.dispatch import Backend, choose
 from slipstream_kernels.errors import NativeError
 from slipstream_kernels.native_advantage import Estimator, Factors, estimate
 from slipstream_kernels.segment_scan import IMPLEMENTED, segment_scan
 
+_ONE_PASS = (Backend.NATIVE, Backend.CUDA)
+"""What goes through the tokens once; the others build their steps around segment_scan, as turns do."""
 
-@torch.no_grad()
+
 def gae(
     values_N: Tensor,
     rewards_N: Tensor,
@@ -52,20 +54,21 @@ def gae(
     op = "gae"
     _check_factors(op, discount=discount, gae_lambda=gae_lambda)
     chosen = choose(op, backend, implemented=IMPLEMENTED, device=mask_N.device.type)
-    if chosen is Backend.NATIVE and turns_N is None:
-        tensors = _Tensors(values_N=values_N, rewards_N=rewards_N, mask_N=mask_N, cu_seqlens=cu_seqlens)
+    if chosen in _ONE_PASS and turns_N is None:
         factors = Factors(discount=discount, trace_lambda=gae_lambda)
-        return tensors.estimate(op, Estimator.GAE, factors, bootstrap_S)
-    steps = _Steps.of(op, mask_N, cu_seqlens, turns_N)
-    value, reward = steps.take(op, "values_N", values_N), steps.total(op, "rewards_N", rewards_N)
-    delta = reward + discount * steps.following(op, value, bootstrap_S) - value
-    advantage = segment_scan(
-        torch.full_like(delta, discount * gae_lambda), delta, steps.bounds, backend=chosen
-    )
-    return steps.spread(advantage), steps.spread(advantage + value)
+        return _one_pass(
+            op, chosen, Estimator.GAE, factors, values_N, rewards_N, mask_N, cu_seqlens, bootstrap_S
+        )
+    with torch.no_grad():
+        steps = _Steps.of(op, mask_N, cu_seqlens, turns_N)
+        value, reward = steps.take(op, "values_N", values_N), steps.total(op, "rewards_N", rewards_N)
+        delta = reward + discount * steps.following(op, value, bootstrap_S) - value
+        advantage = segment_scan(
+            torch.full_like(delta, discount * gae_lambda), delta, steps.bounds, backend=chosen
+        )
+        return steps.spread(advantage), steps.spread(advantage + value)
 
 
-@torch.no_grad()
 def td_lambda(
     values_N: Tensor,
     rewards_N: Tensor,
@@ -88,26 +91,27 @@ def td_lambda(
     op = "td_lambda"
     _check_factors(op, discount=discount, trace_lambda=trace_lambda)
     chosen = choose(op, backend, implemented=IMPLEMENTED, device=mask_N.device.type)
-    if chosen is Backend.NATIVE:
-        tensors = _Tensors(values_N=values_N, rewards_N=rewards_N, mask_N=mask_N, cu_seqlens=cu_seqlens)
+    if chosen in _ONE_PASS:
         factors = Factors(discount=discount, trace_lambda=trace_lambda)
-        return tensors.estimate(op, Estimator.TD_LAMBDA, factors, bootstrap_S)[1]
-    steps = _Steps.of(op, mask_N, cu_seqlens)
-    value, reward = steps.take(op, "values_N", values_N), steps.take(op, "rewards_N", rewards_N)
-    after = steps.following(op, value, bootstrap_S)
-    # After the last step the bootstrap value stands for the return too, so that it counts whole.
-    share = steps.last().to(after) * trace_lambda + (1.0 - trace_lambda)
-    return steps.spread(
-        segment_scan(
-            torch.full_like(reward, discount * trace_lambda),
-            reward + discount * share * after,
-            steps.bounds,
-            backend=chosen,
+        return _one_pass(
+            op, chosen, Estimator.TD_LAMBDA, factors, values_N, rewards_N, mask_N, cu_seqlens, bootstrap_S
+        )[1]
+    with torch.no_grad():
+        steps = _Steps.of(op, mask_N, cu_seqlens)
+        value, reward = steps.take(op, "values_N", values_N), steps.take(op, "rewards_N", rewards_N)
+        after = steps.following(op, value, bootstrap_S)
+        # After the last step the bootstrap value stands for the return too, so that it counts whole.
+        share = steps.last().to(after) * trace_lambda + (1.0 - trace_lambda)
+        return steps.spread(
+            segment_scan(
+                torch.full_like(reward, discount * trace_lambda),
+                reward + discount * share * after,
+                steps.bounds,
+                backend=chosen,
+            )
         )
-    )
 
 
-@torch.no_grad()
 def vtrace(
     values_N: Tensor,
     rewards_N: Tensor,
@@ -137,25 +141,23 @@ def vtrace(
     check_range(op, "rho_cap", rho_cap, 0.0, math.inf)
     check_range(op, "trace_cap", trace_cap, 0.0, math.inf)
     chosen = choose(op, backend, implemented=IMPLEMENTED, device=mask_N.device.type)
-    if chosen is Backend.NATIVE:
-        check_shape(op, "log_ratio_N", log_ratio_N, (mask_N.numel(),))
-        ratio_N = log_ratio_N.float().clamp(max=reference.MAX_LOG_RATIO).exp()
-        tensors = _Tensors(
-            values_N=values_N, rewards_N=rewards_N, mask_N=mask_N, cu_seqlens=cu_seqlens, ratio_N=ratio_N
-        )
+    if chosen in _ONE_PASS:
         factors = Factors(discount=discount, trace_lambda=gae_lambda, rho_cap=rho_cap, trace_cap=trace_cap)
-        return tensors.estimate(op, Estimator.VTRACE, factors, bootstrap_S)
-    steps = _Steps.of(op, mask_N, cu_seqlens)
-    value, reward = steps.take(op, "values_N", values_N), steps.take(op, "rewards_N", rewards_N)
-    ratio = steps.take(op, "log_ratio_N", log_ratio_N).clamp(max=reference.MAX_LOG_RATIO).exp()
-    rho, trace = ratio.clamp(max=rho_cap), ratio.clamp(max=trace_cap)
-    delta = rho * (reward + discount * steps.following(op, value, bootstrap_S) - value)
-    target = value + segment_scan(discount * gae_lambda * trace, delta, steps.bounds, backend=chosen)
-    advantage = rho * (reward + discount * steps.following(op, target, bootstrap_S) - value)
-    return steps.spread(advantage), steps.spread(target)
+        return _one_pass(
+            *(op, chosen, Estimator.VTRACE, factors, values_N, rewards_N, mask_N, cu_seqlens, bootstrap_S),
+            log_ratio_N,
+        )
+    with torch.no_grad():
+        steps = _Steps.of(op, mask_N, cu_seqlens)
+        value, reward = steps.take(op, "values_N", values_N), steps.take(op, "rewards_N", rewards_N)
+        ratio = steps.take(op, "log_ratio_N", log_ratio_N).clamp(max=reference.MAX_LOG_RATIO).exp()
+        rho, trace = ratio.clamp(max=rho_cap), ratio.clamp(max=trace_cap)
+        delta = rho * (reward + discount * steps.following(op, value, bootstrap_S) - value)
+        target = value + segment_scan(discount * gae_lambda * trace, delta, steps.bounds, backend=chosen)
+        advantage = rho * (reward + discount * steps.following(op, target, bootstrap_S) - value)
+        return steps.spread(advantage), steps.spread(target)
 
 
-@torch.no_grad()
 def discounted_return(
     rewards_N: Tensor,
     mask_N: Tensor,
@@ -173,51 +175,62 @@ def discounted_return(
     op = "discounted_return"
     _check_factors(op, discount=discount)
     chosen = choose(op, backend, implemented=IMPLEMENTED, device=mask_N.device.type)
-    if chosen is Backend.NATIVE:
-        tensors = _Tensors(rewards_N=rewards_N, mask_N=mask_N, cu_seqlens=cu_seqlens)
-        return tensors.estimate(op, Estimator.RETURN, Factors(discount=discount), bootstrap_S)[1]
-    steps = _Steps.of(op, mask_N, cu_seqlens)
-    reward = steps.take(op, "rewards_N", rewards_N)
-    reward = reward + discount * steps.following(op, torch.zeros_like(reward), bootstrap_S)
-    return steps.spread(segment_scan(torch.full_like(reward, discount), reward, steps.bounds, backend=chosen))
+    if chosen in _ONE_PASS:
+        factors = Factors(discount=discount)
+        return _one_pass(
+            op, chosen, Estimator.RETURN, factors, None, rewards_N, mask_N, cu_seqlens, bootstrap_S
+        )[1]
+    with torch.no_grad():
+        steps = _Steps.of(op, mask_N, cu_seqlens)
+        reward = steps.take(op, "rewards_N", rewards_N)
+        reward = reward + discount * steps.following(op, torch.zeros_like(reward), bootstrap_S)
+        return steps.spread(
+            segment_scan(torch.full_like(reward, discount), reward, steps.bounds, backend=chosen)
+        )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class _Tensors:
-    """What the native pass over tokens reads."""
-
-    values_N: Tensor | None = None
-    rewards_N: Tensor
-    mask_N: Tensor
-    cu_seqlens: Tensor
-    ratio_N: Tensor | None = None
-
-    def estimate(
-        self, op: str, estimator: Estimator, factors: Factors, bootstrap_S: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """Return [N] advantages, or targets again where an estimator has none, and [N] targets."""
-        tokens = self.mask_N.numel()
-        for name in ("mask_N", "values_N", "rewards_N"):
-            if (tensor := getattr(self, name)) is not None:
-                check_shape(op, name, tensor, (tokens,))
-        bounds = check_cu_seqlens(op, self.cu_seqlens, tokens, values=False)
-        if bootstrap_S is not None:
-            check_shape(op, "bootstrap_S", bootstrap_S, (bounds.numel() - 1,))
-        try:
-            advantage_N, target_N = estimate(
-                estimator,
-                factors,
-                values_N=self.values_N,
-                rewards_N=self.rewards_N,
-                ratio_N=self.ratio_N,
-                bootstrap_S=bootstrap_S,
-                mask_N=self.mask_N,
-                cu_seqlens=bounds,
-            )
-        except NativeError:
-            check_cu_seqlens(op, self.cu_seqlens, tokens)
-            raise
-        return target_N if advantage_N is None else advantage_N, target_N
+def _one_pass(
+    op: str,
+    chosen: Backend,
+    estimator: Estimator,
+    factors: Factors,
+    values_N: Tensor | None,
+    rewards_N: Tensor,
+    mask_N: Tensor,
+    cu_seqlens: Tensor,
+    bootstrap_S: Tensor | None,
+    log_ratio_N: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return [N] advantages, or targets again where an estimator has none, and [N] targets."""
+    tokens, device = mask_N.numel(), mask_N.device
+    bounds = check_cu_seqlens(op, cu_seqlens, tokens, values=False)
+    for name, tensor, shape in (
+        ("mask_N", mask_N, (tokens,)),
+        ("log_ratio_N", log_ratio_N, (tokens,)),
+        ("values_N", values_N, (tokens,)),
+        ("rewards_N", rewards_N, (tokens,)),
+        ("cu_seqlens", bounds, bounds.shape),
+        ("bootstrap_S", bootstrap_S, (bounds.numel() - 1,)),
+    ):
+        if tensor is not None:
+            check_shape(op, name, tensor, shape)
+            check_device(op, name, tensor, device)
+    try:
+        advantage_N, target_N = estimate(
+            estimator,
+            factors,
+            values_N=values_N,
+            rewards_N=rewards_N,
+            log_ratio_N=log_ratio_N,
+            bootstrap_S=bootstrap_S,
+            mask_N=mask_N,
+            cu_seqlens=bounds,
+            cuda=chosen is Backend.CUDA,
+        )
+    except NativeError:
+        check_cu_seqlens(op, cu_seqlens, tokens)
+        raise
+    return target_N if advantage_N is None else advantage_N, target_N
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -13,8 +13,14 @@ from slipstream_kernels.errors import ShapeError
 
 def check_shape(op: str, name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
     """Raise ShapeError unless `tensor` has exactly `shape`."""
-    if tuple(tensor.shape) != shape:
+    if tensor.shape != shape:
         raise ShapeError(f"{op}: {name} must have shape {list(shape)}, got {list(tensor.shape)}")
+
+
+def check_device(op: str, name: str, tensor: Tensor, device: torch.device) -> None:
+    """Raise ShapeError unless `tensor` lies on `device`: kernels take its address as one there."""
+    if tensor.device != device:
+        raise ShapeError(f"{op}: {name} must be on {device} like the other tensors, got {tensor.device}")
 
 
 def plain(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -55,7 +61,7 @@ def check_cu_seqlens(op: str, cu_seqlens: Tensor, tokens: int, *, values: bool =
     if cu_seqlens.ndim != 1 or cu_seqlens.numel() == 0 or cu_seqlens.is_floating_point():
         got = f"{list(cu_seqlens.shape)} {cu_seqlens.dtype}"
         raise ShapeError(f"{op}: cu_seqlens must be a vector of at least one integer, got {got}")
-    bounds = cu_seqlens.to(torch.int64)
+    bounds = cu_seqlens if cu_seqlens.dtype is torch.int64 else cu_seqlens.to(torch.int64)
     if values and _readable(bounds):
         ends_right = int(bounds[0]) == 0 and int(bounds[-1]) == tokens
         if not ends_right or bool((bounds.diff() < 0).any()):

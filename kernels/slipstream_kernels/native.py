@@ -87,7 +87,9 @@ def load(path: Path, signatures: Signatures) -> ctypes.CDLL:
             " install Slipstream again"
         )
     for name, arguments in signatures.items():
-        function = getattr(loaded, name)
+        function = getattr(loaded, name, None)
+        if function is None:
+            raise BackendUnavailableError(f"the native library {path} lacks {name}; install Slipstream again")
         function.argtypes, function.restype = arguments, ctypes.c_int32
     return loaded
 

@@ -23,6 +23,7 @@ _SIGNATURES: native.Signatures = {
         *(_POINTER, _POINTER, _POINTER, _I64, _I64),
         *(_POINTER, _I64, _POINTER, _POINTER),
     ],
+    "slipstream_cuda_estimate_f32": [_POINTER, _POINTER, _POINTER, _I64, _POINTER, _POINTER, _POINTER],
     "slipstream_cuda_checksum64": [_POINTER, _I64, _POINTER, _POINTER],
     "slipstream_cuda_delta_plan": _PLAN,
     "slipstream_cuda_delta_plan_cast": _PLAN,

@@ -79,7 +79,9 @@ def policy_loss(
         except NativeError:
             check_cu_seqlens(op, cu_seqlens, logprob_N.numel())
             raise
-    divisor = given if given is not None else batch_normalizer(weight_N, cu_seqlens, objective)
+    divisor = given
+    if divisor is None:
+        divisor = reference.normalizer(inputs.weight_N, inputs.cu_seqlens, objective)
     if chosen is Backend.TRITON:
         # Loaded only here: Triton need not be installed.
         from slipstream_kernels.triton import policy_loss as triton

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from slipstream_kernels import native, native_cuda, reference
-from slipstream_kernels.checks import check_cu_seqlens, check_shape
+from slipstream_kernels.checks import check_cu_seqlens, check_shape, plain
 from slipstream_kernels.dispatch import Backend, choose
 
 IMPLEMENTED = (Backend.CUDA, Backend.TRITON, Backend.NATIVE, Backend.REFERENCE)
@@ -34,8 +34,8 @@ def segment_scan(
     op, tokens = "segment_scan", input_N.numel()
     check_shape(op, "input_N", input_N, (tokens,))
     check_shape(op, "decay_N", decay_N, (tokens,))
-    bounds = check_cu_seqlens(op, cu_seqlens, tokens).contiguous()
-    decay, value = decay_N.float().contiguous(), input_N.float().contiguous()
+    bounds = plain(check_cu_seqlens(op, cu_seqlens, tokens), torch.int64)
+    decay, value = plain(decay_N, torch.float32), plain(input_N, torch.float32)
     match choose(op, backend, implemented=IMPLEMENTED, device=input_N.device.type):
         case Backend.NATIVE:
             return _scan_native(decay, value, bounds)

@@ -22,8 +22,9 @@ import torch
 BENCH = Path(__file__).parents[2] / "bench"
 MACHINE = "a machine"
 OPS = {
-    "linear_logprob", "linear_policy_loss", "linear_kl", "policy_loss", "gae", "vtrace", "discounted_return",
-    "segment_scan", "group_advantage", "checksum64", "delta_encode", "delta_apply", "fp8_quantize",
+    "linear_logprob", "linear_policy_loss", "linear_kl", "policy_loss", "gae", "vtrace", "td_lambda",
+    "discounted_return", "segment_scan", "group_advantage", "checksum64", "delta_encode", "delta_apply",
+    "fp8_quantize",
 }  # fmt: skip
 
 

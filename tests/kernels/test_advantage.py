@@ -231,6 +231,8 @@ def test_refuses_bad_arguments() -> None:
         discounted_return(torch.ones(1), torch.ones(1), torch.tensor([0, 1]), discount=1.5)
     with pytest.raises(ShapeError, match=r"bootstrap_S must have shape \[1\]"):
         discounted_return(torch.ones(1), torch.ones(1), torch.tensor([0, 1]), bootstrap_S=torch.ones(2))
+    with pytest.raises(ShapeError, match="values_N must be on cpu like the other tensors, got meta"):
+        gae(torch.ones(1, device="meta"), torch.ones(1), torch.ones(1), torch.tensor([0, 1]))
     with pytest.raises(ShapeError, match=r"turns_N must have shape \[1\]"):
         gae(torch.ones(1), torch.ones(1), torch.ones(1), torch.tensor([0, 1]), turns_N=torch.ones(2))
     with pytest.raises(ShapeError, match=r"trace_lambda must be in \[0.0, 1.0\], got -1.0"):

@@ -12,13 +12,17 @@ import shutil
 import subprocess
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from slipstream_kernels import (
+    NativeError,
     checksum64,
     delta_encode,
     delta_encode_cast,
@@ -27,6 +31,7 @@ from slipstream_kernels import (
     native_cuda,
     segment_scan,
 )
+from slipstream_kernels.native_advantage import CUDA_TILE, Estimator, Factors, estimate
 from slipstream_kernels.testing import assert_matches_reference, cu_seqlens_of
 
 ROOT = Path(__file__).parents[2]
@@ -222,3 +227,118 @@ def test_infinity_stays_in_its_segment() -> None:
     assert result[:4500].isfinite().all()
     assert result[4502:].isfinite().all()
     assert not result[4500:4502].isfinite().any()
+
+
+FACTORS = Factors(discount=0.99, trace_lambda=0.95, rho_cap=1.5, trace_cap=1.02)
+
+
+@pytest.fixture
+def without_streams(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: None)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=None))
+
+
+def packed(lengths: list[int], *, holes: float = 0.3) -> dict[str, Any]:
+    """Random segments; what must not be read is NaN."""
+    tokens = sum(lengths)
+    case: dict[str, Any] = {name: torch.randn(tokens) for name in ("values_N", "rewards_N", "log_ratio_N")}
+    case["mask_N"] = torch.rand(tokens) >= holes
+    for name in ("values_N", "rewards_N", "log_ratio_N"):
+        case[name][~case["mask_N"]] = float("nan")
+    case["cu_seqlens"] = cu_seqlens_of(lengths)
+    case["bootstrap_S"] = torch.randn(len(lengths))
+    return case
+
+
+def assert_estimates_match(case: dict[str, Any], estimator: Estimator, factors: Factors = FACTORS) -> None:
+    needed = dict(case)
+    if estimator is not Estimator.VTRACE:
+        del needed["log_ratio_N"]
+    if estimator is Estimator.RETURN:
+        del needed["values_N"]
+        factors = replace(factors, trace_lambda=1.0)
+    ours, theirs = (estimate(estimator, factors, **needed, cuda=cuda) for cuda in (True, False))
+    for result, expected in zip(ours, theirs, strict=True):
+        if expected is not None:
+            assert result is not None
+            # Sums that cancel keep the error of their terms.
+            assert float((result - expected).abs().max()) <= 2e-6 * float(expected.abs().max())
+            assert (result[~case["mask_N"]] == 0).all()
+
+
+@pytest.mark.usefixtures("without_streams")
+@pytest.mark.parametrize("estimator", Estimator)
+@pytest.mark.parametrize(
+    "lengths",
+    [
+        [1],
+        [CUDA_TILE - 1],
+        [CUDA_TILE],
+        [CUDA_TILE + 1],
+        [0, 0, 5, 0, 3000, 3, 0],
+        [CUDA_TILE, CUDA_TILE - 1, CUDA_TILE + 1, 1],
+        [1] * 5000,
+        [0] * 600 + [5, 8200],
+    ],
+    ids=lambda lengths: f"{len(lengths)} of {sum(lengths)}",
+)
+def test_estimators(estimator: Estimator, lengths: list[int]) -> None:
+    assert_estimates_match(packed(lengths), estimator)
+
+
+@pytest.mark.usefixtures("without_streams")
+@pytest.mark.parametrize("estimator", Estimator)
+def test_estimators_carry_over_holes_as_wide_as_tiles(estimator: Estimator) -> None:
+    # Nothing sampled around two borders of tiles, in a whole tile, at the end of a segment, in a segment.
+    case = packed([2 * CUDA_TILE + 5, 40, CUDA_TILE + 300, 17], holes=0.0)
+    for start, end in ((2000, 2 * CUDA_TILE + 2), (4101, 4141), (7000, 7441)):
+        case["mask_N"][start:end] = False
+        case["rewards_N"][start:end] = float("nan")
+    assert_estimates_match(case, estimator)
+
+
+@pytest.mark.usefixtures("without_streams")
+@pytest.mark.parametrize("estimator", Estimator)
+@pytest.mark.parametrize("factors", [(0.0, 0.0), (1.0, 0.0), (0.9, 0.0), (0.0, 1.0), (1.0, 1.0)])
+def test_estimators_at_the_ends_of_their_factors(estimator: Estimator, factors: tuple[float, float]) -> None:
+    case = packed([3, CUDA_TILE + 100, 9])
+    assert_estimates_match(case, estimator, Factors(discount=factors[0], trace_lambda=factors[1]))
+
+
+@pytest.mark.usefixtures("without_streams")
+@pytest.mark.parametrize("estimator", Estimator)
+def test_estimators_at_addresses_that_no_wide_load_takes(estimator: Estimator) -> None:
+    case = packed([700, CUDA_TILE])
+    for name in ("values_N", "rewards_N", "log_ratio_N", "mask_N"):
+        case[name] = torch.cat([case[name][:1], case[name]])[1:]
+    assert_estimates_match(case | {"bootstrap_S": None}, estimator)
+
+
+@pytest.mark.usefixtures("without_streams")
+@pytest.mark.parametrize("estimator", Estimator)
+def test_what_is_not_finite_stays_in_its_segment(estimator: Estimator) -> None:
+    case = packed([CUDA_TILE, 2, CUDA_TILE + 1], holes=0.0)
+    for name, bad in (("values_N", "nan"), ("rewards_N", "inf"), ("log_ratio_N", "nan")):
+        case[name][CUDA_TILE : CUDA_TILE + 2] = float(bad)
+    case["bootstrap_S"][1] = float("nan")
+    if estimator is not Estimator.VTRACE:
+        del case["log_ratio_N"]
+    result = estimate(estimator, FACTORS, **case, cuda=True)[1]
+    assert result.isfinite().tolist() == [True] * CUDA_TILE + [False] * 2 + [True] * (CUDA_TILE + 1)
+
+
+@pytest.mark.usefixtures("without_streams")
+@pytest.mark.parametrize("bounds", [[0, 9000], [5, 3000, 10, 2500], [-7, -9, 4], [3000, 0, 0, -1, 4096]])
+def test_bounds_that_are_none_end_nothing_but_values(bounds: list[int]) -> None:
+    case = packed([2500]) | {"cu_seqlens": torch.tensor(bounds), "bootstrap_S": None}
+    del case["log_ratio_N"]
+    advantage, _ = estimate(Estimator.GAE, FACTORS, **case, cuda=True)
+    assert advantage is not None
+    assert (advantage[~case["mask_N"]] == 0).all()
+
+
+@pytest.mark.usefixtures("without_streams")
+def test_refuses_a_workspace_that_is_too_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("slipstream_kernels.native_advantage._TILE_BYTES", 19)
+    with pytest.raises(NativeError, match="a workspace or an output is too small"):
+        assert_estimates_match(packed([CUDA_TILE + 1]), Estimator.GAE)

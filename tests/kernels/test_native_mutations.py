@@ -12,10 +12,10 @@ import pytest
 
 ROOT = Path(__file__).parent.parent.parent
 COMPILER = shutil.which("g++")
-ROWS, SCAN, PASS, SHARES, TERMS = (
-    f"csrc/cpu/{name}.cpp"
-    for name in ("logit_rows", "segment_scan", "estimators", "token_shares", "policy_terms")
+ROWS, SCAN, SHARES, TERMS = (
+    f"csrc/cpu/{name}.cpp" for name in ("logit_rows", "segment_scan", "token_shares", "policy_terms")
 )
+PASS = "csrc/include/estimator_steps.h"
 TESTS = {
     ROWS: "test_fused_head.py",
     SCAN: "test_advantage.py",

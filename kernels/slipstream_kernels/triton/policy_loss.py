@@ -71,9 +71,8 @@ def policy_loss(
     rows = inputs.logprob_N.numel()
     blocks = max(1, triton.cdiv(rows, TOKEN_BLOCK))
     fields = ("logprob_N", "behavior_N", "proximal_N", "reference_N", "entropy_N", "advantage_N", "weight_N")
-    tensors = {name: getattr(inputs, name) for name in fields}
-    tensors = {name: None if t is None else t.detach().contiguous() for name, t in tensors.items()}
-    new = torch.empty_like(tensors["logprob_N"], dtype=torch.float32)
+    tensors = {name: _readable(getattr(inputs, name)) for name in fields}
+    new = torch.empty(rows, dtype=torch.float32, device=inputs.logprob_N.device)
     gradient_N = torch.empty_like(new)
     entropy_gradient_N = None if inputs.entropy_N is None else torch.empty_like(new)
     sums_BK, extremes_B2 = new.new_empty(blocks, len(NAMES)), new.new_empty(blocks, 2)
@@ -105,6 +104,11 @@ def policy_loss(
         grad_entropy_N=entropy_gradient_N,
         metrics=PolicyMetrics(torch.cat((sums_K, extremes[:1], -extremes[1:]))),
     )
+
+
+def _readable(tensor: Tensor | None) -> Tensor | None:
+    """Return what a kernel can read: the tensor itself where it may be, which spares a call to PyTorch."""
+    return tensor if tensor is None or tensor.is_contiguous() else tensor.detach().contiguous()
 
 
 def _segment_values(

@@ -7,7 +7,9 @@
 
 namespace cub {
 
-template <typename T, int kThreads>
+enum BlockScanAlgorithm { BLOCK_SCAN_RAKING, BLOCK_SCAN_WARP_SCANS };
+
+template <typename T, int kThreads, BlockScanAlgorithm = BLOCK_SCAN_RAKING>
 class BlockScan {
   public:
     struct TempStorage {
@@ -20,14 +22,21 @@ class BlockScan {
     void ExclusiveScan(T input, T& output, T initial, Combine combine, T& aggregate) {
         items_[threadIdx.x] = input;
         __syncthreads();
-        output = initial;
-        for (unsigned i = 0; i < threadIdx.x; ++i) output = combine(output, items_[i]);
-        aggregate = items_[0];
-        for (unsigned i = 1; i < kThreads; ++i) aggregate = combine(aggregate, items_[i]);
+        const unsigned lane = threadIdx.x % 32, warp = threadIdx.x - lane;
+        output = warp == 0 ? initial : combine(initial, over(0, warp, combine));
+        if (lane > 0) output = combine(output, over(warp, lane, combine));
+        aggregate = over(0, kThreads, combine);
         __syncthreads();
     }
 
   private:
+    // In halves, since cub too combines what it has combined: `combine` must be associative.
+    template <typename Combine>
+    T over(unsigned first, unsigned count, Combine combine) {
+        if (count == 1) return items_[first];
+        return combine(over(first, count / 2, combine), over(first + count / 2, count - count / 2, combine));
+    }
+
     T* items_;
 };
 
