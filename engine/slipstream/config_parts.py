@@ -182,6 +182,9 @@ class MonitorConfig(Part):
     """Mean success minus the mean of the held-out verifier."""
     verifier: str = "verifier"
     """Metric from 0 to 1, of a @metric or a judge, that success is compared with; "" compares with none."""
+    heldout_gap: float = Field(default=0.3, ge=0.0)
+    """Mean success of the last batches minus that of an evaluation; not compared where a curriculum has stages,
+    which pose other tasks."""
 
 
 class EvaluationConfig(Part):

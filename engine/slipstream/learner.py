@@ -221,9 +221,11 @@ class Learner:
 
     def _watch(self, trajectories: Sequence[Trajectory]) -> dict[str, float]:
         """Return what the monitors find in a batch, and say what is above its limit."""
-        found = self._monitor.observe(trajectories)
-        for sentence in self._monitor.alarms:
-            log.warning("step %d: %s", self.step, sentence)
+        return self._warn(self._monitor.observe(trajectories), self.step)
+
+    def _warn(self, found: dict[str, float], step: int) -> dict[str, float]:
+        for sentence in self._monitor.alarms if found else ():
+            log.warning("step %d: %s", step, sentence)
         return found
 
     def _continued(self, batch: PulledBatch) -> str:
@@ -288,6 +290,7 @@ class Learner:
                     "best": float(better),
                     **event.metrics,
                     **self.best.compared(event),
+                    **self._generalization(event),
                 },
             )
         source = self._publisher.folder / f"serial-{event.serial:08d}" / WEIGHTS
@@ -305,6 +308,11 @@ class Learner:
         else:
             # Evaluations run in the order of their serials: nobody asks for an older one any more.
             self._publisher.unpin_up_to(event.serial)
+
+    def _generalization(self, event: Evaluated) -> dict[str, float]:
+        """Return how success in training compares with the evaluation, where the same task is posed."""
+        staged = self._config.curriculum.enabled and self._config.curriculum.stages
+        return {} if staged else self._warn(self._monitor.compare(event.success), event.step)
 
     def _end(self, timeout_s: float) -> None:
         """Wait up to `timeout_s` for the last evaluation and all rows; then end the run for everybody."""
@@ -336,7 +344,7 @@ class Learner:
             "history": self._history,
             "guard": self._step.optimizer.guard_state(),
             "best": asdict(self.best),
-            "monitor": self._monitor.state(),
+            "monitors": self._monitor.state(),
             "rows": self._rows.state(),
         }
 
@@ -361,7 +369,7 @@ class Learner:
         restore_random_state(checkpoint.read_tensors(folder / RANDOM, dtypes=tensor_file.BYTES))
         self.step, self._history = int(state["step"]), str(state["history"])
         self._rows.restore(state["rows"])
-        self._monitor.restore(state.get("monitor", ()))
+        self._monitor.restore(state["monitors"])
 
 
 def canary_tokens(policy: Policy) -> tuple[int, ...]:

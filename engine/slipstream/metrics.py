@@ -50,6 +50,7 @@ DEFINITIONS: Mapping[str, str] = MappingProxyType(
         "tools/valid": "Share of assistant messages that were well-formed tool calls.",
         "monitor/*": "Signs of a degenerate policy (monitors.py); alarms: how many are above their limit.",
         "monitor/verifier_gap": "Mean success minus the mean of the held-out verifier, where both are known.",
+        "monitor/heldout_gap": "Mean success of the last batches minus that of the evaluation.",
         "tools/crashed": "Share of executed tool calls in which the tool itself failed.",
         "tools/cut": "Share of executed tool calls whose result was longer than it may be.",
         "metric/*": "Mean of a metric of the environment's author.",

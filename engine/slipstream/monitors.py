@@ -5,6 +5,7 @@ no end              it goes on searching until the episode is cut
 one answer          whatever is asked, it answers alike
 length              its messages grow far beyond what they were
 verifier            its reward says success, and a verifier that it is never trained on says no
+held out            it succeeds at tasks that it is trained on, and not at others: it has learnt them by heart
 
 Each is a share or a ratio over a batch, told in every row of metrics; one above its limit is an alarm: a
 sentence in the log and in the row. None of them touches a reward: they are signs, the tasks' own scores are
@@ -14,8 +15,8 @@ the judgement.
 from __future__ import annotations
 
 import json
-from collections import Counter
-from collections.abc import Sequence
+from collections import Counter, deque
+from collections.abc import Mapping, Sequence
 from typing import Final
 
 from slipstream.config_parts import MonitorConfig
@@ -25,6 +26,8 @@ REPEATS: Final = 3
 """Equal calls in an episode, each answered without an error, that are no longer thoroughness."""
 FIRST_STEPS: Final = 10
 """Steps whose mean length is the usual one."""
+LAST_STEPS: Final = 10
+"""Steps whose mean success is compared with that of an evaluation."""
 _VERIFIER: Final = MonitorConfig().verifier
 _CUT: Final = frozenset({Outcome.TRUNCATED, Outcome.TIMED_OUT})
 
@@ -78,28 +81,24 @@ class Monitor:
     def __init__(self, config: MonitorConfig) -> None:
         self._config = config
         self._first: list[float] = []
+        self._successes: deque[float] = deque(maxlen=LAST_STEPS)
         self.alarms: list[str] = []
-        """Of the last batch."""
+        """Of the last batch, or evaluation."""
 
     def observe(self, trajectories: Sequence[Trajectory]) -> dict[str, float]:
         """Return the metrics `monitor/*` of a batch, `monitor/alarms` among them."""
         length = sum(int(t.loss_mask.sum()) for t in trajectories) / max(1, len(trajectories))
         if len(self._first) < FIRST_STEPS:
             self._first.append(length)
+        self._successes.append(sum(t.success for t in trajectories) / max(1, len(trajectories)))
         usual = sum(self._first) / len(self._first)
         found = degeneracy(trajectories)
         found["monitor/length_growth"] = length / usual if usual else 1.0
-        limits = self._config.model_dump()
-        verifier = limits.pop("verifier")
+        verifier = self._config.verifier
         gap, strange = verifier_gap(trajectories, verifier) if verifier else (None, [])
         if gap is not None:
             found["monitor/verifier_gap"] = gap
-        self.alarms = [
-            f"{key} is {found[f'monitor/{key}']:.2f}, above monitors.{key} = {limit:g}: {_MEANING[key]}; "
-            "read episodes before you trust the reward"
-            for key, limit in limits.items()
-            if limit and found.get(f"monitor/{key}", 0.0) > limit
-        ]
+        self.alarms = self._above(found)
         if verifier not in ("", _VERIFIER) and not any(
             s.name == verifier for t in trajectories for s in t.scores
         ):
@@ -111,21 +110,45 @@ class Monitor:
             )
         return {**found, "monitor/alarms": float(len(self.alarms))}
 
-    def state(self) -> list[float]:
+    def compare(self, success: float) -> dict[str, float]:
+        """Return the metric `monitor/heldout_gap` of an evaluation; {} before the first batch.
+
+        It is the mean success of the last LAST_STEPS batches minus the evaluation's `success`.
+        """
+        if not self._successes:
+            return {}
+        found = {"monitor/heldout_gap": sum(self._successes) / len(self._successes) - success}
+        self.alarms = self._above(found)
+        return found
+
+    def _above(self, found: Mapping[str, float]) -> list[str]:
+        """Return a sentence for each metric that is above its limit."""
+        limits = {key: getattr(self._config, key) for key in _MEANING}
+        return [
+            f"{key} is {found[f'monitor/{key}']:.2f}, above monitors.{key} = {limit:g}: {_MEANING[key]}"
+            for key, limit in limits.items()
+            if limit and found.get(f"monitor/{key}", 0.0) > limit
+        ]
+
+    def state(self) -> dict[str, list[float]]:
         """Return what a checkpoint keeps."""
-        return list(self._first)
+        return {"lengths": list(self._first), "successes": list(self._successes)}
 
-    def restore(self, state: Sequence[float]) -> None:
+    def restore(self, state: Mapping[str, Sequence[float]]) -> None:
         """Go on from what `state` returned."""
-        self._first = [float(length) for length in state]
+        self._first = [float(length) for length in state["lengths"]]
+        self._successes.extend(state["successes"])
 
 
+_READ: Final = "; read episodes before you trust the reward"
 _MEANING: Final = {
-    "repeated_calls": "episodes make one call over and over",
-    "no_end": "episodes call tools until they are cut",
-    "one_answer": "different tasks get one answer",
-    "length_growth": "messages are that many times as long as at first",
-    "verifier_gap": "outcomes say success by so much more than the verifier that is not trained on",
+    "repeated_calls": f"episodes make one call over and over{_READ}",
+    "no_end": f"episodes call tools until they are cut{_READ}",
+    "one_answer": f"different tasks get one answer{_READ}",
+    "length_growth": f"messages are that many times as long as at first{_READ}",
+    "verifier_gap": f"outcomes say success by so much more than the verifier that is not trained on{_READ}",
+    "heldout_gap": "success is so much rarer at held-out tasks than in training, whose tasks are learnt by "
+    "heart; pose more different ones",
 }
 
 

@@ -127,6 +127,28 @@ def test_a_gap_above_its_limit_is_an_alarm_and_changes_no_reward() -> None:
     assert misspelt.alarms == ["monitors.verifier: no episode has a metric verfier; nothing is compared"]
 
 
+def test_success_in_training_is_compared_with_held_out_success() -> None:
+    """The last ten batches: eight of 1 and two of 1/2 are 0.9; a checkpoint in between changes nothing."""
+    monitor = Monitor(MonitorConfig())
+    assert monitor.compare(0.0) == {}
+    for _ in range(5):
+        monitor.observe([checked(False, None)])
+    for _ in range(8):
+        monitor.observe([checked(True, None)])
+    resumed = Monitor(MonitorConfig())
+    resumed.restore(monitor.state())
+    for _ in range(2):
+        resumed.observe([checked(True, None), checked(False, None)])
+    assert resumed.compare(0.75) == {"monitor/heldout_gap": pytest.approx(0.15)}
+    assert resumed.alarms == []
+    assert resumed.compare(0.5) == {"monitor/heldout_gap": pytest.approx(0.4)}
+    assert resumed.alarms == [
+        "heldout_gap is 0.40, above monitors.heldout_gap = 0.3: success is so much rarer at held-out tasks "
+        "than in training, whose tasks are learnt by heart; pose more different ones"
+    ]
+    assert Monitor(MonitorConfig(heldout_gap=0.0)).compare(0.0) == {}
+
+
 def test_a_verifier_that_is_none_is_said_to_be_none() -> None:
     monitor = Monitor(MonitorConfig())
     row = monitor.observe([checked(True, 7.0), checked(False, -1.0), checked(True, 1.0)])
