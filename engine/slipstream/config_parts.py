@@ -183,7 +183,7 @@ class MonitorConfig(Part):
     verifier: str = "verifier"
     """Metric from 0 to 1, of a @metric or a judge, that success is compared with; "" compares with none."""
     heldout_gap: float = Field(default=0.3, ge=0.0)
-    """Mean success of the last batches minus that of an evaluation; not compared where a curriculum has stages,
+    """Mean success of the last batches minus an evaluation's; not compared where a curriculum has stages,
     which pose other tasks."""
 
 
