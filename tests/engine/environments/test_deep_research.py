@@ -140,9 +140,11 @@ def test_splits_share_no_task_and_no_last_passage(hops: int) -> None:
     last = {split: {task.data["passages"][-1] for task in found} for split, found in posed.items()}
     for one, other in combinations(Split, 2):
         assert not questions[one] & questions[other] and not last[one] & last[other]
-    for found in posed.values():
+    for split, found in posed.items():
         answers = Counter(task.data["answer"].casefold() for task in found)
-        assert answers.most_common(1)[0][1] / len(found) <= 0.035, "a constant answer must not pay"
+        # Questions for training are many rather than even, see MOST_OF_A_WORD.
+        most = 0.05 if split is Split.TRAIN else 0.035
+        assert answers.most_common(1)[0][1] / len(found) <= most, "a constant answer must not pay"
 
 
 def test_tasks_are_always_the_same_and_begin_anew(made: EnvironmentFactory) -> None:

@@ -27,16 +27,21 @@ from slipstream.errors import ConfigurationError
 from slipstream.types import Split, Task
 
 MOST_CLUES: Final = 16384
-MOST_TASKS: Final = 32768
+MOST_TASKS: Final = 131072
 """Of all splits together, before the balance."""
-MOST_WAYS: Final = 16
+MOST_WAYS: Final = 64
 """Clues that may follow one clue in different chains."""
-MOST_OF_A_WORD: Final = 0.01
-"""Largest share of the questions of a split whose gap one word fills, if there are as many other words."""
+MOST_OF_A_WORD: Final = {Split.TRAIN: 0.02, Split.HELDOUT: 0.01, Split.FRESH: 0.01}
+"""Largest share of the questions of a split whose gap one word fills, if there are as many other words.
+
+Of those for training a guess may earn a little more: few questions are learnt by heart, many are read for.
+"""
 NUMBERS: Final = 89
 """Two-digit numbers that a task gives to the passages its searches list; a prime."""
-BALANCED_AGAIN: Final = 2
-"""What is left out once makes the rest fewer, and so a word's share of it larger."""
+LEAST_ROUNDS: Final = 2
+MOST_ROUNDS: Final = 5
+"""What is left out in a round makes the rest fewer, so that a word's share grows: rounds end when that is
+at most twice what it should be."""
 SHARES: Final = ((60, Split.TRAIN), (80, Split.HELDOUT), (100, Split.FRESH))
 """Up to which percent of the last passages a split has."""
 _CLUE: Final = re.compile(r"(?<![\w\"'`*-])(?=([A-Za-z]\w*) ([A-Za-z]\w*) ([A-Za-z]\w*) )")
@@ -156,7 +161,7 @@ def _split_chains(corpus: str, hops: int, uses: int) -> Mapping[Split, Sequence[
     chains: dict[Split, list[Chain]] = {split: [] for split in Split}
     for chain in _chains(clues, hops, shelf):
         chains[_split_of(shelf.passages[chain[-1].passage])].append(chain)
-    return {split: _balanced(found) for split, found in chains.items()}
+    return {split: _balanced(found, MOST_OF_A_WORD[split]) for split, found in chains.items()}
 
 
 def _clues(shelf: Library, uses: int) -> list[Clue]:
@@ -227,17 +232,19 @@ def _split_of(passage: str) -> Split:
     return next(split for share, split in SHARES if place < share)
 
 
-def _balanced(chains: Sequence[Chain]) -> list[Chain]:
+def _balanced(chains: Sequence[Chain], share: float) -> list[Chain]:
     """Return the chains in an order of their own, without those with a gap that one word fills too often."""
     kept = list(chains)
-    for _ in range(BALANCED_AGAIN):
+    for done in range(1, MOST_ROUNDS + 1):
         filled: Counter[tuple[int, str]] = Counter()
-        most = max(2, int(MOST_OF_A_WORD * len(kept)))
+        most = max(2, int(share * len(kept)))
         before, kept = kept, []
         for chain in before:
             gaps = [(hop, clue.leads_to.casefold()) for hop, clue in enumerate(chain)]
             if all(filled[gap] < most for gap in gaps):
                 filled.update(gaps)
                 kept.append(chain)
+        if done >= LEAST_ROUNDS and max(filled.values(), default=0) <= 2 * share * len(kept):
+            break
     random.Random("deep research order").shuffle(kept)
     return kept
