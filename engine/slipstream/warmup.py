@@ -39,6 +39,8 @@ from slipstream.types import Split, Trajectory
 from slipstream_kernels import linear_logprob
 
 FOLDER = "warmup"
+WEAK = "weak-warmup"
+"""Folder, in the run's, of a policy that is too weak to be trained on: minutes of work, not to be lost."""
 ROW_EVERY = 10
 """Steps between rows of the loss alone."""
 
@@ -73,8 +75,13 @@ def main(config: RunConfig, folder: Path) -> int:
     _check_solvable(scripted, config)
     write_json(folder / "baselines.json", scripted)
     success, step = WarmStart(policy, runner, config, folder, chats).run()
-    _check_band(success, step, config)
-    publish_policy(folder / "checkpoints" / FOLDER, policy, {"step": step, "success": success})
+    notes: dict[str, object] = {"step": step, "success": success}
+    try:
+        _check_band(success, step, config)
+    except WarmStartError as error:
+        publish_policy(folder / WEAK, policy, notes)
+        raise WarmStartError(f"{error}; model.path={folder / WEAK} goes on from what was learnt") from None
+    publish_policy(folder / "checkpoints" / FOLDER, policy, notes)
     return 0
 
 

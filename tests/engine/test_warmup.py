@@ -118,9 +118,24 @@ def test_too_weak_a_policy_stops_the_run_with_advice(tmp_path: Path) -> None:
     advice = r"held-out success is 0\.\d\d after 1 steps, expected at least 0\.20; give more demonstrations"
     with pytest.raises(WarmStartError, match=advice):
         warmup.main(config_of("warmup.max_steps=1"), tmp_path)
-    assert not (tmp_path / "checkpoints").exists()
+    assert not (tmp_path / "checkpoints").exists(), "a run that is resumed must not take it for trained"
     baselines = json.loads((tmp_path / "baselines.json").read_text())
     assert baselines["oracle"]["success"] > baselines["do_nothing"]["success"] == 0.0
+
+
+def test_what_too_weak_a_policy_has_learnt_is_kept(tmp_path: Path) -> None:
+    weak = tmp_path / "first" / "weak-warmup"
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+    with pytest.raises(WarmStartError, match=rf"model\.path={weak} goes on from what was learnt$"):
+        warmup.main(config_of("warmup.max_steps=3"), tmp_path / "first")
+    with pytest.raises(WarmStartError):
+        warmup.main(config_of("warmup.max_steps=3", f"model.path={weak}"), tmp_path / "second")
+    first, second = (
+        [row["loss"] for row in read_rows(tmp_path / name) if row["kind"] == "warmup"]
+        for name in ("first", "second")
+    )
+    assert second[-1] < first[-1] - 0.1, "it goes on with a lower loss"
 
 
 def test_baselines_of_others_stand_beside_those_of_the_scripts(tmp_path: Path) -> None:
