@@ -369,7 +369,7 @@ class Learner:
         restore_random_state(checkpoint.read_tensors(folder / RANDOM, dtypes=tensor_file.BYTES))
         self.step, self._history = int(state["step"]), str(state["history"])
         self._rows.restore(state["rows"])
-        self._monitor.restore(state["monitors"])
+        self._monitor.restore(state.get("monitors", {}))
 
 
 def canary_tokens(policy: Policy) -> tuple[int, ...]:

@@ -135,9 +135,9 @@ class Monitor:
         return {"lengths": list(self._first), "successes": list(self._successes)}
 
     def restore(self, state: Mapping[str, Sequence[float]]) -> None:
-        """Go on from what `state` returned."""
-        self._first = [float(length) for length in state["lengths"]]
-        self._successes.extend(state["successes"])
+        """Go on from what `state` returned; what is missing begins anew."""
+        self._first = [float(length) for length in state.get("lengths", ())]
+        self._successes.extend(state.get("successes", ()))
 
 
 _READ: Final = "; read episodes before you trust the reward"

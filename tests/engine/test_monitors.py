@@ -146,7 +146,8 @@ def test_success_in_training_is_compared_with_held_out_success() -> None:
         "heldout_gap is 0.40, above monitors.heldout_gap = 0.3: success is so much rarer at held-out tasks "
         "than in training, whose tasks are learnt by heart; pose more different ones"
     ]
-    assert Monitor(MonitorConfig(heldout_gap=0.0)).compare(0.0) == {}
+    resumed.restore({})
+    assert resumed.observe([episode(tokens=10)])["monitor/length_growth"] == 1.0
 
 
 def test_a_verifier_that_is_none_is_said_to_be_none() -> None:
