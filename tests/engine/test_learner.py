@@ -16,6 +16,7 @@ from slipstream import synthetic
 from slipstream.best import read_best
 from slipstream.chat import Chat
 from slipstream.config import BatchConfig, CheckpointConfig, EvaluationConfig, ModelConfig, RunConfig
+from slipstream.config_curriculum import CurriculumConfig, StageConfig
 from slipstream.hub import open_ledger
 from slipstream.learner import Learner, _PartingChannel
 from slipstream.messages import decode_message, encode_message
@@ -75,7 +76,7 @@ class Rig:
                     raise AssertionError(reason)
         return leases
 
-    def learner(self, seed: int = 0) -> Learner:
+    def learner(self, seed: int = 0, config: RunConfig = CONFIG) -> Learner:
         """Start a learner on a warm start of this seed, which has replaced the one before."""
         model = build_model(
             CONFIG.model, vocabulary=len(self.tokenizer), stop_token=4, max_tokens=128, seed=seed
@@ -85,7 +86,7 @@ class Rig:
         shutil.rmtree(warm, ignore_errors=True)
         publish_policy(warm, policy, {})
         client = LearnerClient(self.hub.sync_channel("learner-0"), "run", "learner-0")
-        made = Learner(CONFIG, self.folder, client)
+        made = Learner(config, self.folder, client)
         made.start()
         self.say(m.Proof(proof=synthetic.proof(self.newest)))
         return made
@@ -157,6 +158,20 @@ def test_the_evaluated_version_is_compared_with_the_best_by_task(rig: Rig) -> No
     learner._judge(second)
     assert learner.best.serial == 1
     assert read_best(rig.folder / "checkpoints") == learner.best
+
+
+@pytest.mark.parametrize("staged", [False, True])
+def test_success_in_training_stands_beside_an_evaluation_of_the_same_task(rig: Rig, staged: bool) -> None:
+    curriculum = CurriculumConfig(enabled=staged, stages=(StageConfig(),))
+    learner = rig.learner(config=CONFIG.model_copy(update={"curriculum": curriculum}))
+    rig.train(learner, 2)
+    learner._judge(m.Evaluated(serial=1, step=1, success=0.25, count=4, metrics={}, solved=()))
+    rows = rig.ledger.take_reports()
+    trained = [row["success"] for row in rows if row["kind"] == "train"]
+    (evaluated,) = [row for row in rows if row["kind"] == "evaluation"]
+    assert len(trained) == 2
+    found = None if staged else pytest.approx(sum(trained) / 2 - 0.25)
+    assert evaluated.get("monitor/heldout_gap") == found
 
 
 def test_a_known_result_for_new_weights_ends_no_other_evaluation(rig: Rig) -> None:

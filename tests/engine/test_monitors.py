@@ -146,6 +146,9 @@ def test_success_in_training_is_compared_with_held_out_success() -> None:
         "heldout_gap is 0.40, above monitors.heldout_gap = 0.3: success is so much rarer at held-out tasks "
         "than in training, whose tasks are learnt by heart; pose more different ones"
     ]
+    off = Monitor(MonitorConfig(heldout_gap=0.0))
+    off.restore(resumed.state())
+    assert (off.compare(0.0), off.alarms) == ({"monitor/heldout_gap": pytest.approx(0.9)}, [])
     resumed.restore({})
     assert resumed.observe([episode(tokens=10)])["monitor/length_growth"] == 1.0
 
