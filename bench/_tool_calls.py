@@ -13,13 +13,14 @@ import json
 import sys
 from pathlib import Path
 
-from slipstream.chat import Chat, load_tokenizer
+from slipstream.chat import Chat
 from slipstream.episodes import EpisodeRunner
 from slipstream.recorded import stored
 from slipstream.redaction import Redactor
 from slipstream.replay import played_again
 from slipstream.run_folder import read_config
 from slipstream.runners import configured_runner
+from slipstream.tokenizer import load_tokenizer
 from slipstream.types import Trajectory
 from slipstream.wire import decode_trajectory
 

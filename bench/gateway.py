@@ -34,11 +34,12 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.routing import Route
 
-from slipstream.chat import Chat, train_tokenizer
+from slipstream.chat import Chat
 from slipstream.environments.research import TOOLS, ResearchOptions, corpus
 from slipstream.gateway.app import Gateway
 from slipstream.gateway.rollouts import Rollout, Rollouts
 from slipstream.gateway.server import GatewayServer
+from slipstream.tokenizer import train_tokenizer
 from slipstream.types import Completion, Int32Array, Sampling
 
 DELAY_S: Final = 0.1

@@ -25,7 +25,7 @@ from typing import Any, Final
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from slipstream.chat import Chat, train_tokenizer
+from slipstream.chat import Chat
 from slipstream.config import ModelConfig
 from slipstream.environments.research import ResearchOptions, corpus
 from slipstream.inference.vllm.backend import VllmBackend
@@ -34,6 +34,7 @@ from slipstream.inference.vllm.server import ServerOptions, VllmServer
 from slipstream.inference.vllm.transports import transport_of
 from slipstream.model import VOCABULARY, Policy, build_model, canary_logprobs, named_weights, write_policy
 from slipstream.receiving import CANARY_TOLERANCE
+from slipstream.tokenizer import train_tokenizer
 from slipstream.types import Version, WeightUpdate
 from slipstream.weights.filesystem import FilesystemPublisher
 from slipstream_kernels import checksum64_named

@@ -14,7 +14,7 @@ import torch
 
 from slipstream import versions
 from slipstream.call_formats import CALL_FORMATS
-from slipstream.chat import Chat, load_tokenizer, train_tokenizer
+from slipstream.chat import Chat
 from slipstream.config import RunConfig
 from slipstream.demonstrations import demonstrations
 from slipstream.environments import environment_factory
@@ -30,6 +30,7 @@ from slipstream.rewards import components, reward
 from slipstream.run_folder import write_json
 from slipstream.runners import configured_runner
 from slipstream.selection import pass_at_k
+from slipstream.tokenizer import load_tokenizer, train_tokenizer
 from slipstream.types import Score, ScoreKind, Split, Trajectory
 
 log = logging.getLogger(__name__)

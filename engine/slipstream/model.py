@@ -23,9 +23,10 @@ from transformers.utils import logging as transformers_logging
 from slipstream import checkpoint
 from slipstream.attention import PackedSegments, install, run_decoder
 from slipstream.call_formats import CALL_FORMATS
-from slipstream.chat import Chat, load_tokenizer, no_model, train_tokenizer
+from slipstream.chat import Chat
 from slipstream.config import ModelConfig, RunConfig
 from slipstream.errors import CheckpointError, ConfigurationError
+from slipstream.tokenizer import load_tokenizer, no_model, train_tokenizer
 from slipstream_kernels import linear_logprob
 
 WEIGHTS = "model.safetensors"

@@ -20,13 +20,14 @@ import numpy as np
 from slipstream import recorded as at_rest
 from slipstream import versions
 from slipstream.call_formats import CALL_FORMATS
-from slipstream.chat import Chat, load_tokenizer
+from slipstream.chat import Chat
 from slipstream.config import RunConfig
 from slipstream.episodes import EpisodeRunner
 from slipstream.errors import RunFolderError
 from slipstream.redaction import Redactor
 from slipstream.run_folder import read_config
 from slipstream.runners import configured_runner, stage_of
+from slipstream.tokenizer import load_tokenizer
 from slipstream.types import Completion, Int32Array, Lease, Outcome, Trajectory
 
 CUT_SHORT = frozenset({Outcome.TIMED_OUT, Outcome.INFRASTRUCTURE_FAILURE})

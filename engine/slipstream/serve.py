@@ -24,7 +24,7 @@ from typing import Any, Final
 
 import uvloop
 
-from slipstream.chat import Chat, load_tokenizer
+from slipstream.chat import Chat
 from slipstream.config import RunConfig
 from slipstream.errors import AddressError, ConfigurationError, InfrastructureError, SlipstreamError
 from slipstream.flight_recorder import FLIGHT
@@ -43,6 +43,7 @@ from slipstream.receiving import canary_tolerance
 from slipstream.rendezvous import await_hub, run_id
 from slipstream.spool import Spool
 from slipstream.stop_signals import STOPPED, end_when_asked
+from slipstream.tokenizer import load_tokenizer
 from slipstream.transport.client import ActorClient
 from slipstream.transport.zeromq import DealerChannel
 from slipstream.types import Sampling

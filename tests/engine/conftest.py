@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 @pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerFast:
     """The research recipe's tokenizer, of fewer worlds."""
-    from slipstream.chat import train_tokenizer
     from slipstream.environments.research import ResearchOptions, corpus
+    from slipstream.tokenizer import train_tokenizer
 
     return train_tokenizer(corpus(ResearchOptions(), worlds=16), vocabulary=768)
 

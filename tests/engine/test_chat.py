@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,10 +11,11 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from slipstream.chat import CHAT_TEMPLATE, OTHER_PROBE, PROBE, Chat, Said, load_tokenizer, train_tokenizer
+from slipstream.chat import OTHER_PROBE, PROBE, Chat, Said
 from slipstream.environments.research import FAULTS, TOOLS, ResearchOptions, ResearchTasks, corpus
 from slipstream.errors import CheckpointError
 from slipstream.interfaces import Observation
+from slipstream.tokenizer import CHAT_TEMPLATE, train_tokenizer
 from slipstream.tools.hermes import format_call
 from slipstream.types import Int32Array, Split
 
@@ -222,24 +222,6 @@ def test_the_system_message_lists_tools_in_one_line(chat: Chat, tokenizer: PreTr
 def test_a_template_that_does_not_end_messages_is_refused() -> None:
     with pytest.raises(CheckpointError, match=r"does not end an assistant message .* set eos_token"):
         Chat(chatml_tokenizer(SILENT)).bridge("no results")
-
-
-def test_training_a_tokenizer_twice_gives_the_same(tokenizer: PreTrainedTokenizerFast) -> None:
-    again = train_tokenizer(corpus(ResearchOptions(), worlds=16), vocabulary=768)
-    assert again.get_vocab() == tokenizer.get_vocab()
-
-
-def test_load_tokenizer_names_what_is_missing(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
-    with pytest.raises(CheckpointError, match="cannot load the tokenizer"):
-        load_tokenizer(tmp_path)
-    with pytest.raises(CheckpointError, match=r"no: no model here \(the folder is missing\); give a local"):
-        load_tokenizer(tmp_path / "no")
-    bare = PreTrainedTokenizerFast(tokenizer_object=tokenizer._tokenizer, eos_token="<|end|>")
-    bare.save_pretrained(tmp_path)
-    with pytest.raises(CheckpointError, match="no chat template"):
-        load_tokenizer(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
-    assert Chat(load_tokenizer(tmp_path)).message("Oslo").tolist() == Chat(tokenizer).message("Oslo").tolist()
 
 
 def dialogue(strict: bool) -> list[Said]:

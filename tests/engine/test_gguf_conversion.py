@@ -12,12 +12,13 @@ import torch
 from safetensors.torch import load_file
 from tokenizers import pre_tokenizers
 
-from slipstream.chat import Chat, Said, load_tokenizer
+from slipstream.chat import Chat, Said
 from slipstream.config import ModelConfig
 from slipstream.environments.research import TOOLS
 from slipstream.errors import CheckpointError
 from slipstream.gguf_conversion import convert
 from slipstream.model import canary_logprobs, check_decoder, load_policy, named_weights
+from slipstream.tokenizer import load_tokenizer
 from slipstream.tools.hermes import format_call
 
 gguf: Any = pytest.importorskip("gguf", reason="the extra models is not installed")

@@ -16,7 +16,7 @@ from tokenizers import AddedToken
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from slipstream import checkpoint, warmup
-from slipstream.chat import Chat, train_tokenizer
+from slipstream.chat import Chat
 from slipstream.config import RunConfig, load_config
 from slipstream.demonstrations import demonstrations
 from slipstream.environments import environment_factory
@@ -26,6 +26,7 @@ from slipstream.errors import ConfigurationError, WarmStartError
 from slipstream.inference.trial import held_trial
 from slipstream.metrics import read_rows, undefined_names
 from slipstream.model import Policy, build_model, load_policy
+from slipstream.tokenizer import train_tokenizer
 from slipstream.types import Split
 from slipstream.warmup import WarmStart
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from slipstream.chat import Chat, train_tokenizer
+from slipstream.chat import Chat
 from slipstream.config import ModelConfig
 from slipstream.environments.research import ResearchOptions, corpus
 from slipstream.inference.vllm.backend import VllmBackend
@@ -23,6 +23,7 @@ from slipstream.inference.vllm.contract import VllmClient, VllmDeadlines
 from slipstream.inference.vllm.server import ServerOptions, VllmServer
 from slipstream.inference.vllm.transports import WeightTransport
 from slipstream.model import Policy, build_model, canary_logprobs, named_weights, write_policy
+from slipstream.tokenizer import train_tokenizer
 from slipstream.types import Version, WeightUpdate
 from slipstream.weights.filesystem import FilesystemPublisher
 from slipstream_kernels import checksum64_named

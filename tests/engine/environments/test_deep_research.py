@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 
-from slipstream.chat import CALL_TOKENS
 from slipstream.config import EnvironmentConfig, RewardConfig, load_config
 from slipstream.environments import EnvironmentFactory, Script, environment_factory
 from slipstream.environments.deep_research import DeepResearchEnvironment, passages
@@ -22,6 +21,7 @@ from slipstream.episodes import EpisodeRunner
 from slipstream.errors import ConfigurationError
 from slipstream.interfaces import AssistantMessage, Resumable, Transition
 from slipstream.model import first_policy
+from slipstream.tokenizer import CALL_TOKENS
 from slipstream.tools.hermes import parse_call
 from slipstream.types import Split, Task, TaskAttempt, ToolStatus, succeeded
 from slipstream.warmup import baselines
