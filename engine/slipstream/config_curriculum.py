@@ -71,8 +71,7 @@ class ExplorationConfig(Part):
     """Groups begin with so many episodes, and are doubled up to batch.group_size; 0: all have that many."""
 
     most_temperature: float = Field(default=0.0, ge=0.0)
-    """Never above this; 0: the temperature stays what it is. Far above 1 all episodes fail, and groups of
-    failures ask for more: 1.2 to 1.5 is enough for a warm start that is sure of itself."""
+    """Never above this; 0: the temperature stays what it is."""
     notch: float = Field(default=0.05, gt=0.0)
     """The temperature is raised, or lowered, by so much with a batch."""
     alike_high: Share = 0.6
@@ -80,8 +79,8 @@ class ExplorationConfig(Part):
     alike_low: Share = 0.3
     """Lowered while a smaller one does."""
     kl_radius: float = Field(default=0.2, gt=0.0)
-    """The temperature is lowered while kl/reference, in nats, exceeds this; never raised then, nor while it
-    is unknown. It compares two policies at one temperature, and does not see the temperature itself."""
+    """The temperature is lowered while kl/reference or kl/exploration, in nats, exceeds this; never raised
+    then, nor while they are unknown."""
 
 
 class CurriculumConfig(Part):

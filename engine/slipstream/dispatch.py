@@ -60,14 +60,17 @@ class Dispatcher:
             self._log(events.Dropped(identities=tuple(state.members([group])), reason="filtered"))
 
     def measure(self, metrics: Mapping[str, float | list[float]]) -> None:
-        """Log what a row of the learner says about its divergence, once for each step.
+        """Log what a row of the learner says about its divergence, or that of sampling, once for each step.
 
         Only for the step whose batch is next: what is said later, again by a learner that came back, would
         change what the batches since have added up to.
         """
-        kl, step, state = metrics.get("kl/reference"), metrics.get("step"), self._state
-        if not self._config.curriculum.enabled or not isinstance(kl, float) or not math.isfinite(kl):
+        told = (metrics.get("kl/reference"), metrics.get("kl/exploration", 0.0))
+        step, state = metrics.get("step"), self._state
+        known = [kl for kl in told if isinstance(kl, float) and math.isfinite(kl)]
+        if not self._config.curriculum.enabled or len(known) < len(told):
             return
+        kl = max(known)
         if step == state.steps and state.steps not in state.course.measured:
             self._log(events.Measured(step=state.steps, kl=kl))
 

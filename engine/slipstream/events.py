@@ -150,7 +150,7 @@ class Measured(Event, frozen=True, kw_only=True, tag=True):
     step: int
     """Optimizer steps done."""
     kl: float
-    """kl/reference of the last of them, in nats."""
+    """kl/reference of the last of them, or kl/exploration if that is larger; in nats."""
 
 
 class EvaluationDone(Event, frozen=True, kw_only=True, tag=True):

@@ -81,6 +81,7 @@ DEFINITIONS: Mapping[str, str] = MappingProxyType(
         "proximal/*": "k1, k2 and k3 of the current policy towards the proximal one, on sampled tokens.",
         "reference/*": "k1 and k3 estimates of KL(current || warm start), on sampled tokens.",
         "kl/reference": "Mean k2 estimate (log current - log reference)^2 / 2 towards the warm start.",
+        "kl/exploration": "Mean log(behavior / warm start at sampling.temperature), where it was warmer.",
         "clip/positive": "Share of tokens with positive advantage whose gradient the clip removed.",
         "clip/negative": "Share of tokens with negative advantage whose gradient the clip removed.",
         "clip/dual": "Share of tokens with negative advantage whose gradient the dual clip removed.",

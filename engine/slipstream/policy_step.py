@@ -14,7 +14,7 @@ import functools
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -105,11 +105,12 @@ class PolicyStep:
             for t, young, value, share in zip(trajectories, fresh, worth.rewards, shares, strict=True)
         ]
         kernel_metrics: list[PolicyMetrics] = []
+        explored: list[Tensor] = []
         if reason := batch_fault(trajectories, worth.rewards, worth.advantages):
             everything = range(len(trajectories))
             moves = [self._guarded(lambda: self.optimizer.skip(reason), trajectories, everything, step)]
         else:
-            moves = self._moves(trajectories, worth, weights, step, kernel_metrics)
+            moves = self._moves(trajectories, worth, weights, step, kernel_metrics, explored)
         faults = tuple(
             Fault(reason=update.fault, trajectories=tuple(chosen), of_batch=bool(reason))
             for chosen, update in moves
@@ -125,6 +126,7 @@ class PolicyStep:
         last = moves[-1][1] if moves else None
         metrics = {
             **read,
+            **({"kl/exploration": float(torch.cat(explored).mean())} if explored else {}),
             **({"grad_norm": last.grad_norm, "learning_rate": last.learning_rate} if last else {}),
             **describe(trajectories),
             "reward": float(np.nanmean(worth.rewards)) if np.isfinite(worth.rewards).any() else 0.0,
@@ -143,10 +145,12 @@ class PolicyStep:
         weights: Sequence[Float32Array],
         step: int,
         sink: list[PolicyMetrics],
+        explored: list[Tensor],
     ) -> list[tuple[Sequence[int], Update]]:
         """Make one update per minibatch that has trained tokens; return its trajectories and what it did."""
         chosen = self._minibatches(trajectories)
         parts = [self._batches(trajectories, worth.advantages, weights, indices) for indices in chosen]
+        explored += self._explored([batch for part in parts for batch in part])
         share = schedule(step, steps=self._config.steps, config=self._config.optim)
         proximals = [self._proximals(part) for part in parts]
         moves: list[tuple[Sequence[int], Update]] = []
@@ -212,6 +216,22 @@ class PolicyStep:
             token_budget=self._config.batch.token_budget,
         )
         return [DeviceBatch.of(batch, self._device) for batch in packed if batch.weight.any()]
+
+    def _explored(self, batches: Sequence[DeviceBatch]) -> list[Tensor]:
+        """Return log(behavior / reference) of the tokens, the reference at the configured temperature.
+
+        The mean is the k1 estimate of how far sampling has gone from the warm start, its own warmth counted.
+        Empty where no token was sampled warmer or colder than configured.
+        """
+        # Rounded as those of the batches are.
+        usual = float(np.float32(1.0) / np.float32(self._config.sampling.temperature))
+        heats = [batch.inverse_temperature for batch in batches]
+        if self._reference is None or all(isinstance(heat, float) and heat == usual for heat in heats):
+            return []
+        return [
+            batch.behavior_N - score(self._reference, replace(batch, inverse_temperature=usual))
+            for batch in batches
+        ]
 
     def _proximals(self, part: Sequence[DeviceBatch]) -> list[Tensor | None]:
         """Return log-probabilities before this step; None: those of the loss itself, detached."""

@@ -337,6 +337,7 @@ def test_an_attempt_beyond_the_size_of_its_group_is_refused(make_rig: Callable[.
         {"step": 0.0, "kl/reference": float("nan")},
         {"step": 0.5, "kl/reference": 0.1},
         {"step": 7.0, "kl/reference": 0.1},
+        {"step": 0.0, "kl/reference": 0.1, "kl/exploration": float("nan")},
     ],
 )
 def test_a_row_that_measures_nothing_is_no_event(make_rig: Callable[..., Rig], row: dict[str, float]) -> None:
@@ -344,6 +345,21 @@ def test_a_row_that_measures_nothing_is_no_event(make_rig: Callable[..., Rig], r
     ready(rig)
     rig.say(b"learner", m.Report(about="train", metrics={**row}))
     assert rig.ledger.state.course.measured == {}
+
+
+@pytest.mark.parametrize(("exploration", "measured"), [(0.05, 0.1), (0.7, 0.7)])
+def test_the_warmth_of_sampling_counts_in_the_radius(
+    make_rig: Callable[..., Rig], exploration: float, measured: float
+) -> None:
+    rig = make_rig(with_curriculum())
+    ready(rig)
+    row: dict[str, float | list[float]] = {
+        "step": 0.0,
+        "kl/reference": 0.1,
+        "kl/exploration": exploration,
+    }
+    rig.say(b"learner", m.Report(about="train", metrics=row))
+    assert rig.ledger.state.course.measured == {0: measured}
 
 
 def test_tasks_far_from_the_band_are_passed_over(make_rig: Callable[..., Rig]) -> None:

@@ -260,6 +260,24 @@ def test_each_trajectory_is_scored_at_the_temperature_it_was_sampled_at(
     assert_same_gradient(stepper.gradient(), expected)
 
 
+@pytest.mark.parametrize("minibatches", [1, 2])
+@pytest.mark.parametrize("warm", [1.3, 0.8])
+def test_how_far_warmer_sampling_has_gone_from_the_warm_start(
+    make_model: ModelMaker, minibatches: int, warm: float
+) -> None:
+    """The warm start stays at the configured temperature, 0.8, whatever the tokens were sampled at."""
+    behavior, reference = make_model(seed=0, installed=False), make_model(seed=2, installed=False)
+    batch = [*made_batch(behavior, 0.8)[:4], *made_batch(behavior, warm)[4:]]
+    stepper = Stepper(make_model, "batch.groups=2", f"optim.minibatches={minibatches}")
+    metrics = stepper(batch).metrics
+    apart = np.concatenate(
+        [(t.behavior_logprobs - scored(reference, t.token_ids, 0.8))[t.loss_mask > 0] for t in batch]
+    )
+    expected = None if warm == 0.8 else pytest.approx(apart.mean(), rel=1e-4)
+    assert metrics.get("kl/exploration") == expected
+    assert undefined_names(metrics) == []
+
+
 def test_groups_that_tell_nothing_weigh_less_in_the_loss(
     make_model: ModelMaker, batch: list[Trajectory]
 ) -> None:
