@@ -20,7 +20,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from slipstream.addresses import stays_on_machine
 from slipstream.config_base import Part
-from slipstream.config_curriculum import CurriculumConfig, StageConfig, least_group_size
+from slipstream.config_curriculum import CurriculumConfig, StageConfig, changed, least_group_size
 from slipstream.config_curriculum import demands as demands_of_curriculum
 from slipstream.config_parts import (
     ActorConfig,
@@ -83,7 +83,7 @@ __all__ = [
 
 RECIPES = Path(__file__).parent / "recipes"
 """Folder of the shipped recipes."""
-FREE_TABLE = "environment.options"
+FREE_TABLES = ("environment.options.", "warmup.environment.")
 """Its keys belong to the environment, which checks them when it is made."""
 RENAMED = {
     "environment.hops": "environment.options.hops",
@@ -181,6 +181,10 @@ def _demands_of_the_policy(config: RunConfig) -> Iterator[Demand]:
     low, high, aim = warmup.min_success, warmup.max_success, warmup.target_success
     expected = f"between warmup.min_success = {low} and warmup.max_success = {high}"
     yield low <= aim <= high, "warmup.target_success", expected, aim
+    turn, most = config.sampling.max_tokens, config.environment.max_tokens
+    length = changed(config.environment, warmup.environment, "warmup.environment").max_tokens
+    expected = f"above sampling.max_tokens = {turn} and at most environment.max_tokens = {most}"
+    yield turn < length <= most, "warmup.environment.max_tokens", expected, length
     expected = f"a multiple of 2 x model.heads = {2 * model.heads}"
     yield model.hidden_size % (2 * model.heads) == 0, "model.hidden_size", expected, model.hidden_size
     expected = "two numbers in [0, 1)"
@@ -331,7 +335,7 @@ def _check_keys(tree: Mapping[str, Any], source: str) -> None:
     for key in _leaves(tree):
         if key in RENAMED:
             raise ConfigurationError(f"{source}: {key} is now called {RENAMED[key]}")
-        if key not in valid and key not in sections and not f"{key}.".startswith(f"{FREE_TABLE}."):
+        if key not in valid and key not in sections and not f"{key}.".startswith(FREE_TABLES):
             raise ConfigurationError(f"{source}: unknown key {key}{hint(key, valid)}")
 
 

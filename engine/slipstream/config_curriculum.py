@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 from pydantic import Field, ValidationError
@@ -100,22 +100,25 @@ class CurriculumConfig(Part):
 
 
 def staged(environment: EnvironmentConfig, stage: StageConfig, number: int) -> EnvironmentConfig:
-    """Return the environment of a stage; raises ConfigurationError for what no stage may change.
+    """Return the environment of a stage; raises ConfigurationError for what no stage may change."""
+    return changed(environment, stage.environment, f"curriculum.stages[{number}].environment")
 
-    `options` are laid over those of the real task key by key.
+
+def changed(environment: EnvironmentConfig, changes: Mapping[str, Any], where: str) -> EnvironmentConfig:
+    """Return an environment with changes; raises ConfigurationError for what no stage may change.
+
+    `options` are laid over those of the real task key by key; where: the key that the changes stand under.
     """
-    where = f"curriculum.stages[{number}].environment"
-    for key in stage.environment:
+    for key in changes:
         if key not in STAGED:
             offered = hint(key, STAGED) or f"; a stage may change {', '.join(STAGED)}"
             raise ConfigurationError(f"{where}: {key} cannot be changed by a stage{offered}")
-    changes = dict(stage.environment)
     options = changes.get("options", {})
     if not isinstance(options, dict):
         raise ConfigurationError(f"{where}.options must be a table, got {options!r}")
-    changes["options"] = {**environment.options, **options}
+    laid = {**environment.model_dump(), **changes, "options": {**environment.options, **options}}
     try:
-        return EnvironmentConfig.model_validate({**environment.model_dump(), **changes})
+        return EnvironmentConfig.model_validate(laid)
     except ValidationError as error:
         raise ConfigurationError(sentence(error.errors()[0], where, ())) from None
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -70,6 +70,9 @@ class WarmupConfig(Part):
     chats_share: Share = 0.5
     """Share of each batch that is theirs; 1, or an environment without a script: they alone."""
     batch: int = Field(default=64, ge=1)
+    environment: dict[str, Any] = Field(default_factory=dict)
+    """What differs from [environment] in demonstrations, and in the tasks that target_success is about, as in
+    a stage of a curriculum: what the warm start need not know yet."""
     learning_rate: float = Field(default=3e-3, gt=0.0)
     max_steps: int = Field(default=600, ge=0)
     """0: no warm start, the model is trained as it is."""

@@ -22,9 +22,10 @@ from torch import Tensor
 from slipstream import metrics
 from slipstream.chats import read_chats, rendered
 from slipstream.config import RunConfig
+from slipstream.config_curriculum import changed
 from slipstream.demonstrations import demonstrations, play
 from slipstream.environments import Script, environment_factory
-from slipstream.environments.factory import ORACLE
+from slipstream.environments.factory import ORACLE, EnvironmentFactory
 from slipstream.episodes import EpisodeRunner
 from slipstream.errors import ConfigurationError, WarmStartError
 from slipstream.inference.trial import held_trial
@@ -57,15 +58,15 @@ def main(config: RunConfig, folder: Path) -> int:
     factory = environment_factory(in_folder(config.environment, folder), config.rewards)
     if factory.unfit:
         raise ConfigurationError(factory.unfit)
+    shown = config.model_copy(
+        update={"environment": changed(config.environment, config.warmup.environment, "warmup.environment")}
+    )
+    showing = environment_factory(in_folder(shown.environment, folder), config.rewards)
     own = read_chats(config.warmup.chats) if config.warmup.chats else []
     said = (text for conversation in own for text in conversation.texts())
-    policy = first_policy(config, itertools.chain(factory.corpus(), said))
-    runner = EpisodeRunner(
-        factory=factory,
-        chat=policy.chat,
-        environment=config.environment,
-        rewards=config.rewards,
-    )
+    others = showing.corpus() if config.warmup.environment else ()
+    policy = first_policy(config, itertools.chain(factory.corpus(), others, said))
+    runner = _runner(factory, policy, config)
     chats = rendered(own, policy.chat, factory.make(), config.environment)
     if config.curriculum.enabled:
         # What is wrong with a stage is told before minutes of training.
@@ -74,7 +75,12 @@ def main(config: RunConfig, folder: Path) -> int:
     scripted = baselines(runner, config)
     _check_solvable(scripted, config)
     write_json(folder / "baselines.json", scripted)
-    success, step = WarmStart(policy, runner, config, folder, chats).run()
+    success, step = WarmStart(policy, _runner(showing, policy, shown), shown, folder, chats).run()
+    if config.warmup.environment:
+        log.info("warm start: success %.3f on the tasks of warmup.environment", success)
+        success = held_success(policy, runner, config)
+        log.info("warm start: success %.3f on the task itself", success)
+        metrics.append_row(folder / metrics.FILE, {"kind": "warmup", "step": step, "success": success})
     notes: dict[str, object] = {"step": step, "success": success}
     try:
         _check_band(success, step, config)
@@ -83,6 +89,12 @@ def main(config: RunConfig, folder: Path) -> int:
         raise WarmStartError(f"{error}; model.path={folder / WEAK} goes on from what was learnt") from None
     publish_policy(folder / "checkpoints" / FOLDER, policy, notes)
     return 0
+
+
+def _runner(factory: EnvironmentFactory, policy: Policy, config: RunConfig) -> EpisodeRunner:
+    return EpisodeRunner(
+        factory=factory, chat=policy.chat, environment=config.environment, rewards=config.rewards
+    )
 
 
 class WarmStart:
@@ -100,7 +112,10 @@ class WarmStart:
         self._policy, self._runner, self._config, self._folder = policy, runner, config, folder
         self._chats = chats
         self._device = head(policy.model).device
-        optim = config.optim.model_copy(update={"learning_rate": config.warmup.learning_rate})
+        # No update is a spike here: when a model begins to copy, gradients are many times those before.
+        optim = config.optim.model_copy(
+            update={"learning_rate": config.warmup.learning_rate, "spike_factor": 0.0}
+        )
         self._optim = optim
         self._optimizer = Optimizer(policy.model, optim)
 
@@ -165,17 +180,21 @@ class WarmStart:
         return loss
 
     def _success(self) -> float:
-        config = self._config
-        shown = held_trial(
-            self._policy,
-            self._runner,
-            split=Split.HELDOUT,
-            tasks=config.evaluation.tasks,
-            temperature=config.evaluation.temperature,
-            top_p=config.evaluation.top_p,
-            config=config,
-        )
-        return float(np.mean([t.success for t in shown]))
+        return held_success(self._policy, self._runner, self._config)
+
+
+def held_success(policy: Policy, runner: EpisodeRunner, config: RunConfig) -> float:
+    """Return a policy's success on the held-out tasks of an environment, sampled as evaluations are."""
+    shown = held_trial(
+        policy,
+        runner,
+        split=Split.HELDOUT,
+        tasks=config.evaluation.tasks,
+        temperature=config.evaluation.temperature,
+        top_p=config.evaluation.top_p,
+        config=config,
+    )
+    return float(np.mean([t.success for t in shown]))
 
 
 def baselines(runner: EpisodeRunner, config: RunConfig) -> dict[str, dict[str, float | str]]:

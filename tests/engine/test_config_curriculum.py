@@ -32,6 +32,30 @@ def test_a_stage_changes_some_keys_and_keeps_the_others() -> None:
 
 
 @pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ("{max_turn=4}", r"warmup.environment: max_turn cannot .*; did you mean max_turns\?"),
+        ("{max_tokens=9999}", r"warmup.environment.max_tokens must be above .* at most .* = 256, got 9999"),
+        ("{options=3}", r"warmup.environment.options must be a table, got 3"),
+    ],
+)
+def test_what_demonstrations_cannot_differ_in_is_refused(changes: str, message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        load_config("research", [f"warmup.environment={changes}"])
+
+
+def test_the_recipe_of_flaky_tools_goes_up_to_its_task_and_reads_back(tmp_path: Path) -> None:
+    config = load_config("research-flaky")
+    rates = [
+        staged(config.environment, stage, number).tool_failure_rate
+        for number, stage in enumerate(config.curriculum.stages)
+    ]
+    assert [*rates, config.environment.tool_failure_rate] == [0.1, 0.25, 0.4, 0.6]
+    save(config, tmp_path / "config.toml")
+    assert read(tmp_path / "config.toml") == config
+
+
+@pytest.mark.parametrize(
     ("environment", "message"),
     [
         (

@@ -77,6 +77,20 @@ def test_the_hasty_believe_the_first_document(chat: Chat) -> None:
     assert success(config, chat, HASTY) == pytest.approx(expected, abs=3.5 * error)
 
 
+@pytest.mark.parametrize("retrying", [0.0, 0.5, 0.9])
+def test_the_careless_can_be_careful_at_some_decisions(chat: Chat, retrying: float) -> None:
+    """A call that fails with p and is repeated with q comes through with c = (1 - p) / (1 - p q)."""
+    rate = 0.3
+    options = f"environment.options={{reading_on=1.0, retrying={retrying}}}"
+    config = load_config("research", [*ROOMY, f"environment.tool_failure_rate={rate}", options])
+    passes = (1 - rate) / (1 - rate * retrying)
+    expected = np.mean([passes ** (1 + k) for k in (1, 2, 3)])
+    error = (expected * (1 - expected) / TASKS) ** 0.5
+    assert success(config, chat, HASTY) == pytest.approx(expected, abs=3.5 * error)
+    first, again = (played(config, chat, HASTY, 20) for _ in range(2))
+    assert [t.token_ids.tolist() for t in first] == [t.token_ids.tolist() for t in again]
+
+
 def test_doing_nothing_fails(chat: Chat) -> None:
     config = load_config("research")
     shown = played(config, chat, "do_nothing", 20)

@@ -168,6 +168,36 @@ def test_with_a_curriculum_a_weak_policy_may_begin(tmp_path: Path, caplog: pytes
     assert checkpoint.verify(tmp_path / "checkpoints" / "warmup")["success"] < 0.2
 
 
+def test_demonstrations_may_be_of_other_tasks_and_the_band_is_judged_by_the_task_itself(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    shares: list[float] = []
+
+    def held(policy: Policy, runner: EpisodeRunner, config: RunConfig) -> float:
+        shares.append(config.environment.tool_failure_rate)
+        assert runner.factory.tasks.task(Split.HELDOUT, 0).data["hops"] == (1 if shares[-1] == 0.0 else 2)
+        return 0.5 if shares[-1] == 0.0 else 0.25
+
+    monkeypatch.setattr(warmup, "held_success", held)
+    easier = "warmup.environment={tool_failure_rate=0.0, options={hops=1}}"
+    harder = ("environment.tool_failure_rate=0.6", "environment.options.hops=2", "environment.max_turns=40")
+    config = config_of("warmup.max_steps=1", *harder, "environment.max_tokens=768", easier)
+    assert warmup.main(config, tmp_path) == 0
+    assert shares == [0.0, 0.6]
+    assert [row["success"] for row in read_rows(tmp_path)] == [0.25], "the last word of a step counts"
+    assert checkpoint.verify(tmp_path / "checkpoints" / "warmup")["success"] == 0.25
+
+
+def test_a_warm_start_that_begins_to_copy_is_no_spike(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    start, _, _ = started(config_of("optim.spike_factor=20.0"), tokenizer, tmp_path)
+    for _ in range(32):
+        start._optimizer._guard.accept(0.01, 0.01)
+    assert start._optimizer._guard.fault(50.0, 50.0) == ""
+    assert start._optimizer._guard.fault(float("nan"), 0.01) == "loss is nan"
+
+
 def test_a_stage_that_cannot_be_made_is_told_before_the_training(tmp_path: Path) -> None:
     stage = "curriculum.stages=[{tools=['search', 'fetch']}]"
     with pytest.raises(ConfigurationError, match="has no tool fetch; there is search, open, answer"):

@@ -12,14 +12,15 @@ import random
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from slipstream.config import EnvironmentConfig, Part, RewardConfig
+from slipstream.config_base import Share
 from slipstream.environments.factory import EnvironmentFactory
 from slipstream.environments.options import read_options
-from slipstream.environments.scripted import research, usual_players
+from slipstream.environments.scripted import Habits, research, usual_players
 from slipstream.environments.tool_episode import ANSWER, COMPLAINTS, FAULTS, Result, ToolEpisode, failed, tool
 from slipstream.interfaces import Observation, ToolSpec
 from slipstream.tools.cache import ToolCache, cache_of
@@ -52,6 +53,8 @@ FIRST_IDENTIFIER, IDENTIFIERS = 10, 90
 TASKS_PER_WORLD = 8
 LEAST_PEOPLE = 10
 """So many that each task has its person and each manager enough near misses."""
+OF_WORLDS = ("hops", "documents_per_fact")
+"""Options that a world is drawn by; the others choose and play its tasks."""
 
 TOOLS = (
     tool("search", "List documents whose title holds all words", "query", version="1"),
@@ -65,8 +68,25 @@ class ResearchOptions(Part):
 
     hops: int = Field(default=1, ge=1, le=4)
     """Facts to chain before the answer is known."""
+    least_hops: int = Field(default=0, ge=0, le=4)
+    """Tasks chain so many, one more, and so on up to `hops`, in turn; 0: all of them chain `hops`."""
     documents_per_fact: int = Field(default=3, ge=1, le=8)
     """One true document and this many less one near misses."""
+    retrying: Share = 0.0
+    """Share of errors after which the careless player of demonstrations repeats its call."""
+    reading_on: Share = 0.0
+    """Share of near misses after which it opens the next document."""
+
+    @model_validator(mode="after")
+    def _hops_in_order(self) -> Self:
+        if self.least_hops > self.hops:
+            raise ValueError(f"least_hops: expected at most hops = {self.hops}, got {self.least_hops}")
+        return self
+
+    def hops_of(self, index: int) -> int:
+        """Return how many facts a task chains."""
+        least = self.least_hops or self.hops
+        return least + index % (self.hops - least + 1)
 
 
 def factory(config: EnvironmentConfig, rewards: RewardConfig) -> EnvironmentFactory:
@@ -80,9 +100,10 @@ def factory(config: EnvironmentConfig, rewards: RewardConfig) -> EnvironmentFact
         close=cache.close,
         corpus=lambda: corpus(options),
         **usual_players(
-            lambda task, habits: research(task, options.hops, habits),
+            research,
             does="reads on",
             hastily="believes the first document",
+            careless=Habits(retrying=options.retrying, reading_on=options.reading_on),
         ),
     )
 
@@ -165,13 +186,15 @@ class ResearchTasks:
         """Return the task at `index`; worlds never cross splits."""
         number, person = divmod(index, TASKS_PER_WORLD)
         world, _ = self.world(split, number)
-        chain = "the manager of " * (self.options.hops - 1)
+        hops = self.options.hops_of(index)
+        chain = "the manager of " * (hops - 1)
         question = f"Where does {chain}{world.people[person]} live?"
         data = {
-            "answer": world.answer(person, self.options.hops),
+            "hops": hops,
+            "answer": world.answer(person, hops),
             "world": number,
             "person": world.people[person],
-            "facts": world.facts(person, self.options.hops),
+            "facts": world.facts(person, hops),
         }
         return Task(split=split, index=index, question=question, data=data)
 
@@ -219,7 +242,11 @@ class ResearchEnvironment(ToolEpisode):
 
     def world(self, name: str) -> Any:
         """Return what names the world, which several tasks share."""
-        return [self._task.split, self._task.data["world"], self._tasks.options.model_dump()]
+        return [
+            self._task.split,
+            self._task.data["world"],
+            self._tasks.options.model_dump(include={*OF_WORLDS}),
+        ]
 
     def right(self) -> bool:
         """Tell whether the answer is the city asked for."""
@@ -228,7 +255,7 @@ class ResearchEnvironment(ToolEpisode):
 
     def more_scores(self) -> Sequence[Score]:
         """Shaping by the facts read."""
-        found = len(self._opened.intersection(self._task.data["facts"])) / self._tasks.options.hops
+        found = len(self._opened.intersection(self._task.data["facts"])) / self._task.data["hops"]
         return (Score(name="facts", kind=ScoreKind.SHAPING, weight=self._rewards.shaping, value=found),)
 
     def memory(self) -> dict[str, Any]:

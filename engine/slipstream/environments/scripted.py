@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import random
 import re
 from collections.abc import Callable, Generator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import TypedDict
 
 from slipstream.environments.factory import ORACLE, Play, Script
@@ -17,23 +18,38 @@ _MANAGER = re.compile(r"^(?P<boss>\w+ \w+) (?P<verb>is the manager|was the manag
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Habits:
-    """What a scripted researcher does and does not do.
+    """How often a scripted researcher takes care, at each decision: 0 never, 1 always.
 
-    Example: ``Habits(retries=False, reads_on=True)`` reads carefully but gives up at the first error.
+    Example: ``Habits(retrying=0.0, reading_on=1.0)`` reads carefully but gives up at the first error.
     """
 
-    retries: bool
+    retrying: float
     """Repeats a call that returned an error; otherwise answers "unknown"."""
-    reads_on: bool
+    reading_on: float
     """Goes on to the next document after a near miss; otherwise believes it."""
     acts: bool = True
     """Uses tools at all; otherwise answers "unknown" at once."""
+    chance: random.Random = field(default_factory=random.Random, compare=False, repr=False)
+    """What decides when neither never nor always does."""
+
+    def retries(self) -> bool:
+        """Decide about one error."""
+        return self.chance.random() < self.retrying
+
+    def reads_on(self) -> bool:
+        """Decide about one near miss."""
+        return self.chance.random() < self.reading_on
 
 
-EXPERT = Habits(retries=True, reads_on=True)
-WITHOUT_RETRY = Habits(retries=False, reads_on=True)
-HASTY = Habits(retries=False, reads_on=False)
-DO_NOTHING = Habits(retries=False, reads_on=False, acts=False)
+EXPERT = Habits(retrying=1.0, reading_on=1.0)
+WITHOUT_RETRY = Habits(retrying=0.0, reading_on=1.0)
+HASTY = Habits(retrying=0.0, reading_on=0.0)
+DO_NOTHING = Habits(retrying=0.0, reading_on=0.0, acts=False)
+
+
+def decided(habits: Habits, task: Task) -> Habits:
+    """Return the same habits with chances of their own: equal tasks meet equal decisions."""
+    return replace(habits, chance=random.Random(f"habits {task.split} {task.index}"))
 
 
 class Players(TypedDict):
@@ -43,15 +59,18 @@ class Players(TypedDict):
     careless: Script
 
 
-def usual_players(play: Callable[[Task, Habits], Play], *, does: str, hastily: str) -> Players:
+def usual_players(
+    play: Callable[[Task, Habits], Play], *, does: str, hastily: str, careless: Habits = HASTY
+) -> Players:
     """Return the usual scripts of an environment that answers in the end, all of them one player's habits.
 
-    does, hastily: what it does with care and without, as in "reads on". Example:
+    does, hastily: what it does with care and without, as in "reads on"; careless: habits of the player whose
+    demonstrations hold mistakes. Example:
     ``EnvironmentFactory(**usual_players(compute, does="computes", hastily="computes something near"), ...)``.
     """
 
     def script(habits: Habits, about: str) -> Script:
-        return Script(play=lambda task: play(task, habits), about=about)
+        return Script(play=lambda task: play(task, decided(habits, task)), about=about)
 
     return {
         "scripts": {
@@ -59,20 +78,20 @@ def usual_players(play: Callable[[Task, Habits], Play], *, does: str, hastily: s
             "without_retry": script(WITHOUT_RETRY, f"{does}, gives up at the first error"),
             ORACLE: script(EXPERT, f"{does} and retries"),
         },
-        "careless": script(HASTY, f"{hastily}, gives up at the first error"),
+        "careless": script(careless, f"{hastily}, gives up at the first error"),
     }
 
 
-def research(task: Task, hops: int, habits: Habits) -> Generator[str, str, None]:
+def research(task: Task, habits: Habits) -> Generator[str, str, None]:
     """Play one episode as a generator: yields messages, is sent each tool result.
 
-    Example: ``player = research(task, 1, EXPERT); next(player); player.send("17\\n42\\n63")``.
+    Example: ``player = research(task, EXPERT); next(player); player.send("17\\n42\\n63")``.
     """
     try:
         if not habits.acts:
             raise GaveUp
         subject = task.data["person"]
-        for _ in range(hops - 1):
+        for _ in range(task.data["hops"] - 1):
             subject = yield from _find(f"{subject} manager", _MANAGER, "boss", "is the manager", habits)
         city = yield from _find(f"{subject} home", _HOME, "city", "lives in", habits)
     except GaveUp:
@@ -92,7 +111,7 @@ def _find(
     for identifier in listed.split("\n"):
         body = yield from insist(format_call("open", {"document": identifier}), habits)
         told = pattern.match(body)
-        if told and (told["verb"] == true_verb or not habits.reads_on):
+        if told and (told["verb"] == true_verb or not habits.reads_on()):
             return told[field]
     raise GaveUp
 
@@ -103,5 +122,5 @@ def insist(call: str, habits: Habits) -> Generator[str, str, str]:
         result = yield call
         if not result.startswith("error"):
             return result
-        if not habits.retries:
+        if not habits.retries():
             raise GaveUp

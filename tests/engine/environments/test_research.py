@@ -16,7 +16,9 @@ from slipstream.environments.research import (
     World,
     build_world,
     corpus,
+    factory,
 )
+from slipstream.errors import ConfigurationError
 from slipstream.interfaces import AssistantMessage
 from slipstream.types import ScoreKind, Split, Task, TaskAttempt, ToolStatus
 
@@ -54,6 +56,22 @@ def test_each_fact_is_told_once_among_its_near_misses(hops: int, documents: int)
                 assert len(bodies) == documents
                 assert bodies.count(f"{boss} is the manager of {person}.") == 1
                 assert sum(boss in body for body in bodies) == 1
+
+
+def test_tasks_chain_more_and_more_facts_in_turn() -> None:
+    tasks = ResearchTasks(ResearchOptions(hops=3, least_hops=1))
+    shown = [tasks.task(Split.TRAIN, index) for index in range(7)]
+    assert [task.question.count("the manager of") for task in shown] == [0, 1, 2, 0, 1, 2, 0]
+    assert [len(task.data["facts"]) for task in shown] == [task.data["hops"] for task in shown]
+    assert [task.data["hops"] for task in shown] == [1, 2, 3, 1, 2, 3, 1]
+    same = ResearchTasks(options(hops=3)).task(Split.TRAIN, 2)
+    assert same == shown[2], "a task is the same wherever it chains as many"
+
+
+def test_at_least_more_than_most_hops_is_refused() -> None:
+    config = EnvironmentConfig(options={"hops": 1, "least_hops": 2})
+    with pytest.raises(ConfigurationError, match=r"least_hops: expected at most hops = 1, got 2"):
+        factory(config, RewardConfig())
 
 
 @pytest.mark.parametrize(("hops", "documents"), SHAPES)

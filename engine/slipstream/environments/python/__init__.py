@@ -115,7 +115,7 @@ def equals(given: str, expected: int | str) -> bool:
 
 def compute(task: Task, habits: Habits) -> Play:
     """Play one episode: run a snippet, answer what it returns."""
-    code = task.data["code"] if habits.reads_on else task.data["careless"]
+    code = task.data["code"] if habits.reads_on() else task.data["careless"]
     try:
         if not habits.acts:
             raise GaveUp

@@ -85,5 +85,5 @@ def _understand(line: str, table: str, meant: dict[str, str], habits: Habits, *,
             meant[f"{about}_key"] = named
     for meaning, names in COLUMN_NAMES.items():
         fits = {*names} | ({f"{NEAR_MISS.get(meaning, '')}{name}" for name in names} - {*names})
-        if column in (names if habits.reads_on else fits):
+        if column in (names if habits.reads_on() else fits):
             meant.setdefault(meaning, named)
