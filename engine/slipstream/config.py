@@ -84,7 +84,7 @@ __all__ = [
 RECIPES = Path(__file__).parent / "recipes"
 """Folder of the shipped recipes."""
 FREE_TABLES = ("environment.options.", "warmup.environment.")
-"""Its keys belong to the environment, which checks them when it is made."""
+"""Their keys are not known here: the environment checks its options when it is made, `changed` the other."""
 RENAMED = {
     "environment.hops": "environment.options.hops",
     "environment.documents_per_fact": "environment.options.documents_per_fact",

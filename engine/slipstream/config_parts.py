@@ -151,7 +151,8 @@ class OptimConfig(Part):
     minibatches: int = Field(default=1, ge=1)
     """Optimizer updates one step makes from its batch."""
     spike_factor: float = Field(default=20.0, ge=0.0)
-    """A loss or gradient norm this many times the usual (guard.py) skips its update; 0 never does."""
+    """A loss or gradient norm this many times the usual (guard.py) skips its update; 0 never does, nor does
+    the warm start."""
     max_skips: int = Field(default=5, ge=1)
     """Updates skipped in a row, for values that are not finite or spike, after which the run stops."""
 

@@ -17,9 +17,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from slipstream import checkpoint, warmup
 from slipstream.chat import Chat
-from slipstream.config import RunConfig, load_config
+from slipstream.config import EnvironmentConfig, RewardConfig, RunConfig, load_config
 from slipstream.demonstrations import demonstrations
 from slipstream.environments import environment_factory
+from slipstream.environments.factory import EnvironmentFactory
 from slipstream.environments.research import ResearchOptions, corpus
 from slipstream.episodes import EpisodeRunner
 from slipstream.errors import ConfigurationError, WarmStartError
@@ -148,6 +149,20 @@ def test_baselines_of_others_stand_beside_those_of_the_scripts(tmp_path: Path) -
     assert baselines["oracle"]["tasks"] == 12
 
 
+def test_an_environment_is_made_once_when_demonstrations_are_of_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    made: list[EnvironmentConfig] = []
+
+    def make(environment: EnvironmentConfig, rewards: RewardConfig) -> EnvironmentFactory:
+        made.append(environment)
+        return environment_factory(environment, rewards)
+
+    monkeypatch.setattr(warmup, "environment_factory", make)
+    assert warmup.main(config_of("warmup.max_steps=0", "warmup.min_success=0.0"), tmp_path) == 0
+    assert len(made) == 1
+
+
 def test_without_steps_the_model_is_taken_as_it_is(tmp_path: Path) -> None:
     assert warmup.main(config_of("warmup.max_steps=0", "warmup.min_success=0.0"), tmp_path) == 0
     assert json.loads((tmp_path / "checkpoints" / "warmup" / "manifest.json").read_text())["step"] == 0
@@ -179,18 +194,24 @@ def test_demonstrations_may_be_of_other_tasks_and_the_band_is_judged_by_the_task
         return 0.5 if shares[-1] == 0.0 else 0.25
 
     monkeypatch.setattr(warmup, "held_success", held)
+    made: list[float] = []
+
+    def make(environment: EnvironmentConfig, rewards: RewardConfig) -> EnvironmentFactory:
+        made.append(environment.tool_failure_rate)
+        return environment_factory(environment, rewards)
+
+    monkeypatch.setattr(warmup, "environment_factory", make)
     easier = "warmup.environment={tool_failure_rate=0.0, options={hops=1}}"
     harder = ("environment.tool_failure_rate=0.6", "environment.options.hops=2", "environment.max_turns=40")
     config = config_of("warmup.max_steps=1", *harder, "environment.max_tokens=768", easier)
     assert warmup.main(config, tmp_path) == 0
     assert shares == [0.0, 0.6]
+    assert made == [0.6, 0.0]
     assert [row["success"] for row in read_rows(tmp_path)] == [0.25], "the last word of a step counts"
     assert checkpoint.verify(tmp_path / "checkpoints" / "warmup")["success"] == 0.25
 
 
-def test_a_warm_start_that_begins_to_copy_is_no_spike(
-    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
-) -> None:
+def test_no_demonstration_is_a_spike(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     start, _, _ = started(config_of("optim.spike_factor=20.0"), tokenizer, tmp_path)
     for _ in range(32):
         start._optimizer._guard.accept(0.01, 0.01)

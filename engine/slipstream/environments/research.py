@@ -22,6 +22,7 @@ from slipstream.environments.factory import EnvironmentFactory
 from slipstream.environments.options import read_options
 from slipstream.environments.scripted import Habits, research, usual_players
 from slipstream.environments.tool_episode import ANSWER, COMPLAINTS, FAULTS, Result, ToolEpisode, failed, tool
+from slipstream.errors import ConfigurationError
 from slipstream.interfaces import Observation, ToolSpec
 from slipstream.tools.cache import ToolCache, cache_of
 from slipstream.tools.documents import Document, DocumentStore
@@ -80,7 +81,9 @@ class ResearchOptions(Part):
     @model_validator(mode="after")
     def _hops_in_order(self) -> Self:
         if self.least_hops > self.hops:
-            raise ValueError(f"least_hops: expected at most hops = {self.hops}, got {self.least_hops}")
+            raise ConfigurationError(
+                f"environment.options.least_hops must be at most hops = {self.hops}, got {self.least_hops}"
+            )
         return self
 
     def hops_of(self, index: int) -> int:

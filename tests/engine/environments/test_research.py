@@ -70,7 +70,9 @@ def test_tasks_chain_more_and_more_facts_in_turn() -> None:
 
 def test_at_least_more_than_most_hops_is_refused() -> None:
     config = EnvironmentConfig(options={"hops": 1, "least_hops": 2})
-    with pytest.raises(ConfigurationError, match=r"least_hops: expected at most hops = 1, got 2"):
+    with pytest.raises(
+        ConfigurationError, match=r"^environment\.options\.least_hops must be at most hops = 1, got 2$"
+    ):
         factory(config, RewardConfig())
 
 
