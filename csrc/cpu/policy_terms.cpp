@@ -116,21 +116,19 @@ INLINE void add_proximal(const Inputs& in, const Place& at, const Floats& ratio,
     add_divergences(sums, kProximal, moved, in.moved == nullptr ? ratio : exp_lanes(moved), moved);
 }
 
-INLINE void add_raw(const Place& at, const Floats& raw, const Floats& ratio, const Ints& trusted, Floats* sums) {
+INLINE void add_raw(const Place& at, const Floats& raw, const Floats& ratio, Floats* sums) {
     add_divergences(sums, kBehavior, raw, ratio, raw);
     sums[kRatio] += at.live ? ratio : Floats{};
     sums[kRatioSquare] += at.live ? ratio * ratio : Floats{};
     sums[kRatioMax] = (at.live & (ratio > sums[kRatioMax])) ? ratio : sums[kRatioMax];
     sums[kRatioMin] = (at.live & (ratio < sums[kRatioMin])) ? ratio : sums[kRatioMin];
-    sums[kMasked] += counted(at.live & ~trusted);
 }
 
 // Writes the gradients of a vector of tokens, and adds to the sums and extremes.
 INLINE void add_tokens(const Inputs& in, const Objective& goal, const Place& at, const Ratios& ratios,
                        const Gradients& to, Floats* sums) {
     const Ratios logs = log_ratios(in, at);
-    const Ints trusted = at.live & (ratios.raw >= goal.trust_low) & (ratios.raw <= goal.trust_high);
-    const Floats current = lived(in.logprob, at), share = trusted ? lived(in.share, at) : Floats{};
+    const Floats current = lived(in.logprob, at), share = lived(in.share, at);
     Floats advantage = lived(in.advantage, at), penalty_slope = Floats{};
     if (in.reference != nullptr) {
         penalty_slope = add_reference(current - lived(in.reference, at), share, goal, advantage, sums);
@@ -144,9 +142,13 @@ INLINE void add_tokens(const Inputs& in, const Objective& goal, const Place& at,
     }
     const Corrected weight = corrected(ratios.mismatch, goal);
     const Term term = surrogate(logs.moved, ratios.moved, current, advantage, weight.importance, goal);
-    put(to.logprob, at, share * (term.slope + penalty_slope));
-    sums[kLossSurrogate] += share * term.loss;
-    add_raw(at, clamped(logs.raw), ratios.raw, trusted, sums);
+    const Ints held = ((advantage > 0.0f) & (ratios.raw > goal.trust_high)) |
+                      ((advantage < 0.0f) & (ratios.raw < goal.trust_low));
+    const Floats free_share = held ? Floats{} : share;
+    put(to.logprob, at, free_share * term.slope + share * penalty_slope);
+    sums[kLossSurrogate] += free_share * term.loss;
+    sums[kMasked] += counted(held);
+    add_raw(at, clamped(logs.raw), ratios.raw, sums);
     add_outcome(at, advantage, weight, term, sums);
 }
 

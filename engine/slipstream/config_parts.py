@@ -128,7 +128,8 @@ class ObjectiveConfig(Part):
     """Truncates proximal / behavior ratios from above."""
     trust_low: float = Field(default=0.5, gt=0.0, le=1.0)
     trust_high: float = Field(default=2.0, ge=1.0)
-    """Tokens whose current / behavior ratio leaves [trust_low, trust_high] lose their gradient."""
+    """A token's current / behavior ratio is carried no further out of [trust_low, trust_high]; what leads
+    back into it, and the penalty, stay."""
     kl_coefficient: float = Field(default=0.01, ge=0.0)
     """Weight of the k2 penalty towards the frozen warm-start policy."""
     entropy_coefficient: float = Field(default=0.0, ge=0.0)

@@ -88,7 +88,7 @@ DEFINITIONS: Mapping[str, str] = MappingProxyType(
         "advantage/*": "Mean advantage of trained tokens of that sign.",
         "masked": "Share of policy tokens without gradient (over-age, trust region, quarantine).",
         "masked/over_age": "Share of policy tokens masked because their slip exceeds max_slip.",
-        "masked/trust": "Share of policy tokens whose current/behavior ratio left the trust region.",
+        "masked/trust": "Share of policy tokens that would be carried further out of the trust region.",
         "entropy": "Mean entropy of the tempered policy at trained tokens, nats.",
         "grad_norm": "Global gradient norm before clipping.",
         "learning_rate": "Learning rate of the step.",

@@ -130,11 +130,15 @@ class Objective:
     importance_cap: float = math.inf
     """Truncates the proximal / behavior ratio from above, or is the greatest that ``mask`` keeps; >= 1."""
     trust_low: float = 0.0
-    """Least trusted current / behavior ratio of a token; in [0, 1]."""
+    """A current / behavior ratio below this is not lowered further; in [0, 1]."""
     trust_high: float = math.inf
-    """Greatest trusted current / behavior ratio of a token; >= 1.
+    """A current / behavior ratio above this is not raised further; >= 1.
 
-    Tokens outside lose their gradient, not their place in the mean.
+    Where the advantage would carry a token's ratio further out, its surrogate is left out, not its place in
+    the mean. What leads back stays: a token that has become likelier since it was sampled, and turned out
+    badly, must lose that again, and the penalty pulls it to the reference wherever it is. Masking both sides
+    lets what grows faster than the data's delay grow unopposed. The side is chosen as PPO's bound chooses it
+    (Schulman et al. 2017, arXiv:1707.06347, eq. 7), here against the behavior policy.
     """
     penalty: Penalty = Penalty.K2
     """One of Penalty, or its value as a string."""

@@ -47,10 +47,10 @@ def policy_loss(
 
         min(rho, importance_cap) max(-A r, -A clip(r, 1 - clip_low, 1 + clip_high))
 
-    Tokens whose exp(logprob - behavior) leaves [trust_low, trust_high] contribute 0, tokens that the
-    correction masks have no surrogate, and Objective.aggregation combines the others; its
-    denominators count them all the same. Log-ratios are clamped to +-20, outside of which r and the
-    penalty have no gradient.
+    Tokens have no surrogate where the correction masks them, or where its gradient would carry
+    exp(logprob - behavior) further out of [trust_low, trust_high]; penalty and entropy keep theirs.
+    Objective.aggregation combines the tokens; its denominators count them all. Log-ratios are clamped
+    to +-20, outside of which r and the penalty have no gradient.
 
     logprob_N and all arguments ending in _N: [N]; cu_seqlens: [S + 1] segment bounds. weight_N: 0
     takes a token out whatever its other values, NaN and infinity included. proximal_N None stands

@@ -119,7 +119,7 @@ def finish_metrics(metrics: Mapping[str, Tensor]) -> dict[str, Tensor]:
       dual clip bounded
     - ``advantage/positive``, ``advantage/negative``: mean advantage of that sign, k1 in reward
       taken off
-    - ``masked``: share outside the trust region; ``entropy``: mean, nats
+    - ``masked``: share that the trust region holds back; ``entropy``: mean, nats
     - ``token_count``: n
     """
     m = metrics

@@ -94,7 +94,7 @@ class Stepper:
     """A policy and a step whose gradient is read off AdamW's first moment."""
 
     def __init__(self, make_model: ModelMaker, *overrides: str, quarantine: Path | None = None) -> None:
-        self.config = config_of(*overrides)
+        self.config = config_of(*NARROW, *overrides)
         self.model = make_model(seed=0)
         self.step = PolicyStep(self.model, make_model(seed=2), self.config, quarantine=quarantine)
 
@@ -112,6 +112,8 @@ class Stepper:
 
 
 UNCLIPPED = "optim.max_grad_norm=1e9"
+NARROW = ("objective.trust_low=0.8", "objective.trust_high=1.25")
+"""A trust region that several tokens of the batch are outside of, on either side."""
 
 
 def dense_gradient(
@@ -124,9 +126,9 @@ def dense_gradient(
     """Gradient and loss of the documented formula on right-padded rows, in float64.
 
     L = min(exp(proximal - behavior), cap) max(-A r, -A clip(r)) + kl (logprob - reference)^2 / 2
-    with r = exp(logprob - proximal); tokens whose exp(logprob - behavior) is outside the trust region
-    contribute nothing; the sum is divided by the number of all tokens. `moved`: weights other than the
-    proximal policy's.
+    with r = exp(logprob - proximal); the first term is left out where it would carry exp(logprob - behavior)
+    further out of the trust region; the sum is divided by the number of all tokens. `moved`: weights other
+    than the proximal policy's.
     """
     o = config.objective
     model, start, reference = (make_model(seed=s, installed=False).double() for s in (0, 0, 2))
@@ -157,17 +159,17 @@ def dense_gradient(
     with torch.no_grad():
         against, proximal = logprobs(reference), logprobs(start)
     raw_ratio = (current.detach() - behavior).exp()
-    trusted = (raw_ratio >= o.trust_low) & (raw_ratio <= o.trust_high)
     importance = (proximal - behavior).exp().clamp(max=o.importance_cap)
     ratio = (current - proximal).exp()
     advantage = torch.from_numpy(worth).double()[:, None]
     clipped = ratio.clamp(1 - o.clip_low, 1 + o.clip_high)
-    surrogate = importance * torch.maximum(-advantage * ratio, -advantage * clipped)
+    held = ((advantage > 0) & (raw_ratio > o.trust_high)) | ((advantage < 0) & (raw_ratio < o.trust_low))
+    surrogate = torch.where(held, 0.0, importance * torch.maximum(-advantage * ratio, -advantage * clipped))
     token_loss = surrogate + o.kl_coefficient * 0.5 * (current - against).square()
-    loss = (token_loss * mask * trusted).sum() / mask.sum()
+    loss = (token_loss * mask).sum() / mask.sum()
     loss.backward()
     gradient = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    assert 0.05 < float((mask * trusted).sum() / mask.sum()) < 0.98
+    assert 0.02 < float((mask * held).sum() / mask.sum()) < 0.95
     return gradient, float(loss.detach())
 
 

@@ -64,8 +64,9 @@ def test_ppo_golden_by_aggregation(aggregation: Any, fixed_length: int, expected
     [
         ({}, 0.148554),
         ({"importance_cap": 2.0}, -0.076518),
-        # The two tokens outside keep their places in the denominator; without that it would be -0.691760.
-        ({"trust_low": 0.7, "trust_high": 2.0}, -0.494114),
+        # The fifth live token, exp(-0.4) and to become rarer still, keeps its place in the denominator;
+        # without that it would be 0.083938. The last, exp(1.6), is led back.
+        ({"trust_low": 0.7, "trust_high": 2.0}, 0.071946),
     ],
 )
 def test_decoupled_golden(members: dict[str, Any], expected: float) -> None:
@@ -83,11 +84,34 @@ def test_health_metrics_golden() -> None:
         + (math.exp(-0.3) + math.exp(0.1) + math.exp(1.2)) / 7,
         "clip/positive": 1 / 4,
         "clip/negative": 0.0,
-        "masked": 2 / 7,
+        "masked": 1 / 7,
         "token_count": 7.0,
     }
     for name, value in expected.items():
         assert metrics[name].item() == pytest.approx(value, abs=1e-5), name
+
+
+def test_trust_region_holds_back_only_what_leads_further_out() -> None:
+    """Without clipping the slope is -A rho r = -A exp(logprob - behavior); the penalty's is 0.1 drift."""
+    low, high = math.log(0.25), math.log(4.0)
+    logprob = torch.tensor([high, low, high, low]).requires_grad_()
+    zero, one = torch.zeros(4), torch.ones(4)
+    inputs: dict[str, Any] = {"behavior_N": zero, "weight_N": one, "cu_seqlens": torch.tensor([0, 4])}
+    result = loss_of(
+        logprob_N=logprob,
+        proximal_N=None,
+        reference_N=zero,
+        advantage_N=torch.tensor([1.0, 1.0, -1.0, -1.0]),
+        objective=Objective(trust_low=0.5, trust_high=2.0, kl_coefficient=0.1),
+        **inputs,
+    )
+    (gradient,) = torch.autograd.grad(result.loss, logprob)
+    surrogate = torch.tensor([0.0, -0.25, 4.0, 0.0])
+    drift = torch.tensor([high, low, high, low])
+    assert_matches_reference(gradient, (surrogate + 0.1 * drift) / 4)
+    metrics = finish_metrics(result.metrics)
+    assert metrics["masked"].item() == 0.5
+    assert metrics["loss/kl"].item() == pytest.approx(0.05 * math.log(4.0) ** 2)
 
 
 def test_clip_silences_only_the_harmful_side() -> None:

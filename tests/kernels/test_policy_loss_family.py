@@ -410,11 +410,14 @@ def stated_loss(
             heat = torch.full_like(old, objective.gate_negative)
             heat[advantage > 0] = objective.gate_positive
             loss = -advantage * 4 / heat * (heat * (ratio - 1)).sigmoid()
-    token = rho * loss + objective.kl_coefficient * penalty - objective.entropy_coefficient * entropy_N
     away = (old - inputs.behavior_N).exp()
-    counted = live & (away >= objective.trust_low) & (away <= objective.trust_high)
+    held = ((advantage > 0) & (away > objective.trust_high)) | (
+        (advantage < 0) & (away < objective.trust_low)
+    )
+    token = torch.where(held, 0.0, rho * loss) + objective.kl_coefficient * penalty
+    token = token - objective.entropy_coefficient * entropy_N
     share = reference.token_shares(inputs.weight_N, inputs.cu_seqlens, objective, torch.tensor(3.0))
-    return (share * token)[counted].sum()
+    return (share * token)[live].sum()
 
 
 LEVELS_OF_CORRECTION = [

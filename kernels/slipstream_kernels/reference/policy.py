@@ -86,8 +86,10 @@ def policy_terms(inputs: PolicyInputs, share_N: Tensor, objective: Objective) ->
     live, current, drift = tokens.live, tokens.logprob.detach(), tokens.drift
     raw_log_ratio = clamped(current - tokens.behavior)
     raw_ratio = raw_log_ratio.exp()
-    trusted = live & (raw_ratio >= objective.trust_low) & (raw_ratio <= objective.trust_high)
-    share = torch.where(trusted, share_N.to(current.dtype), 0.0)
+    share = torch.where(live, share_N.to(current.dtype), 0.0)
+    rising, falling = tokens.advantage > 0, tokens.advantage < 0
+    held = (rising & (raw_ratio > objective.trust_high)) | (falling & (raw_ratio < objective.trust_low))
+    free_share = torch.where(held, 0.0, share)
 
     proximal = current if tokens.proximal is None else tokens.proximal
     mismatch, moved = proximal - tokens.behavior, tokens.logprob - proximal
@@ -103,15 +105,17 @@ def policy_terms(inputs: PolicyInputs, share_N: Tensor, objective: Objective) ->
     )
     penalty = penalised(drift, objective.penalty)
     coefficient = objective.kl_coefficient
-    loss_surrogate = (share * term.loss).sum()
+    loss_surrogate = (free_share * term.loss).sum()
     zero = loss_surrogate.new_zeros(())
     loss_kl = zero if penalty is None else coefficient * (share * penalty[0]).sum()
-    slope = term.slope if penalty is None else term.slope + coefficient * penalty[1]
+    gradient = free_share * term.slope
+    if penalty is not None:
+        gradient = gradient + share * (coefficient * penalty[1])
     bonus = -objective.entropy_coefficient
     loss_entropy = zero if tokens.entropy is None else bonus * (share * tokens.entropy).sum()
     seen = Pass(
         live=live,
-        trusted=trusted,
+        held=held,
         advantage=tokens.advantage,
         raw_ratio=raw_ratio,
         raw_log_ratio=raw_log_ratio,
@@ -124,7 +128,7 @@ def policy_terms(inputs: PolicyInputs, share_N: Tensor, objective: Objective) ->
     losses = torch.stack((loss_surrogate, loss_kl, loss_entropy)).detach()
     return PolicyLoss(
         loss=loss_surrogate + loss_kl + loss_entropy,
-        grad_logprob_N=share * slope,
+        grad_logprob_N=gradient,
         grad_entropy_N=None if tokens.entropy is None else bonus * share,
         metrics=PolicyMetrics(torch.cat((losses, metrics_of(seen)))),
     )

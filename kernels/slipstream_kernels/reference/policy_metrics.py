@@ -19,7 +19,8 @@ class Pass:
     """[N] what the pass has computed, detached; 0 at tokens that are not live, ratios and flags aside."""
 
     live: Tensor
-    trusted: Tensor
+    held: Tensor
+    """Whether the trust region holds the surrogate back."""
     advantage: Tensor
     raw_ratio: Tensor
     raw_log_ratio: Tensor
@@ -76,7 +77,7 @@ def _flags(seen: Pass) -> tuple[Tensor, ...]:
         dual,
         never if seen.weight.capped is None else live & seen.weight.capped,
         never if seen.weight.rejected is None else live & seen.weight.rejected,
-        live & ~seen.trusted,
+        seen.held,
         never if seen.moved is None else live,
         never if seen.drift is None else live,
         never if seen.entropy is None else live,

@@ -187,9 +187,7 @@ def token_kernel(
 
     raw_log_ratio = clamped(current - behaved)
     raw_ratio = tl.exp(raw_log_ratio)
-    trusted = live & (raw_ratio >= tl.load(coefficients + TRUST_LOW))
-    trusted = trusted & (raw_ratio <= tl.load(coefficients + TRUST_HIGH))
-    share = tl.where(trusted, share, 0.0)
+    share = tl.where(live, share, 0.0)
     place = sums_out + block * METRICS
     penalty_slope = tl.zeros([BLOCK], tl.float32)
     if reference is not None:
@@ -228,10 +226,13 @@ def token_kernel(
     moved = current - base if moved_in is None else read(moved_in, offset, within, live)
     importance, capped, rejected = corrected(mismatch, coefficients, CORRECTION)
     loss, slope, bounded, dual = surrogate(moved, current, advantage, importance, coefficients, SURROGATE)
-    tl.store(gradient_out + offset, share * (slope + penalty_slope), mask=within)
-    _put(place, _LOSS, share * loss)
-
     positive, negative = advantage > 0.0, advantage < 0.0
+    held = positive & (raw_ratio > tl.load(coefficients + TRUST_HIGH))
+    held = held | (negative & (raw_ratio < tl.load(coefficients + TRUST_LOW)))
+    free_share = tl.where(held, 0.0, share)
+    tl.store(gradient_out + offset, free_share * slope + share * penalty_slope, mask=within)
+    _put(place, _LOSS, free_share * loss)
+
     ratio = tl.where(live, raw_ratio, 0.0)
     _put(place, _RATIO, ratio)
     _put(place, _RATIO_SQUARE, ratio * ratio)
@@ -247,6 +248,6 @@ def token_kernel(
     _put(place, _DUAL_CLIPPED, dual)
     _put(place, _CAPPED, live & capped)
     _put(place, _REJECTED, live & rejected)
-    _put(place, _MASKED, live & ~trusted)
+    _put(place, _MASKED, held)
     tl.store(extremes_out + 2 * block, tl.max(ratio, 0))
     tl.store(extremes_out + 2 * block + 1, -tl.min(tl.where(live, raw_ratio, _NO_MINIMUM), 0))
