@@ -274,7 +274,8 @@ FAMILY = [
         correction=correction,
         correction_level=Level.TOKEN if correction is Correction.NONE else ratio_level,
         importance_cap=math.inf if correction is Correction.NONE else 1.3,
-        trust_low=0.2,
+        trust_low=0.5,
+        trust_high=2.0,
         penalty=penalty,
         kl_coefficient=0.3,
         entropy_coefficient=0.2,
@@ -321,8 +322,9 @@ def test_returned_gradients_equal_autograd_in_float64(objective: Objective) -> N
 
 # Away from every kink, yet on each side of it: the clip's bounds 0.8 and 1.2, the dual clip's 1.5 and 1 for
 # current / proximal of tokens and of segments, the correction's 0.6 and 1.3 for proximal / behavior, and the
-# trust region, which the second token leaves. The last has weight 0; the fifth is 25 off the reference, past
-# the clamp at 20.
+# trust region: it holds the seventh back below and the eighth above, while the first, second and fourth,
+# which are outside too, are led back. The last has weight 0; the fifth is 25 off the reference, past the
+# clamp at 20.
 MOVED = torch.tensor([0.3, -0.4, 0.1, 0.6, 0.35, -0.5, -0.35, 0.1, 9.0], dtype=torch.float64)
 MISMATCH = torch.tensor([0.4, -0.7, 0.2, 0.1, -0.15, 0.15, -0.2, 0.5, 9.0], dtype=torch.float64)
 DRIFT = torch.tensor([-0.6, 0.4, 0.9, -0.3, 25.0, 0.2, -0.8, 0.5, 9.0], dtype=torch.float64)
@@ -350,8 +352,8 @@ def smooth_objective(surrogate: Surrogate, correction: Correction, **members: An
         dual_clip=1.5 if surrogate is Surrogate.CLIP else math.inf,
         importance_floor=0.6 if correction is Correction.MASK else 0.0,
         importance_cap=math.inf if correction is Correction.NONE else 1.3,
-        trust_low=0.4,
-        trust_high=2.5,
+        trust_low=0.6,
+        trust_high=1.6,
         kl_coefficient=0.02,
         entropy_coefficient=0.2,
         aggregation="sequence_mean_token_mean",
