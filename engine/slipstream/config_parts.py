@@ -181,6 +181,7 @@ class MonitorConfig(Part):
 
     repeated_calls: float = Field(default=0.2, ge=0.0)
     no_end: float = Field(default=0.5, ge=0.0)
+    no_call: float = Field(default=0.5, ge=0.0)
     one_answer: float = Field(default=0.5, ge=0.0)
     length_growth: float = Field(default=2.0, ge=0.0)
     verifier_gap: float = Field(default=0.2, ge=0.0)

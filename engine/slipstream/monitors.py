@@ -2,6 +2,7 @@
 
 repeated calls      it makes one call over and over, though it has been answered
 no end              it goes on searching until the episode is cut
+no call             what it says is no call any more: its language falls apart
 one answer          whatever is asked, it answers alike
 length              its messages grow far beyond what they were
 verifier            its reward says success, and a verifier that it is never trained on says no
@@ -37,6 +38,7 @@ def degeneracy(trajectories: Sequence[Trajectory]) -> dict[str, float]:
 
     repeated_calls: share of episodes that make an equal call REPEATS times although it was answered;
     no_end: share of episodes that were cut while they called tools;
+    no_call: share of episodes that ended because messages were no valid calls;
     one_answer: share of finished episodes whose last call is the commonest one, counted once for each group:
     attempts at one task may well agree. 0 with fewer than two groups.
     """
@@ -49,6 +51,7 @@ def degeneracy(trajectories: Sequence[Trajectory]) -> dict[str, float]:
     return {
         "monitor/repeated_calls": sum(map(_repeats, trajectories)) / count,
         "monitor/no_end": sum(bool(t.outcome in _CUT and t.tool_calls) for t in trajectories) / count,
+        "monitor/no_call": sum(t.outcome is Outcome.INVALID_ACTION for t in trajectories) / count,
         "monitor/one_answer": commonest / len(answers) if len(answers) > 1 else 0.0,
     }
 
@@ -144,6 +147,7 @@ _READ: Final = "; read episodes before you trust the reward"
 _MEANING: Final = {
     "repeated_calls": f"episodes make one call over and over{_READ}",
     "no_end": f"episodes call tools until they are cut{_READ}",
+    "no_call": "messages are no valid calls; where they were at first, read kl/reference and masked/trust",
     "one_answer": f"different tasks get one answer{_READ}",
     "length_growth": f"messages are that many times as long as at first{_READ}",
     "verifier_gap": f"outcomes say success by so much more than the verifier that is not trained on{_READ}",

@@ -51,6 +51,19 @@ def test_searching_without_an_end() -> None:
     assert found(cut, silent, late, done)["no_end"] == 0.5
 
 
+def test_messages_that_are_no_calls() -> None:
+    broken = episode(call("search", "x"), outcome=Outcome.INVALID_ACTION)
+    done, cut = episode(call("answer", "x")), episode(call("search", "x"), outcome=Outcome.TRUNCATED)
+    batch = [broken, broken, broken, done, cut]
+    watching, other = Monitor(MonitorConfig()), Monitor(MonitorConfig(no_call=0.0))
+    assert watching.observe(batch)["monitor/no_call"] == other.observe(batch)["monitor/no_call"] == 0.6
+    assert (
+        "no_call is 0.60, above monitors.no_call = 0.5: messages are no valid calls; where they were at "
+        "first, read kl/reference and masked/trust"
+    ) in watching.alarms
+    assert not [sentence for sentence in other.alarms if sentence.startswith("no_call")]
+
+
 def test_one_answer_to_different_tasks() -> None:
     """Attempts at one task may agree; tasks may not."""
     same = [episode(call("answer", "Oslo"), group=group) for group in (0, 0, 1, 2)]
