@@ -91,6 +91,8 @@ class RewardConfig(Part):
     """Outcome +1 or -1 dominates; penalties and shaping are capped per trajectory."""
 
     step_penalty: float = Field(default=0.05, ge=0.0)
+    """Taken for each turn. Where success is rare and takes many turns, giving up at once costs less than
+    trying, and that is what a policy then learns; a warm start warns of it."""
     invalid_penalty: float = Field(default=0.2, ge=0.0)
     shaping: float = Field(default=0.0, ge=0.0)
     """Weight of the optional progress score in [0, 1]."""

@@ -25,13 +25,14 @@ from slipstream.config import RunConfig
 from slipstream.config_curriculum import changed
 from slipstream.demonstrations import demonstrations, play
 from slipstream.environments import Script, environment_factory
-from slipstream.environments.factory import ORACLE, EnvironmentFactory
+from slipstream.environments.factory import GIVES_UP, ORACLE, EnvironmentFactory
 from slipstream.episodes import EpisodeRunner
 from slipstream.errors import ConfigurationError, WarmStartError
 from slipstream.inference.trial import held_trial
 from slipstream.model import Policy, first_policy, head, publish_policy
 from slipstream.packing import PackedBatch, pack
 from slipstream.redaction import Redactor
+from slipstream.rewards import reward
 from slipstream.run_folder import write_json
 from slipstream.runners import configured_runner
 from slipstream.tools.cache import in_folder
@@ -83,6 +84,7 @@ def main(config: RunConfig, folder: Path) -> int:
         success = held_success(policy, runner, config)
         log.info("warm start: success %.3f on the task itself", success)
         metrics.append_row(folder / metrics.FILE, {"kind": "warmup", "step": step, "success": success})
+    _warn_of_giving_up(scripted, success)
     notes: dict[str, object] = {"step": step, "success": success}
     try:
         _check_band(success, step, config)
@@ -201,12 +203,21 @@ def held_success(policy: Policy, runner: EpisodeRunner, config: RunConfig) -> fl
 
 
 def baselines(runner: EpisodeRunner, config: RunConfig) -> dict[str, dict[str, float | str]]:
-    """Return held-out success of the environment's scripts and of the configured baselines, with sources."""
-    tasks = config.evaluation.final_tasks
+    """Return held-out success of the environment's scripts and of the configured baselines, with sources.
 
-    async def success(script: Script) -> float:
+    Of scripts also the mean `reward`, and the `outcome` part of it, over the episodes that could be judged.
+    """
+    tasks = config.evaluation.final_tasks
+    outcome_alone = config.rewards.model_copy(update={"shaping": 0.0, "penalty_cap": 0.0})
+
+    async def results(script: Script) -> dict[str, float]:
         played = [await play(runner, config, Split.HELDOUT, index, script) for index in range(tasks)]
-        return float(np.mean([t.success for t in played]))
+        found = {"success": float(np.mean([t.success for t in played]))}
+        for name, rewards in (("reward", config.rewards), ("outcome", outcome_alone)):
+            earned = [value for t in played if (value := reward(t.scores, rewards)) is not None]
+            if earned:
+                found[name] = float(np.mean(earned))
+        return found
 
     found: dict[str, dict[str, float | str]] = {
         given.name: {"success": given.score, "source": given.source, "date": given.date}
@@ -214,8 +225,35 @@ def baselines(runner: EpisodeRunner, config: RunConfig) -> dict[str, dict[str, f
     }
     for name, script in runner.factory.scripts.items():
         source = f"scripted; {script.about}"
-        found[name] = {"success": asyncio.run(success(script)), "source": source, "tasks": tasks}
+        found[name] = {**asyncio.run(results(script)), "source": source, "tasks": tasks}
     return found
+
+
+def break_even(scripted: Mapping[str, Mapping[str, float | str]]) -> float:
+    """Return the success p above which trying earns more than giving up at once.
+
+    p (O - o) = C - c: outcome O and penalties C = O - reward of the oracle, who tries, o and c of the script
+    that does nothing. Below, what a policy gains by success now and then is less than what its turns cost it.
+    0 where one of the scripts is missing, or nothing is to be gained.
+    """
+    tries, gives_up = scripted.get(ORACLE, {}), scripted.get(GIVES_UP, {})
+    if "outcome" not in tries or "outcome" not in gives_up:
+        return 0.0
+    gain = float(tries["outcome"]) - float(gives_up["outcome"])
+    cost = gain - (float(tries["reward"]) - float(gives_up["reward"]))
+    return max(0.0, cost / gain) if gain > 0.0 else 0.0
+
+
+def _warn_of_giving_up(scripted: Mapping[str, Mapping[str, float | str]], success: float) -> None:
+    least = break_even(scripted)
+    if success < least:
+        log.warning(
+            "warm start: below a success of %.2f giving up at once earns more than trying, and held-out "
+            "success is %.2f: training may teach to give up; lower rewards.step_penalty, or begin with "
+            "curriculum.stages that succeed more often",
+            least,
+            success,
+        )
 
 
 def _check_solvable(scripted: Mapping[str, Mapping[str, float | str]], config: RunConfig) -> None:

@@ -140,6 +140,34 @@ def test_what_too_weak_a_policy_has_learnt_is_kept(tmp_path: Path) -> None:
     assert second[-1] < first[-1] - 0.1, "it goes on with a lower loss"
 
 
+def test_trying_is_worth_it_above_the_success_that_pays_for_its_turns() -> None:
+    tries = {"success": 1.0, "outcome": 1.0, "reward": 0.2}
+    gives_up = {"success": 0.0, "outcome": -1.0, "reward": -1.05}
+    # At p: p - (1 - p) - 0.8 against -1 - 0.05.
+    assert warmup.break_even({"oracle": tries, "do_nothing": gives_up}) == pytest.approx(0.375)
+    assert warmup.break_even({"oracle": tries | {"reward": 1.0}, "do_nothing": gives_up}) == 0.0
+    assert warmup.break_even({"oracle": gives_up, "do_nothing": gives_up}) == 0.0
+    assert warmup.break_even({"oracle": tries}) == warmup.break_even({}) == 0.0
+    assert warmup.break_even({"oracle": tries, "do_nothing": {"success": 0.0}}) == 0.0
+
+
+@pytest.mark.parametrize(("penalty", "warned"), [(0.05, True), (0.0, False)])
+def test_a_warm_start_says_when_giving_up_earns_more(
+    penalty: float, warned: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Six calls in ten fail: an answer takes some eight turns at 0.05, giving up one."""
+    hard = ("environment.tool_failure_rate=0.6", "environment.max_turns=40", "environment.max_tokens=768")
+    untrained = ("warmup.max_steps=0", "warmup.min_success=0.0")
+    warmup.main(config_of(*hard, *untrained, f"rewards.step_penalty={penalty}"), tmp_path)
+    scripted = json.loads((tmp_path / "baselines.json").read_text())
+    assert scripted["do_nothing"]["outcome"] == -1.0
+    assert scripted["do_nothing"]["reward"] == pytest.approx(-1.0 - penalty)
+    assert scripted["oracle"]["outcome"] == 1.0
+    least = (1.0 - scripted["oracle"]["reward"] - penalty) / 2.0
+    expected = f"below a success of {least:.2f} giving up at once earns more than trying"
+    assert (expected in caplog.text) == warned == ("giving up" in caplog.text)
+
+
 def test_baselines_of_others_stand_beside_those_of_the_scripts(tmp_path: Path) -> None:
     given = 'evaluation.baselines=[{name="frontier", score=0.8, source="its card", date="2026-11-01"}]'
     with pytest.raises(WarmStartError):

@@ -67,9 +67,9 @@ TOOLS = (
 class ResearchOptions(Part):
     """What is asked, and how much stands in its way."""
 
-    hops: int = Field(default=1, ge=1, le=4)
+    hops: int = Field(default=1, ge=1, le=8)
     """Facts to chain before the answer is known."""
-    least_hops: int = Field(default=0, ge=0, le=4)
+    least_hops: int = Field(default=0, ge=0, le=8)
     """Tasks chain so many, one more, and so on up to `hops`, in turn; 0: all of them chain `hops`."""
     documents_per_fact: int = Field(default=3, ge=1, le=8)
     """One true document and this many less one near misses."""

@@ -22,7 +22,7 @@ from slipstream.errors import ConfigurationError
 from slipstream.interfaces import AssistantMessage
 from slipstream.types import ScoreKind, Split, Task, TaskAttempt, ToolStatus
 
-SHAPES = [(hops, documents) for hops in (1, 2, 4) for documents in (1, 3, 8)]
+SHAPES = [(hops, documents) for hops in (1, 2, 4, 8) for documents in (1, 3, 8)]
 
 
 def options(hops: int = 1, documents: int = 3) -> ResearchOptions:
