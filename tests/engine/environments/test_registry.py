@@ -75,7 +75,7 @@ def test_what_is_wrong_is_said(own: Path) -> None:
         "environment.options: environment research has no option hop; did you mean hops?"
     )
     assert refusal(options={"hops": 9}) == (
-        "environment.options: hops must be less than or equal to 4, got 9"
+        "environment.options: hops must be less than or equal to 8, got 9"
     )
 
 
