@@ -12,8 +12,9 @@ Play = Generator[str, str, None]
 """One episode: yields messages with calls as `format_call` writes them, is sent each observation."""
 
 ORACLE = "oracle"
-GIVES_UP = "do_nothing"
 """Name of the script that solves every task, as far as tools let it."""
+GIVES_UP = "do_nothing"
+"""Name of the script that ends an episode without trying, where there is one."""
 
 
 def _nothing_to_close() -> None:
