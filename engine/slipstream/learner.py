@@ -200,6 +200,8 @@ class Learner:
         self._history = self._continued(batch)
         for version in batch.versions:
             self._versions.add(version)
+        for incarnation, step in batch.forks.items():
+            self._versions.fork(incarnation, step)
         slips = [self._versions.slip_at(self.step, self._incarnation, t.versions) for t in batch.trajectories]
         FLIGHT.note(f"batch {self.step}: {len(batch.trajectories)} trajectories")
         result = self._step(batch.trajectories, slips, step=self.step)

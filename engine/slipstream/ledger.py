@@ -397,8 +397,9 @@ class Ledger:
         serials = {serial for identity in state.batches[pulling.step]
                    for serial in state.items[identity].received.serials}  # fmt: skip
         versions = tuple(state.versions[serial] for serial in sorted(serials))
+        forks = state.versions.forks_after(min((v.incarnation for v in versions), default=state.incarnation))
         history = state.histories[pulling.step + 1]
-        batch = m.Batch(step=pulling.step, counters=counters, versions=versions, history=history)
+        batch = m.Batch(step=pulling.step, counters=counters, versions=versions, forks=forks, history=history)
         yield pulling.peer, batch, records
 
     def _give_leases(self, now: float) -> Iterator[Reply]:

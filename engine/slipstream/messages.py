@@ -22,7 +22,7 @@ from slipstream.errors import DamageError, FrameError
 from slipstream.types import Lease, Version, WeightProof, WeightUpdate
 from slipstream_kernels.delivery import load
 
-PROTOCOL: Final = 3
+PROTOCOL: Final = 4
 MAX_HEADER_BYTES: Final = 64 << 10
 MAX_DEPTH: Final = 16
 MAX_ITEMS: Final = 1 << 16
@@ -177,6 +177,8 @@ class Batch(Message, frozen=True, kw_only=True, tag=True):
     counters: dict[str, float]
     versions: tuple[Version, ...]
     """What every serial among the trajectories' tokens stands for."""
+    forks: dict[int, int]
+    """incarnation -> the step it started from, of all since the oldest among `versions`."""
     history: str
     """What the learner has been trained on after this batch (history.py)."""
 

@@ -58,6 +58,10 @@ class VersionTable:
         """The step each incarnation started from."""
         return self._forks
 
+    def forks_after(self, incarnation: int) -> dict[int, int]:
+        """Return the step that each later incarnation started from: what slip from this one on hangs on."""
+        return {number: step for number, step in self._forks.items() if number > incarnation}
+
     def keep(self, serials: Collection[int]) -> None:
         """Forget all serials but these."""
         self._versions = {serial: known for serial, known in self._versions.items() if serial in serials}

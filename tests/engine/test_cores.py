@@ -219,7 +219,7 @@ def test_a_batch_damaged_on_its_way_is_asked_for_again() -> None:
     core.pull(0, 0.0)
     sent(core)
     record: Any = encode_trajectory(synthetic.trajectory(8))
-    batch = m.Batch(step=0, counters={}, versions=(), history="h")
+    batch = m.Batch(step=0, counters={}, versions=(), forks={}, history="h")
     core.take(batch, [record[:-1]], 0.0)
     assert core.take_batch() is None
     assert sent(core) == [m.Pull(step=0)]

@@ -115,7 +115,8 @@ class Rig:
     def train(self, learner: Learner, steps: int) -> None:
         """Let a learner take some steps."""
         for step in range(learner.step + 1, learner.step + steps + 1):
-            if missing := CONFIG.batch.trajectories - self.ledger.state.fates["buffered"]:
+            missing = CONFIG.batch.trajectories - self.ledger.state.fates["buffered"]
+            if missing > 0:
                 self.play(train=missing)
             learner.advance(timeout_s=0.0)
             assert learner.step == step
@@ -188,3 +189,18 @@ def test_a_known_result_for_new_weights_ends_no_other_evaluation(rig: Rig) -> No
     assert sorted(path.name for path in (rig.folder / "weights").iterdir()) == [
         f"serial-{serial:08d}" for serial in range(5, 9)
     ]
+
+
+def test_slip_counts_the_steps_that_a_learner_in_between_gave_up(rig: Rig) -> None:
+    """Sampled at step 2 of a branch that ended at step 1, trained at step 2 of the branch after the next."""
+    config = CONFIG.model_copy(update={"checkpoint": CheckpointConfig(every=1, background=False)})
+    rig.train(rig.learner(config=config), 2)
+    rig.play(train=CONFIG.batch.trajectories)
+    shutil.rmtree(rig.folder / "checkpoints" / "step-00000002")
+    rig.train(rig.learner(config=config), 1)
+    last = rig.learner(config=config)
+    rig.ledger.take_reports()
+    rig.train(last, 1)
+    (row,) = rig.ledger.take_reports()
+    assert row["slip/mean"] == 2.0
+    assert last.step == 3

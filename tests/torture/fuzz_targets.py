@@ -91,7 +91,9 @@ def message_samples() -> list[bytes]:
         messages.Checkpointed(step=4, oldest=2),
         messages.Report(about="train", metrics={"loss": 0.5, "slip/histogram": [1.0, 2.0]}),
         messages.Finish(reason="over"),
-        messages.Batch(step=3, counters={"buffered": 3.0}, versions=(update.version,) * 3, history="h"),
+        messages.Batch(
+            step=3, counters={"buffered": 3.0}, versions=(update.version,) * 3, forks={1: 2}, history="h"
+        ),
         messages.Evaluated(
             serial=3, step=2, success=0.5, count=256, metrics={"turns": 3.0}, solved=((0, True),)
         ),

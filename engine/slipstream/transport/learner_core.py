@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
 from slipstream.deadlines import Deadlines
@@ -49,6 +49,8 @@ class PulledBatch:
     """The hub's books when the batch was handed out."""
     versions: tuple[Version, ...] = ()
     """What every serial among the trajectories' tokens stands for."""
+    forks: Mapping[int, int] = field(default_factory=dict)
+    """incarnation -> the step it started from, of all since the oldest among `versions`."""
     history: str = START
     """What the learner has been trained on after this batch, as the hub has it (history.py)."""
 
@@ -159,7 +161,8 @@ class LearnerCore(PeerCore):
             return
         self.waits.end("batch")
         self._batch = PulledBatch(step=message.step, trajectories=trajectories, counters=message.counters,
-                                  versions=message.versions, history=message.history)  # fmt: skip
+                                  versions=message.versions, forks=message.forks,
+                                  history=message.history)  # fmt: skip
 
     def _take_welcome(self, message: Welcome) -> None:
         self._welcomed()
