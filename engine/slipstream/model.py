@@ -126,7 +126,21 @@ def load_model(
     except (OSError, ValueError, SafetensorError) as error:
         raise CheckpointError(f"{folder}: cannot load the model: {str(error).splitlines()[0]}") from error
     install(model)
-    return model if device is None else _on(device, model)
+    if device is not None and device.type != "cpu":
+        return _on(device, model)
+    _unmap(model)
+    return model
+
+
+@torch.no_grad()
+def _unmap(model: PreTrainedModel) -> None:
+    """Give the parameters memory of their own: they come mapped from the file, and would change with it.
+
+    They would also lie wherever its header ends, and products with a single row round by alignment: the
+    bits of training would hang on which file it was resumed from.
+    """
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
 
 
 def _on(device: torch.device, model: PreTrainedModel) -> PreTrainedModel:

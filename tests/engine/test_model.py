@@ -71,6 +71,16 @@ def test_a_written_policy_is_read_back(tmp_path: Path, tokenizer: PreTrainedToke
     assert again.chat.message("Oslo").tolist() == policy.chat.message("Oslo").tolist()
 
 
+def test_a_loaded_model_does_not_hang_on_its_file(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    policy = Policy(model=built(), tokenizer=tokenizer, chat=Chat(tokenizer))
+    write_policy(tmp_path, policy)
+    loaded = load_model(tmp_path)
+    with (tmp_path / WEIGHTS).open("r+b") as file:
+        file.write(bytes((tmp_path / WEIGHTS).stat().st_size))
+    for name, tensor in named_weights(loaded).items():
+        assert torch.equal(tensor, named_weights(policy.model)[name]), name
+
+
 def test_canary_log_probabilities_are_the_models_own(make_model: ModelMaker) -> None:
     tokens = torch.tensor([5, 9, 36, 0, 3])
     own = make_model(kv_heads=1, installed=False)
