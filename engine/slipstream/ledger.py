@@ -39,8 +39,9 @@ from slipstream.receiving import (
     refuse_proof,
     verdict_on,
 )
+from slipstream.telling import batch_of, evaluated
 from slipstream.transport.channel import Reply
-from slipstream.types import Lease
+from slipstream.types import Lease, TrajectoryId
 from slipstream.wire import inspect_trajectory, schema_hash
 
 _PING_AFTER_S: Final = 5.0
@@ -275,6 +276,7 @@ class Ledger:
             self._log(
                 events.Incarnation(number=state.incarnation + 1, fork_step=hello.step, session=hello.session)
             )
+            self._draw_again(state.members(sorted(state.groups)))
         welcome = m.Welcome(epoch=state.incarnation, next_serial=state.next_serial, fork_step=state.fork_step)
         known = [
             done
@@ -303,6 +305,8 @@ class Ledger:
             if identity not in self.state.seen:
                 event = describe(arrival, verdict_on(arrival, self.state, self._config))
                 self._log(event, frames[0])
+                if event.verdict == "buffered":
+                    self._draw_again([identity])
                 if self._patience.is_over(event) and self._dispatcher.give_up(event.slot):
                     self._patience.forget(event.slot)
         except FrameError as error:
@@ -313,6 +317,11 @@ class Ledger:
             file = self._quarantine(frames)
             self._log(events.Quarantined(actor=who.name, file=file, reason=str(error)))
         return peer, ack, ()
+
+    def _draw_again(self, identities: Sequence[TrajectoryId]) -> None:
+        """Drop what no step to come may train, and owe it again."""
+        if outdated := self.state.outdated(identities):
+            self._log(events.Dropped(identities=tuple(outdated), reason="dropped_by_slip"))
 
     def _may_come_again(self, session: str, number: int) -> bool:
         """Return whether the sender is to send a damaged record again: it may be whole in its spool."""
@@ -393,14 +402,7 @@ class Ledger:
         records = [
             self._journal.read(state.items[identity].position) for identity in state.batches[pulling.step]
         ]
-        counters = {name: float(count) for name, count in self.books().items()}
-        serials = {serial for identity in state.batches[pulling.step]
-                   for serial in state.items[identity].received.serials}  # fmt: skip
-        versions = tuple(state.versions[serial] for serial in sorted(serials))
-        forks = state.versions.forks_after(min((v.incarnation for v in versions), default=state.incarnation))
-        history = state.histories[pulling.step + 1]
-        batch = m.Batch(step=pulling.step, counters=counters, versions=versions, forks=forks, history=history)
-        yield pulling.peer, batch, records
+        yield pulling.peer, batch_of(state, pulling.step), records
 
     def _give_leases(self, now: float) -> Iterator[Reply]:
         if self.paused:
@@ -434,9 +436,3 @@ def _replayed(config: RunConfig, journal: Journal) -> LedgerState:
         else:
             state.apply(entry.event, entry.position)
     return state
-
-
-def evaluated(done: events.EvaluationDone, *, replayed: bool = False) -> m.Evaluated:
-    """Return the message that tells the learner of an evaluation."""
-    return m.Evaluated(serial=done.serial, step=done.step, success=done.success, count=done.count,
-                       metrics=done.metrics, solved=done.solved, replayed=replayed)  # fmt: skip

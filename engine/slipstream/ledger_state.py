@@ -15,7 +15,7 @@ covers is forgotten: its identities stay in `seen`, its trajectories in the coun
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -129,8 +129,7 @@ class LedgerState:
                 self._leave_buffer(event.identities, event.reason)
                 self.course.drop(self.steps, event.identities)
             case events.Dropped():
-                self._leave_buffer(event.identities, event.reason)
-                self._owe_again([self.items.pop(identity).received for identity in event.identities])
+                self._draw_again(event.identities, event.reason)
             case events.GaveUp():
                 self._gave_up(event)
             case events.Quarantined():
@@ -240,6 +239,14 @@ class LedgerState:
         """Return the complete groups of which every token would be older than max_slip at a step."""
         return [group for group in sorted(self.complete) if self._is_overage(group, step)]
 
+    def outdated(self, identities: Iterable[TrajectoryId]) -> list[TrajectoryId]:
+        """Return which of some were sampled on a branch given up, and are too old for every step to come.
+
+        Others of their groups may be young enough, so that no group is dropped for them; but nothing of
+        theirs would be trained.
+        """
+        return [identity for identity in identities if self._is_outdated(self.look(identity).serials)]
+
     def is_proven(
         self, received_by: TrajectoryId, serials: Iterable[int], samplers: Iterable[tuple[str, int]] = ()
     ) -> bool:
@@ -288,6 +295,14 @@ class LedgerState:
     def _is_overage(self, group: int, step: int) -> bool:
         members = [self.items[identity].received for identity in self.members([group])]
         serials = sorted({serial for received in members for serial in received.serials})
+        return self._are_old(serials, step)
+
+    def _is_outdated(self, serials: Sequence[int]) -> bool:
+        given_up = all(self.versions.is_given_up(self.incarnation, serial) for serial in serials)
+        return given_up and self._are_old(serials, self.steps)
+
+    def _are_old(self, serials: Sequence[int], step: int) -> bool:
+        """Return whether all tokens of some serials, if there are any, are older than max_slip at a step."""
         if not serials:
             return False
         return int(self.versions.slip_at(step, self.incarnation, serials).min()) > self._config.max_slip
@@ -366,10 +381,16 @@ class LedgerState:
             if (-1, group, attempt) in self.training:
                 self.training.settle((-1, group, attempt))
 
-    def _owe_again(self, gone: Iterable[events.Received]) -> None:
-        for received in gone:
-            group = received.attempt.group
-            self.groups.setdefault(group, self._unfilled(group))
+    def _draw_again(self, identities: Iterable[TrajectoryId], fate: str) -> None:
+        """Owe the attempts of some trajectories again; their groups keep the others."""
+        for identity in identities:
+            item = self.items.pop(identity)
+            received, group = item.received, item.received.attempt.group
+            self.fates[item.fate] -= 1
+            self.fates[fate] += 1
+            self.groups[group][received.attempt.attempt] = None
+            self.complete.discard(group)
+            self.course.alike.discard(group)
             self.training.issues[received.slot] = received.issue + 1
             self.training.owe([received.slot])
 

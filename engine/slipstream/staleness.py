@@ -85,6 +85,12 @@ class VersionTable:
         current = self[current_serial]
         return self.slip_at(current.step, current.incarnation, sampled_serials)
 
+    def is_given_up(self, incarnation: int, serial: int) -> bool:
+        """Return whether a later incarnation, up to this one, started from a step before this serial's."""
+        sampled = self[serial]
+        later = range(sampled.incarnation + 1, incarnation + 1)
+        return any(self._forks[n] < sampled.step for n in later if n in self._forks)
+
     def slip_at(self, step: int, incarnation: int, sampled_serials: Sequence[int] | Int32Array) -> Int32Array:
         """Return the [T] slip at a step of an incarnation that has perhaps not published it yet."""
         serials, inverse = np.unique(np.asarray(sampled_serials, np.int32), return_inverse=True)

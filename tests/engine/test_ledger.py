@@ -305,6 +305,42 @@ def test_a_learner_that_resumes_gets_its_trajectories_back(rig: Rig) -> None:
     assert [t.identity for t in again] == [t.identity for t in second]
 
 
+def test_members_of_a_branch_given_up_are_drawn_again(tmp_path: Path) -> None:
+    """Killed amid a batch: what was sampled beyond the checkpoint cannot be trained, its group mates can."""
+    rig = Rig(tmp_path, CONFIG.model_copy(update={"max_slip": 0}))
+    peer, announced = ready(rig)
+    for lease in rig.want(peer, 4):
+        rig.deliver(peer, rig.made(peer, lease, announced.version.serial))
+    first = rig.pull(0)
+    assert first is not None
+    ahead = rig.publish(1)
+    rig.say(peer, m.Proof(proof=synthetic.proof(ahead)))
+    early, early_mate, late, late_mate = rig.want(peer, 4)
+    rig.deliver(peer, rig.made(peer, early, ahead.version.serial))
+    rig.learner(step=0, session="another life")
+    again = rig.publish(0)
+    rig.say(peer, m.Proof(proof=synthetic.proof(again)))
+    assert rig.pull(0) is not None
+    newest = rig.publish(1)
+    rig.say(peer, m.Proof(proof=synthetic.proof(newest)))
+    # It lay in a spool: sampled on the same branch, it arrives when that has been given up.
+    rig.deliver(peer, rig.made(peer, late, ahead.version.serial))
+    assert rig.ledger.books()["dropped_by_slip"] == 2
+    drawn = rig.want(peer, 4)
+    assert [(lease.attempt.group, lease.attempt.attempt, lease.issue) for lease in drawn] == [
+        (early.attempt.group, early.attempt.attempt, 1),
+        (late.attempt.group, late.attempt.attempt, 1),
+    ]
+    for lease in [early_mate, late_mate, *drawn]:
+        rig.deliver(peer, rig.made(peer, lease, newest.version.serial))
+    batch = rig.pull(1)
+    assert batch is not None
+    assert {int(serial) for t in batch for serial in t.versions if serial >= 0} == {newest.version.serial}
+    rig.ledger.check_books()
+    rig.restart()
+    rig.ledger.check_books()
+
+
 def test_a_learner_that_only_reconnects_is_not_rolled_back(rig: Rig) -> None:
     peer, announced = ready(rig)
     for lease in rig.want(peer, 4):

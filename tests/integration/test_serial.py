@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from books import Books, check_books, check_finished, read_books
-from runs import Run
+from runs import Run, until
 from safetensors.torch import load_file
 
 from slipstream.metrics import read_rows, rows_of
@@ -181,6 +181,31 @@ def test_a_kill_at_every_step_leaves_no_trace(new_run: Callable[..., Run], every
     assert ended.code == 0, whole.story(ended)
     books = [check_finished(run.folder, run.config) for run in (whole, broken)]
     assert len(books[1].rollbacks) >= (0 if every == 1 else 3)
+    assert_same_training(*books)
+    assert_same_state(whole, broken)
+    assert moved(whole)
+
+
+@pytest.mark.slow
+def test_a_kill_amid_a_batch_leaves_no_trace(new_run: Callable[..., Run]) -> None:
+    """Some of a batch was sampled on the branch that the kill gave up, the rest of it is not."""
+    settings = ("steps=5", "optim.minibatches=2", "checkpoint.every=4")
+    whole = new_run("whole", *settings)
+    broken = new_run("broken", *settings, "environment.tool_latency_s=0.2")
+    train, process = whole.start("--serial"), broken.start("--serial")
+    broken.reach(1, process)
+    until(lambda: 0 < len(read_books(broken.folder).buffered) < 16, "part of a batch")
+    process.signal(signal.SIGKILL)
+    assert process.end().code == -signal.SIGKILL
+    kept = len(read_books(broken.folder).buffered)
+    ended = broken.resume("--serial").end()
+    assert ended.code == 0, broken.story(ended)
+    ended = train.end()
+    assert ended.code == 0, whole.story(ended)
+    books = [check_finished(run.folder, run.config) for run in (whole, broken)]
+    assert books[1].rollbacks == [0]
+    assert 0 < kept < 16
+    assert list(books[1].dropped.values()).count("dropped_by_slip") >= kept
     assert_same_training(*books)
     assert_same_state(whole, broken)
     assert moved(whole)
