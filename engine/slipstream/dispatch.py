@@ -34,9 +34,8 @@ class Dispatcher:
         if len(state.complete) < self._config.batch.groups:
             return False
         self.filter_groups(ready=True)
-        stale = state.overage(step)
-        if stale:
-            self._log(events.Dropped(identities=tuple(state.members(stale)), reason="dropped_by_slip"))
+        if old := [*state.members(state.overage(step)), *state.outdated(step)]:
+            self._log(events.Dropped(identities=tuple(dict.fromkeys(old)), reason="dropped_by_slip"))
         identities = state.next_batch()
         if identities is None:
             return False

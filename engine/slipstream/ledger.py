@@ -41,7 +41,7 @@ from slipstream.receiving import (
 )
 from slipstream.telling import batch_of, evaluated
 from slipstream.transport.channel import Reply
-from slipstream.types import Lease, TrajectoryId
+from slipstream.types import Lease
 from slipstream.wire import inspect_trajectory, schema_hash
 
 _PING_AFTER_S: Final = 5.0
@@ -276,7 +276,6 @@ class Ledger:
             self._log(
                 events.Incarnation(number=state.incarnation + 1, fork_step=hello.step, session=hello.session)
             )
-            self._draw_again(state.members(sorted(state.groups)))
         welcome = m.Welcome(epoch=state.incarnation, next_serial=state.next_serial, fork_step=state.fork_step)
         known = [
             done
@@ -305,8 +304,6 @@ class Ledger:
             if identity not in self.state.seen:
                 event = describe(arrival, verdict_on(arrival, self.state, self._config))
                 self._log(event, frames[0])
-                if event.verdict == "buffered":
-                    self._draw_again([identity])
                 if self._patience.is_over(event) and self._dispatcher.give_up(event.slot):
                     self._patience.forget(event.slot)
         except FrameError as error:
@@ -317,11 +314,6 @@ class Ledger:
             file = self._quarantine(frames)
             self._log(events.Quarantined(actor=who.name, file=file, reason=str(error)))
         return peer, ack, ()
-
-    def _draw_again(self, identities: Sequence[TrajectoryId]) -> None:
-        """Drop what no step to come may train, and owe it again."""
-        if outdated := self.state.outdated(identities):
-            self._log(events.Dropped(identities=tuple(outdated), reason="dropped_by_slip"))
 
     def _may_come_again(self, session: str, number: int) -> bool:
         """Return whether the sender is to send a damaged record again: it may be whole in its spool."""

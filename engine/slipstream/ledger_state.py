@@ -239,13 +239,17 @@ class LedgerState:
         """Return the complete groups of which every token would be older than max_slip at a step."""
         return [group for group in sorted(self.complete) if self._is_overage(group, step)]
 
-    def outdated(self, identities: Iterable[TrajectoryId]) -> list[TrajectoryId]:
-        """Return which of some were sampled on a branch given up, and are too old for every step to come.
+    def outdated(self, step: int) -> list[TrajectoryId]:
+        """Return the members of complete groups that were sampled on a branch given up, too old at a step.
 
-        Others of their groups may be young enough, so that no group is dropped for them; but nothing of
-        theirs would be trained.
+        A group is kept for its other members. No token of these would be trained; sampled once more, on the
+        living branch, they are young.
         """
-        return [identity for identity in identities if self._is_outdated(self.look(identity).serials)]
+        return [
+            identity
+            for identity in self.members(sorted(self.complete))
+            if self._is_outdated(self.look(identity).serials, step)
+        ]
 
     def is_proven(
         self, received_by: TrajectoryId, serials: Iterable[int], samplers: Iterable[tuple[str, int]] = ()
@@ -297,9 +301,9 @@ class LedgerState:
         serials = sorted({serial for received in members for serial in received.serials})
         return self._are_old(serials, step)
 
-    def _is_outdated(self, serials: Sequence[int]) -> bool:
+    def _is_outdated(self, serials: Sequence[int], step: int) -> bool:
         given_up = all(self.versions.is_given_up(self.incarnation, serial) for serial in serials)
-        return given_up and self._are_old(serials, self.steps)
+        return given_up and self._are_old(serials, step)
 
     def _are_old(self, serials: Sequence[int], step: int) -> bool:
         """Return whether all tokens of some serials, if there are any, are older than max_slip at a step."""

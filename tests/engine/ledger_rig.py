@@ -18,6 +18,7 @@ from slipstream.ingest import IngestLog
 from slipstream.ledger import Ledger
 from slipstream.ledger_snapshot import restored, snapshot
 from slipstream.ledger_state import LedgerState
+from slipstream.staleness import VersionTable
 from slipstream.types import Lease, Outcome, Score, ScoreKind, Trajectory, TrajectoryId, WeightUpdate
 from slipstream.wire import decode_trajectory, encode_trajectory, schema_hash
 
@@ -295,7 +296,9 @@ class Interleavings(RuleBasedStateMachine):
         # A batch also comes long after its pull, when its last trajectory arrives.
         for _, reply, records in self.rig.replies:
             if isinstance(reply, m.Batch):
-                self.trained[reply.step] = [decode_trajectory(record).identity for record in records]
+                batch = [decode_trajectory(record) for record in records]
+                self.trained[reply.step] = [made.identity for made in batch]
+                self.all_may_be_trained(reply, batch)
         self.rig.replies.clear()
         trained = [identity for step in sorted(self.trained) for identity in self.trained[step]]
         assert sorted(self.trained) == sorted(state.batches)
@@ -304,6 +307,14 @@ class Interleavings(RuleBasedStateMachine):
         groups = {a.group for a in attempts}
         assert len(groups) == len(self.trained) * self.config.batch.groups
         assert len(trained) == sum(map(state.size_of, groups))
+
+    def all_may_be_trained(self, reply: m.Batch, batch: Sequence[Trajectory]) -> None:
+        """What was sampled on a branch given up comes into a batch only while it is young enough there."""
+        table, now = VersionTable(reply.versions, reply.forks), self.rig.ledger.state.incarnation
+        for made in batch:
+            sampled = made.versions[made.versions >= 0]
+            if all(table.is_given_up(now, int(serial)) for serial in sampled):
+                assert table.slip_at(reply.step, now, sampled).min() <= self.config.max_slip
 
     def teardown(self) -> None:
         self.rig.log.close()
