@@ -15,7 +15,7 @@ covers is forgotten: its identities stay in `seen`, its trajectories in the coun
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -237,7 +237,7 @@ class LedgerState:
 
     def overage(self, step: int) -> list[int]:
         """Return the complete groups of which every token would be older than max_slip at a step."""
-        return [group for group in sorted(self.complete) if self._is_overage(group, step)]
+        return [group for group in sorted(self.complete) if self._are_old(self.members([group]), step)]
 
     def outdated(self, step: int) -> list[TrajectoryId]:
         """Return the members of complete groups that were sampled on a branch given up, too old at a step.
@@ -248,7 +248,8 @@ class LedgerState:
         return [
             identity
             for identity in self.members(sorted(self.complete))
-            if self._is_outdated(self.look(identity).serials, step)
+            if self._are_old([identity], step)
+            and all(self.versions.is_given_up(self.incarnation, n) for n in self.look(identity).serials)
         ]
 
     def is_proven(
@@ -296,17 +297,9 @@ class LedgerState:
     def _unfilled(self, group: int) -> list[TrajectoryId | None]:
         return [None] * self.size_of(group)
 
-    def _is_overage(self, group: int, step: int) -> bool:
-        members = [self.items[identity].received for identity in self.members([group])]
-        serials = sorted({serial for received in members for serial in received.serials})
-        return self._are_old(serials, step)
-
-    def _is_outdated(self, serials: Sequence[int], step: int) -> bool:
-        given_up = all(self.versions.is_given_up(self.incarnation, serial) for serial in serials)
-        return given_up and self._are_old(serials, step)
-
-    def _are_old(self, serials: Sequence[int], step: int) -> bool:
-        """Return whether all tokens of some serials, if there are any, are older than max_slip at a step."""
+    def _are_old(self, identities: Iterable[TrajectoryId], step: int) -> bool:
+        """Return whether some trajectories have tokens, and all are older than max_slip at a step."""
+        serials = sorted({serial for identity in identities for serial in self.look(identity).serials})
         if not serials:
             return False
         return int(self.versions.slip_at(step, self.incarnation, serials).min()) > self._config.max_slip
