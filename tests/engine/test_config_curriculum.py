@@ -46,11 +46,9 @@ def test_what_demonstrations_cannot_differ_in_is_refused(changes: str, message: 
 
 def test_the_recipe_of_flaky_tools_goes_up_to_its_task_and_reads_back(tmp_path: Path) -> None:
     config = load_config("research-flaky")
-    rates = [
-        staged(config.environment, stage, number).tool_failure_rate
-        for number, stage in enumerate(config.curriculum.stages)
-    ]
-    assert [*rates, config.environment.tool_failure_rate] == [0.1, 0.25, 0.4, 0.6]
+    posed = [staged(config.environment, s, number) for number, s in enumerate(config.curriculum.stages)]
+    climb = [(one.options["hops"], one.tool_failure_rate) for one in [*posed, config.environment]]
+    assert climb == [(2, 0.1), (3, 0.2), (4, 0.25), (4, 0.35)]
     save(config, tmp_path / "config.toml")
     assert read(tmp_path / "config.toml") == config
 
