@@ -273,6 +273,16 @@ class Oracle:
             slip = min(self.slip(step, incarnation, serial) for serial in serials)
             if slip > self.config.max_slip:
                 raise Violation(f"batch {step}: group {group} is {slip} versions old")
+        for x in batch:
+            serials = self.wire.serials(x)
+            slip = min(self.slip(step, incarnation, serial) for serial in serials)
+            if slip > self.config.max_slip and not any(self._lives(incarnation, s) for s in serials):
+                raise Violation(f"batch {step}: {x.identity} is {slip} versions old, of a branch given up")
+
+    def _lives(self, incarnation: int, serial: int) -> bool:
+        """Tell whether the line of an incarnation holds the weights of a serial."""
+        version = self.updates[serial].version
+        return self._owner(incarnation, version.step) == self._owner(version.incarnation, version.step)
 
     def slip(self, step: int, incarnation: int, serial: int) -> int:
         """Count the versions between two, by walking the tree of lines: both ways from where they part."""

@@ -249,6 +249,11 @@ def overage_trained() -> AbstractContextManager[object]:
     return mock.patch.object(LedgerState, "overage", lambda *_: [])
 
 
+def given_up_branch_trained() -> AbstractContextManager[object]:
+    """What a learner has sampled beyond its last checkpoint stays in groups that others fill up."""
+    return mock.patch.object(LedgerState, "outdated", lambda *_: [])
+
+
 def no_crc() -> AbstractContextManager[object]:
     """Nobody looks whether a record came as it was sent."""
     return mock.patch("simulated._is_intact", lambda _: True)
@@ -320,7 +325,7 @@ def returned_at_full_size() -> AbstractContextManager[object]:
 BUGS = [
     early_acknowledgement, no_dedupe, no_resend, epoch_not_fenced, replaced_process_let_in, rollback_ignored,
     unproven_accepted, credit_leak, lease_lost_on_restart, damage_acknowledged, finish_said_once,
-    stop_said_once, overage_trained, no_crc, never_gives_up, task_skipped,
+    stop_said_once, overage_trained, given_up_branch_trained, no_crc, never_gives_up, task_skipped,
     stage_not_rolled_back, filtered_counted_twice, judged_by_half_a_group, returned_at_full_size,
 ]  # fmt: skip
 
