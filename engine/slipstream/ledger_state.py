@@ -248,8 +248,8 @@ class LedgerState:
         return [
             identity
             for identity in self.members(sorted(self.complete))
-            if self._are_old([identity], step)
-            and all(self.versions.is_given_up(self.incarnation, n) for n in self.look(identity).serials)
+            if all(self.versions.is_given_up(self.incarnation, n) for n in self.look(identity).serials)
+            and self._are_old([identity], step)
         ]
 
     def is_proven(
