@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from slipstream.gateway.messages import Message, is_prefix
+from slipstream.gateway.messages import Message, told_again
 from slipstream.types import Completion, Float32Array, Int16Array, Int32Array, UInt8Array
 
 
@@ -107,13 +107,14 @@ class Graph:
         self.turns.append(turn)
         return turn
 
-    def latest_before(self, messages: Sequence[Message]) -> Turn | None:
-        """Return the call whose conversation goes furthest into `messages`, the latest of equals.
+    def latest_before(self, messages: Sequence[Message]) -> tuple[Turn | None, int]:
+        """Return the call whose conversation goes furthest into `messages`, the latest of equals; how far.
 
         Its tokens are what the next prompt begins with: what was sampled is never tokenised again.
         """
-        known = [turn for turn in self.turns if turn.conversation and is_prefix(turn.conversation, messages)]
-        return max(known, key=lambda turn: (len(turn.conversation), turn.index), default=None)
+        told = [(told_again(turn.conversation, messages), turn) for turn in self.turns if turn.conversation]
+        count, turn = max(told, key=lambda one: (one[0], one[1].index), default=(0, None))
+        return (turn, count) if count else (None, 0)
 
     def samplers(self, calls: Iterable[int]) -> tuple[tuple[str, int], ...]:
         """Return which servers sampled some calls, and under which serials."""

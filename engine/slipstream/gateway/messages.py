@@ -2,12 +2,14 @@
 
 Clients send back what they were given, but not byte for byte: arguments of calls are parsed and written
 again, contents come as a string or as parts, empty ones as null, ids of calls are made up anew. Some break
-what spells a control token, such as <|end|>, with a zero-width joiner that no reader sees.
+what spells a control token, such as <|end|>, with a zero-width joiner that no reader sees; some take thoughts
+out of their tags and put them back with other blanks around; some leave out an answer that says nothing.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
@@ -16,6 +18,7 @@ from slipstream.errors import UserError
 
 ROLES: Final = frozenset({"system", "user", "assistant", "tool"})
 _JOINER: Final = "\u200d"
+_THOUGHTS: Final = re.compile(r"\s*(</?think>)\s*")
 _SAME_ROLE: Final = {"developer": "system", "function": "tool"}
 
 
@@ -57,10 +60,24 @@ def canonical(arguments: str) -> str:
     return json.dumps(read, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
 
 
-def is_prefix(shorter: Sequence[Message], longer: Sequence[Message]) -> bool:
-    """Return whether a conversation goes on from another."""
-    return len(shorter) <= len(longer) and all(
-        one == other or _as_read(one) == _as_read(other) for one, other in zip(shorter, longer, strict=False)
+def told_again(conversation: Sequence[Message], messages: Sequence[Message]) -> int:
+    """Return how many of `messages` tell a conversation, which ends with an answer, again.
+
+    0 where they do not go on from it. An answer that says nothing may be left out where others go on.
+    """
+    *asked, answer = conversation
+    if not _begins(messages, asked):
+        return 0
+    if _begins(messages[len(asked) :], [answer]):
+        return len(conversation)
+    next_role = messages[len(asked)].role if len(messages) > len(asked) else "assistant"
+    return len(asked) if not answer.text and not answer.calls and next_role != "assistant" else 0
+
+
+def _begins(messages: Sequence[Message], conversation: Sequence[Message]) -> bool:
+    return len(conversation) <= len(messages) and all(
+        one == other or _as_read(one) == _as_read(other)
+        for one, other in zip(conversation, messages, strict=False)
     )
 
 
@@ -69,7 +86,8 @@ def _as_read(message: Message) -> Message:
     if message.role != "assistant":
         return message
     calls = tuple(replace(call, arguments=call.arguments.replace(_JOINER, "")) for call in message.calls)
-    return replace(message, text=message.text.replace(_JOINER, ""), calls=calls)
+    text = _THOUGHTS.sub(r"\1", message.text.replace(_JOINER, ""))
+    return replace(message, text=text, calls=calls)
 
 
 def _message(given: Any, where: str) -> Message:

@@ -253,10 +253,10 @@ class Rollouts:
 
     def _prompt(self, graph: Graph, messages: Sequence[Message], tools: Sequence[ToolSpec]) -> Int32Array:
         """Return the tokens of a conversation: what was sampled verbatim, and only the rest rendered."""
-        before = graph.latest_before(messages)
+        before, told = graph.latest_before(messages)
         if before is None:
             return self._chat.conversation(self._said(messages), tools)
-        more = self._chat.continuation(self._said(messages[len(before.conversation) :]))
+        more = self._chat.continuation(self._said(messages[told:]))
         stop = [] if before.completion.stopped else [self._chat.stop_token]
         return np.concatenate([before.tokens_T, np.array(stop, np.int32), more])
 

@@ -113,10 +113,20 @@ def test_the_next_prompt_grows_from_the_call_that_goes_furthest() -> None:
     second = ask(graph, (1, 2, 3), said(4), user("a"), assistant("b"), user("c"), assistant("d"))
     again = ask(graph, (1, 2, 3), said(4), user("a"), assistant("b"), user("c"), assistant("d"))
     so_far = [user("a"), assistant("b"), user("c"), assistant("d"), user("e")]
-    assert graph.latest_before(so_far) is again
-    assert graph.latest_before(so_far[:3]) is first
-    assert graph.latest_before([user("x")]) is None
+    assert graph.latest_before(so_far) == (again, 4)
+    assert graph.latest_before(so_far[:3]) == (first, 2)
+    assert graph.latest_before([user("x")]) == (None, 0)
     assert second.parent is first and again.parent is first
+
+
+def test_of_two_answers_that_which_is_told_again_goes_furthest() -> None:
+    """The first said nothing and the client asked again; that it may be left out does not make it the one."""
+    graph = Graph()
+    silent = ask(graph, (1,), said(2), user("a"), assistant(""))
+    spoken = ask(graph, (1,), said(3), user("a"), assistant("b"))
+    assert graph.latest_before([user("a"), assistant("b"), user("c")]) == (spoken, 2)
+    assert graph.latest_before([user("a"), user("c")]) == (silent, 1)
+    assert graph.latest_before([user("a")]) == (None, 0)
 
 
 def test_an_empty_graph_has_no_samples() -> None:

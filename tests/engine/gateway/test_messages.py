@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from slipstream.gateway.messages import Call, Message, RequestError, canonical, is_prefix, read_messages
+from slipstream.gateway.messages import Call, Message, RequestError, canonical, read_messages, told_again
 
 
 def call(arguments: Any, **more: Any) -> dict[str, Any]:
@@ -57,6 +57,10 @@ def test_what_says_something_else_is_not(one: dict[str, Any], other: dict[str, A
     assert read_messages([one]) != read_messages([other])
 
 
+ASKED = Message(role="user", text="Where?")
+ANSWER = Message(role="assistant", text="Bern")
+
+
 def test_arguments_that_are_no_json_stay_as_they_were() -> None:
     assert canonical('{"a": ') == '{"a": '
     assert canonical("[" * 100_000) == "[" * 100_000
@@ -77,16 +81,43 @@ def test_what_the_policy_said_may_come_back_with_its_control_tokens_broken() -> 
         calls = (Call(name="search", arguments=f'{{"a":"<{joiner}|end|>"}}'),) if role == "assistant" else ()
         return (Message(role=role, text=f"so <{joiner}|end|>", calls=calls), Message(role="user", text="?"))
 
-    assert is_prefix(said("assistant", ""), said("assistant", "\u200d"))
-    assert not is_prefix(said("user", ""), said("user", "\u200d"))
-    assert not is_prefix(said("assistant", ""), said("assistant", "x"))
+    for broken, told in (("\u200d", 2), ("x", 0)):
+        assert told_again([ASKED, *said("assistant", "")[:1]], [ASKED, *said("assistant", broken)]) == told
+        assert told_again([*said("user", ""), ANSWER], [*said("user", broken), ANSWER]) == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "again", "told"),
+    [
+        ("<think>hm</think>", "<think>\nhm\n</think>", 2),
+        ("so <think>hm</think> Bern", "so\n\n<think>\nhm\n</think>\n\nBern", 2),
+        ("<think>hm</think>Bern", "Bern", 0),
+        ("a b", "a  b", 0),
+    ],
+)
+def test_thoughts_may_come_back_with_other_blanks_around_their_tags(text: str, again: str, told: int) -> None:
+    """One without its thoughts is another prompt: the policy does not see them any more."""
+    answers = [Message(role="assistant", text=words) for words in (text, again)]
+    assert told_again([ASKED, answers[0]], [ASKED, answers[1], ASKED]) == told
 
 
 def test_a_conversation_goes_on_from_its_beginnings() -> None:
-    whole = read_messages([{"role": "user", "content": text} for text in "abc"])
-    assert all(is_prefix(whole[:count], whole) for count in range(4))
-    assert not is_prefix(whole, whole[:2])
-    assert not is_prefix(whole[1:], whole)
+    whole = [ASKED, ANSWER, Message(role="user", text="And?"), Message(role="assistant", text="Oslo")]
+    assert [told_again(whole[:2], whole[:count]) for count in range(5)] == [0, 0, 2, 2, 2]
+    assert told_again(whole, whole[:3]) == 0
+    assert told_again(whole[2:], whole) == 0
+
+
+def test_an_answer_that_says_nothing_may_be_left_out() -> None:
+    """Not where it would be the last: there the same is asked again. Nor where another answer stands."""
+    silent, more = Message(role="assistant"), Message(role="user", text="Please answer.")
+    assert told_again([ASKED, silent], [ASKED, silent, more]) == 2
+    assert told_again([ASKED, silent], [ASKED, more]) == 1
+    assert told_again([ASKED, silent], [ASKED]) == 0
+    assert told_again([ASKED, silent], [ASKED, ANSWER, more]) == 0
+    assert told_again([ASKED, ANSWER], [ASKED, more]) == 0
+    called = Message(role="assistant", calls=(Call(name="search", arguments="{}"),))
+    assert told_again([ASKED, called], [ASKED, more]) == 0
 
 
 @pytest.mark.parametrize(

@@ -139,6 +139,33 @@ def test_an_agent_of_openais_client_is_recorded_as_the_environments_own_loop_is(
     assert marks[2:-1:3] == marks[3::3]
 
 
+SEARCH = '<tool_call>{"name": "search", "arguments": {"query": "Oslo"}}</tool_call>'
+
+
+@pytest.mark.parametrize(
+    "words",
+    [("", SEARCH, "", ""), ("<think>hm</think>", f"so <think>hm</think>{SEARCH}", f"{SEARCH}?", "Oslo")],
+    ids=["nothing", "thoughts"],
+)
+def test_odd_answers_that_pydantic_ai_tells_again_are_one_conversation(
+    chat: Chat, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...]
+) -> None:
+    """It leaves out an answer that says nothing, and writes blanks around thoughts."""
+    pytest.importorskip("pydantic_ai", reason="needs pip install 'pydantic-ai-slim[openai]'")
+    import pydantic_ai_agent
+
+    monkeypatch.setattr(pydantic_ai_agent, "WORLD", environment_factory(CONFIG.environment, CONFIG.rewards))
+
+    async def program(task: Task, *, base_url: str, api_key: str) -> float:
+        async with pydantic_ai_agent.client(base_url):
+            return await pydantic_ai_agent.run(task, base_url=base_url, api_key=api_key)
+
+    made, backend = played(chat, program, *words)
+    assert (made.outcome, made.note) == (Outcome.TRUNCATED, "too many calls")
+    assert made.segments == () and len(backend.prompts) == len(words)
+    assert chat.decode(made.token_ids[made.loss_mask == 1]) == "".join(f"{one}<|end|>" for one in words)
+
+
 def test_a_history_that_is_summed_up_begins_a_segment(chat: Chat) -> None:
     async def program(task: Task, *, base_url: str, api_key: str) -> float:
         await ask(base_url, api_key, task.question)
