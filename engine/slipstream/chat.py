@@ -11,11 +11,12 @@ that no document can end a message or begin one. The template's words and a syst
 from __future__ import annotations
 
 import json
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate, pairwise
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 from jinja2.exceptions import TemplateError
@@ -30,6 +31,8 @@ from slipstream.types import Int32Array
 
 PROBE, OTHER_PROBE = "probe-of-the-template", "another-probe"
 """Contents by which rendered messages are found again."""
+HALF_A_CHARACTER: Final = "\ufffd"
+"""What the last bytes decode to while the rest of their character is missing."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,6 +133,16 @@ class Chat:
     def decode(self, token_ids: Int32Array) -> str:
         """Decode tokens as they stand, control tokens as they are spelled."""
         return str(self._encoder.decode(token_ids.tolist(), skip_special_tokens=False))
+
+    def span(self, token_ids: Int32Array, start: int, end: int) -> slice:
+        """Return which tokens hold the characters [start, end) of the text that they decode to."""
+
+        def length(count: int) -> int:
+            return len(self.decode(token_ids[:count]).rstrip(HALF_A_CHARACTER))
+
+        counts = range(len(token_ids) + 1)
+        first = bisect_right(counts, start, key=length) - 1
+        return slice(first, bisect_left(counts, end, key=length))
 
     def encode(self, text: str) -> Int32Array:
         """Encode trusted text as it stands: what spells a control token becomes one."""

@@ -65,6 +65,9 @@ class WarmupConfig(Part):
     """Different demonstrations; they are shown in order, again from the first after the last."""
     careful_share: Share = 0.3
     """Share of demonstrations that retry errors and read on past near misses; the others do not."""
+    careful_recovery: bool = True
+    """Whether these teach what to turn to after a failed call. False: the name of the next tool is not
+    trained there; long episodes are learnt from them, trying again is left to reinforcement learning."""
     chats: str = ""
     """JSONL file of conversations of your own, which are imitated too (chats.py)."""
     chats_share: Share = 0.5

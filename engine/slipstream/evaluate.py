@@ -159,7 +159,7 @@ def rollout(config: RunConfig, n: int, checkpoint: Path | None) -> int:
         runner = EpisodeRunner(
             factory=factory, chat=chat, environment=config.environment, rewards=config.rewards
         )
-        shown = asyncio.run(demonstrations(runner, config, range(n)))
+        shown = asyncio.run(demonstrations(runner, config, range(n), chat))
         source = "scripted demonstrations of the warm start"
     for number, trajectory in enumerate(shown, start=1):
         sys.stdout.write(_readable(trajectory, chat, f"episode {number} of {n}: {source}", config) + "\n")

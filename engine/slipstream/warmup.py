@@ -167,7 +167,9 @@ class WarmStart:
         own = round(share * warmup.batch)
         played = warmup.batch - own
         numbers = [(step * played + i) % warmup.demonstrations for i in range(played)]
-        shown = asyncio.run(demonstrations(self._runner, self._config, numbers)) if numbers else []
+        shown = []
+        if numbers:
+            shown = asyncio.run(demonstrations(self._runner, self._config, numbers, self._policy.chat))
         return [*(chats[(step * own + i) % len(chats)] for i in range(own)), *shown]
 
     def _loss(self, batch: PackedBatch, count: float, sink: list[float]) -> Callable[[], Tensor]:

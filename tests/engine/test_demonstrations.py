@@ -13,7 +13,7 @@ from slipstream.demonstrations import FIRST_DEMONSTRATION, demonstrations, play
 from slipstream.environments import environment_factory
 from slipstream.environments.factory import ORACLE
 from slipstream.episodes import EpisodeRunner
-from slipstream.types import Outcome, Split, Trajectory
+from slipstream.types import Outcome, Split, ToolStatus, Trajectory
 
 TASKS = 250
 HASTY = "the careless one"
@@ -101,13 +101,39 @@ def test_doing_nothing_fails(chat: Chat) -> None:
 def test_demonstrations_repeat_and_mix_habits(chat: Chat) -> None:
     config = load_config("research", ["warmup.careful_share=0.3"])
     runner = runner_of(config, chat)
-    shown = asyncio.run(demonstrations(runner, config, range(300)))
-    again = asyncio.run(demonstrations(runner, config, [7, 250]))
+    shown = asyncio.run(demonstrations(runner, config, range(300), chat))
+    again = asyncio.run(demonstrations(runner, config, [7, 250], chat))
     for number, one in zip((7, 250), again, strict=True):
         np.testing.assert_array_equal(one.token_ids, shown[number].token_ids)
     assert {t.attempt.task for t in shown} == set(range(FIRST_DEMONSTRATION, FIRST_DEMONSTRATION + 300))
     # 0.3 careful at nearly 1.0, 0.7 hasty at 0.27.
     assert np.mean([t.success for t in shown]) == pytest.approx(0.3 + 0.7 * 0.27, abs=0.1)
+
+
+def test_what_the_careful_turn_to_after_an_error_can_be_left_out(chat: Chat) -> None:
+    """One name in each message behind an error, and nothing else; the careless show what they do."""
+    settings = [*ROOMY, "environment.tool_failure_rate=0.4", "warmup.careful_share=0.5"]
+    config = load_config("research", settings)
+    runner = runner_of(config, chat)
+    whole = asyncio.run(demonstrations(runner, config, range(40), chat))
+    hidden = load_config("research", [*settings, "warmup.careful_recovery=false"])
+    left = asyncio.run(demonstrations(runner, hidden, range(40), chat))
+    names = 0
+    for shown, cut in zip(whole, left, strict=True):
+        np.testing.assert_array_equal(shown.token_ids, cut.token_ids)
+        out = np.flatnonzero(shown.loss_mask != cut.loss_mask)
+        assert not cut.loss_mask[out].any()
+        failed = [call.turn for call in shown.tool_calls if call.status is ToolStatus.ERROR]
+        tried_again = [call.name for call in shown.tool_calls if call.turn - 1 in failed]
+        if "answer" in tried_again:  # a careless one gave up
+            assert not out.size
+        else:
+            assert sorted(set(shown.turns[out].tolist())) == [turn + 1 for turn in failed]
+            said = [chat.decode(shown.token_ids[out][shown.turns[out] == turn + 1]) for turn in failed]
+            assert all(name in text for name, text in zip(tried_again, said, strict=True))
+            assert all('"}}' not in text for text in said), "what is asked for is still learnt"
+            names += len(tried_again)
+    assert names > 20
 
 
 def test_scripted_tokens_claim_no_version(chat: Chat) -> None:

@@ -77,7 +77,7 @@ def test_only_the_demonstrators_tokens_are_trained(
     plain = LlamaForCausalLM(copy.deepcopy(policy.model.config))
     plain.set_attn_implementation("eager")
     plain.load_state_dict(policy.model.state_dict())
-    shown = asyncio.run(demonstrations(runner, config, range(4)))
+    shown = asyncio.run(demonstrations(runner, config, range(4), policy.chat))
     total, count = torch.zeros(()), 0
     for one in shown:
         tokens = torch.from_numpy(one.token_ids).long()
@@ -332,7 +332,7 @@ def test_conversations_of_the_users_own_are_imitated_beside_or_instead_of_demons
 ) -> None:
     config = config_of("warmup.batch=8", "warmup.chats_share=0.25")
     _, policy, runner = started(config, tokenizer, tmp_path)
-    played = asyncio.run(demonstrations(runner, config, range(18)))
+    played = asyncio.run(demonstrations(runner, config, range(18), policy.chat))
     own, others = played[:3], played
     beside = WarmStart(policy, runner, config, tmp_path, own)
     for step in (0, 2):

@@ -7,22 +7,20 @@ what was sampled, whether it repeats the stop token, the text that stopped the a
 
 from __future__ import annotations
 
-from bisect import bisect_left, bisect_right
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, Final
 
 import numpy as np
 
-from slipstream.chat import Chat
+from slipstream.chat import HALF_A_CHARACTER, Chat
 from slipstream.gateway.graph import Graph
 from slipstream.gateway.messages import RequestError
 from slipstream.types import Completion, Int32Array
 
 RawPrompt = str | tuple[int, ...]
 _MOST_STOPS: Final = 4
-_HALF_A_CHARACTER: Final = "\ufffd"
-"""What the last bytes decode to while the rest of their character is missing."""
 
 
 def read_prompt(given: Any) -> RawPrompt:
@@ -94,17 +92,6 @@ def cut(completion: Completion, stops: Sequence[str], chat: Chat) -> tuple[Compl
     return kept, text[:at], stop
 
 
-def token_span(sampled: Int32Array, start: int, end: int, chat: Chat) -> slice:
-    """Return the tokens that hold the characters [start, end) of a sampled text."""
-
-    def length(count: int) -> int:
-        return len(chat.decode(sampled[:count]).rstrip(_HALF_A_CHARACTER))
-
-    counts = range(len(sampled) + 1)
-    first = bisect_right(counts, start, key=length) - 1
-    return slice(first, bisect_left(counts, end, key=length))
-
-
 def _longest_known(prompt: str, graph: Graph, chat: Chat) -> tuple[Int32Array, str]:
     """Return the tokens of the earlier call that goes furthest into a prompt, and the text behind them."""
     known_K, rest = np.zeros(0, dtype=np.int32), prompt
@@ -122,7 +109,7 @@ def _repeated(text: str, sampled: Int32Array, chat: Chat) -> int:
     """Return how many of the sampled tokens a text begins with."""
 
     def differs(count: int) -> bool:
-        return not text.startswith(chat.decode(sampled[:count]).rstrip(_HALF_A_CHARACTER))
+        return not text.startswith(chat.decode(sampled[:count]).rstrip(HALF_A_CHARACTER))
 
     count = bisect_left(range(len(sampled) + 1), True, key=differs) - 1
     while not text.startswith(chat.decode(sampled[:count])):

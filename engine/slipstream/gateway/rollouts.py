@@ -25,7 +25,7 @@ from slipstream.errors import UserError
 from slipstream.gateway.calls import Answer, read_answer, written
 from slipstream.gateway.graph import Graph, Turn
 from slipstream.gateway.messages import Call, Message, RequestError
-from slipstream.gateway.prompts import RawPrompt, cut, prompt_tokens, token_span
+from slipstream.gateway.prompts import RawPrompt, cut, prompt_tokens
 from slipstream.interfaces import InferenceBackend, ToolSpec
 from slipstream.types import Completion, Int32Array, Sampling
 
@@ -186,7 +186,7 @@ class Rollouts:
                 calls=tuple(Call(name=name, arguments=arguments) for name, arguments in answer.calls),
             )
             faulty = answer.faulty if self._mask_malformed else ()
-            masked = [token_span(completion.token_ids, *place, self._chat) for place in faulty]
+            masked = [self._chat.span(completion.token_ids, *place) for place in faulty]
             turn = rollout.graph.add(prompt_P, completion, [*messages, said], untrained=masked)
             rollout.said.append((turn.index, answer))
             return Answered(turn=turn, answer=answer, cut=stop)

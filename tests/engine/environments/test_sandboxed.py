@@ -55,7 +55,7 @@ def runner_of(chat: Chat, config: RunConfig) -> Iterator[EpisodeRunner]:
 def shown(chat: Chat, *overrides: str) -> list[Trajectory]:
     config = load_config("research", ["environment.tool_failure_rate=0.4", *overrides])
     with runner_of(chat, config) as runner:
-        return asyncio.run(demonstrations(runner, config, range(8)))
+        return asyncio.run(demonstrations(runner, config, range(8), chat))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -115,7 +115,7 @@ def test_an_agent_of_openais_client_is_recorded_as_the_environments_own_loop_is(
     factory = environment_factory(CONFIG.environment, CONFIG.rewards)
     monkeypatch.setattr(openai_agent, "WORLD", factory)
     native = EpisodeRunner(factory=factory, chat=chat, environment=CONFIG.environment, rewards=CONFIG.rewards)
-    (shown,) = asyncio.run(demonstrations(native, CONFIG, [LEASE.attempt.task]))
+    (shown,) = asyncio.run(demonstrations(native, CONFIG, [LEASE.attempt.task], chat))
     spans = [np.flatnonzero(shown.turns == turn) for turn in range(len(shown.turn_rewards))]
     backend = Sampled([shown.token_ids[span] for span in spans])
     runner = ProgramRunner(
