@@ -48,7 +48,7 @@ def test_the_recipe_of_flaky_tools_goes_up_to_its_task_and_reads_back(tmp_path: 
     config = load_config("research-flaky")
     posed = [staged(config.environment, s, number) for number, s in enumerate(config.curriculum.stages)]
     climb = [(one.options["hops"], one.tool_failure_rate) for one in [*posed, config.environment]]
-    assert climb == [(2, 0.1), (3, 0.2), (4, 0.25), (4, 0.35)]
+    assert climb == [(2, 0.3), (3, 0.45), (4, 0.5), (4, 0.6)]
     save(config, tmp_path / "config.toml")
     assert read(tmp_path / "config.toml") == config
 
