@@ -52,9 +52,10 @@ def without_recovery(trajectory: Trajectory, chat: Chat) -> Trajectory:
     mask_T = trajectory.loss_mask.copy()
     failed = {call.turn for call in trajectory.tool_calls if call.status is not ToolStatus.OK}
     for call in trajectory.tool_calls:
-        if call.turn - 1 in failed:
+        if call.name and call.turn - 1 in failed:
             places = np.flatnonzero(trajectory.turns == call.turn)
             message = trajectory.token_ids[places]
-            start = chat.decode(message).index(call.name)
+            text = chat.decode(message)
+            start = text.index(call.name, chat.calls.read(text)[0].start)
             mask_T[places[chat.span(message, start, start + len(call.name))]] = 0
     return replace(trajectory, loss_mask=mask_T)
